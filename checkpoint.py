@@ -1,0 +1,448 @@
+"""Weights in and out: llama2.c `.pt`, GGUF, Hugging Face folders, and our own saved classifiers.
+
+Every reader yields `Weights`: a config, and for each parameter of the Llama a shape and a function that reads it.
+Shapes are compared with the model's before anything is allocated, so a file whose header lies costs nothing.
+Nothing read from disk is ever executed: tensors come from safetensors, GGUF or torch.load(weights_only=True).
+"""
+
+import json
+import math
+import os
+import pickle
+import re
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from config import LlamaConfig, RunConfig
+from data import prepare
+from llama import Llama
+from tokenizer import TOKENIZER_MODEL, GGUFTensor, Tokenizer, read_gguf
+
+OLDEST_TORCH = (2, 10)
+
+
+def check_torch() -> None:
+    """Raises ValueError for a torch whose weights_only loading is known to be unsafe (CVE-2026-24747)."""
+    version = tuple(int(n) for n in re.findall(r"\d+", torch.__version__)[:2])
+    if version < OLDEST_TORCH:
+        raise ValueError(f"torch {torch.__version__} is too old: before 2.10 even weights_only loading can be made to "
+                         "corrupt memory; run `pip install -r requirements.txt`")
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A file's model: `shapes` and `readers` share their keys, the names of the Llama's parameters."""
+
+    path: Path
+    config: LlamaConfig
+    shapes: dict[str, tuple[int, ...]]
+    readers: dict[str, Callable[[], Tensor]]
+
+
+# --------------------------------------------------------------------------- which file
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """The weights and the tokenizer of a run, and a line on what was chosen where nothing was asked for."""
+
+    weights: Path
+    tokenizer: Path
+    notice: str = ""
+
+
+def find_model(config: RunConfig) -> ModelFiles:
+    """The pretrained weights of a run: what was typed; stories42M.pt where it lies (here, beside the code, in
+    models/) with its tokenizer; else smollm2-135m, which is fetched. Raises FileNotFoundError."""
+    root, models = Path(__file__).parent, prepare.weights_path("smollm2-135m").parent
+    typed, notice = config.pretrained_model_path, ""
+    if typed:
+        weights = _typed_weights(typed, [Path(), root, models])
+    else:
+        places = [place / "stories42M.pt" for place in (Path(), root, models)]
+        weights = next((p for p in places if p.is_file() and _tokenizer_beside(p, config)), None)
+        if weights is None:
+            weights = prepare.weights_path("smollm2-135m")
+            notice = ("stories42M.pt and its tokenizer.model are not here: using smollm2-135m instead; "
+                      "`python data/prepare.py stories42M` fetches them (or imports them: --from DIR)")
+            if not weights.is_file():
+                prepare.fetch("smollm2-135m")
+    tokenizer = _tokenizer_beside(weights, config)
+    if tokenizer is None:
+        raise FileNotFoundError(f"{weights}: there is no tokenizer beside it; `python data/prepare.py stories42M` "
+                                "fetches the one of the stories models, --tokenizer names another")
+    return ModelFiles(weights, tokenizer, notice)
+
+
+def _typed_weights(typed: str, places: list[Path]) -> Path:
+    if typed in prepare.WEIGHTS and not Path(typed).exists():
+        path = prepare.weights_path(typed)
+        if not path.exists():
+            prepare.fetch(typed)
+        return path
+    for place in places:
+        if (place / typed).exists():
+            return place / typed
+    name = Path(typed).stem
+    known = {n.lower(): n for n in prepare.WEIGHTS}.get(name.lower())
+    hint = f"`python data/prepare.py {known}` fetches it" if known else (
+        f"weights that can be fetched: {', '.join(prepare.WEIGHTS)}")
+    raise FileNotFoundError(f"{typed}: there is no such file or folder; {hint}")
+
+
+def _tokenizer_beside(weights: Path, config: RunConfig) -> Path | None:
+    if config.tokenizer:
+        return Path(config.tokenizer)
+    if weights.suffix == ".gguf":
+        return weights
+    folder = weights if weights.is_dir() else weights.parent
+    models = prepare.weights_path("smollm2-135m").parent
+    places = [folder / "tokenizer.json", folder / TOKENIZER_MODEL]
+    if not weights.is_dir():
+        places += [Path(TOKENIZER_MODEL), Path(__file__).parent / TOKENIZER_MODEL, models / TOKENIZER_MODEL]
+    return next((p for p in places if p.is_file()), None)
+
+
+# --------------------------------------------------------------------------- the three formats
+
+
+def _damaged(path: Path, error: object) -> ValueError:
+    return ValueError(f"{path}: damaged or truncated ({error}); fetch or copy the file again")
+
+
+def _config(path: Path, **values: Any) -> LlamaConfig:
+    try:
+        return LlamaConfig(**values)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def read_pt(path: Path) -> Weights:
+    """A llama2.c checkpoint: a dict with `model_args` and `model` (github.com/karpathy/llama2.c).
+
+    Both spellings of the attention's keys, an `_orig_mod.` prefix, and stored freqs_cos / freqs_sin are understood.
+    A pickle that would run code is refused, naming what it wants to call.
+    """
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
+    except pickle.UnpicklingError as error:
+        raise ValueError(f"{path}: refused, {_what_it_calls(path, error)}; ask for the weights as safetensors, or for a "
+                         "file with tensors and plain values only") from None
+    except (RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
+        raise _damaged(path, str(error).splitlines()[0] if str(error) else type(error).__name__) from None
+    if not isinstance(saved, dict) or not {"model", "model_args"} <= saved.keys():
+        raise ValueError(f"{path}: no llama2.c checkpoint; expected a dict with `model_args` and `model`, found "
+                         f"{sorted(map(str, saved))[:5] if isinstance(saved, dict) else type(saved).__name__}")
+    state: dict[str, Tensor] = {}
+    for key, value in saved["model"].items():
+        for old, new in (("_orig_mod.", ""), ("compute_query", "wq"), ("compute_key", "wk"), ("compute_value", "wv"),
+                         ("compute_output", "wo")):
+            key = key.replace(old, new)
+        if key not in ("freqs_cos", "freqs_sin") and not key.endswith("rope.freqs"):
+            state[key] = value
+    wanted = {"tok_embeddings.weight", "layers.0.feed_forward.w1.weight"}
+    if not wanted <= state.keys():
+        raise ValueError(f"{path}: no Llama in it: {sorted(wanted - state.keys())} is missing")
+    args = dict(saved["model_args"])
+    args["layer_norm_eps"] = args.pop("norm_eps", args.get("layer_norm_eps", 1e-5))
+    args["vocab_size"], args["dim"] = state["tok_embeddings.weight"].shape  # the file's -1 means: as the tensor
+    args["hidden_dim"] = state["layers.0.feed_forward.w1.weight"].shape[0]
+    output = state.get("output.weight")
+    args["tie_embeddings"] = output is None or torch.equal(output, state["tok_embeddings.weight"])
+    args["dropout"], args["attention"] = 0.0, "causal"
+    config = _config(path, **{f.name: args[f.name] for f in fields(LlamaConfig) if f.name in args})
+    if config.tie_embeddings:
+        state.pop("output.weight", None)
+    return Weights(path, config, {k: tuple(v.shape) for k, v in state.items()},
+                   {k: (lambda tensor=v: tensor.to(torch.float32, copy=True)) for k, v in state.items()})
+
+
+def _is_zip(path: Path) -> bool:
+    with open(path, "rb") as file:
+        return file.read(4) == b"PK\x03\x04"
+
+
+def _what_it_calls(path: Path, error: Exception) -> str:
+    try:
+        unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except Exception:  # not even that can be read
+        unsafe = []
+    return f"its pickle wants to call {', '.join(unsafe)}" if unsafe else f"no plain pickle ({str(error)[:100]})"
+
+
+_GGUF_NAMES = {
+    "attn_norm": "attention_norm", "attn_q": "attention.wq", "attn_k": "attention.wk", "attn_v": "attention.wv",
+    "attn_output": "attention.wo", "ffn_norm": "ffn_norm", "ffn_gate": "feed_forward.w1", "ffn_down": "feed_forward.w2",
+    "ffn_up": "feed_forward.w3",
+}
+
+
+def read_gguf_weights(path: Path) -> Weights:
+    """A GGUF of the llama architecture, quantised or not. Its query and key rows are in adjacent pairs already."""
+    metadata, tensors = read_gguf(path)
+    architecture = metadata.get("general.architecture")
+    if architecture != "llama":
+        raise ValueError(f"{path}: a GGUF of the architecture {architecture!r}; only llama is read here")
+
+    def value(key: str, default: Any = None) -> Any:
+        found = metadata.get("llama." + key, default)
+        if not isinstance(found, int | float) or isinstance(found, bool):
+            raise ValueError(f"{path}: the GGUF's llama.{key} is {found!r}, expected a number")
+        return found
+
+    if metadata.get("llama.rope.scaling.type", "none") != "none" or "rope_freqs.weight" in tensors:
+        raise ValueError(f"{path}: its rotary positions are scaled, which is not supported here")
+    if "token_embd.weight" not in tensors:
+        raise ValueError(f"{path}: no Llama in it: token_embd.weight is missing")
+    names = {"token_embd.weight": "tok_embeddings.weight", "output_norm.weight": "norm.weight",
+             "output.weight": "output.weight"}
+    for name in tensors:
+        match = re.fullmatch(r"blk\.(\d+)\.(\w+)\.weight", name)
+        if match and match[2] in _GGUF_NAMES:
+            names[name] = f"layers.{int(match[1])}.{_GGUF_NAMES[match[2]]}.weight"
+    found = {names[name]: tensor for name, tensor in tensors.items() if name in names}
+    config = _config(
+        path, vocab_size=tensors["token_embd.weight"].shape[0], dim=value("embedding_length"), n_layers=value("block_count"),
+        n_heads=value("attention.head_count"),
+        n_kv_heads=value("attention.head_count_kv", value("attention.head_count")),
+        hidden_dim=value("feed_forward_length"), max_seq_len=value("context_length"),
+        layer_norm_eps=value("attention.layer_norm_rms_epsilon"), rope_theta=value("rope.freq_base", 10000.0),
+        tie_embeddings="output.weight" not in tensors,
+    )
+    if value("rope.dimension_count", config.head_dim) != config.head_dim:
+        raise ValueError(f"{path}: it rotates {value('rope.dimension_count')} of {config.head_dim} dimensions; only "
+                         "whole heads are supported")
+    return Weights(path, config, {k: t.shape for k, t in found.items()},
+                   {k: (lambda tensor=t: _dequantise(path, tensor)) for k, t in found.items()})
+
+
+def _dequantise(path: Path, tensor: GGUFTensor) -> Tensor:
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+    from gguf.quants import dequantize
+
+    raw = np.fromfile(path, dtype=np.uint8, count=tensor.nbytes, offset=tensor.start)
+    kind = GGMLQuantizationType(tensor.kind)
+    if kind in (GGMLQuantizationType.F32, GGMLQuantizationType.F16):
+        raw = raw.view(np.float32 if kind == GGMLQuantizationType.F32 else np.float16)
+    else:  # the package works 16 rows at a time: long rows of whole blocks are several times as fast as the tensor's
+        block_bytes = GGML_QUANT_SIZES[kind][1]
+        raw = raw.reshape(-1, math.gcd(tensor.nbytes // block_bytes, 1024) * block_bytes)
+    try:
+        values = dequantize(raw, kind)
+    except NotImplementedError:
+        raise ValueError(f"{path}: the quantisation {kind.name} cannot be read; use a Q4_0 to Q8_0, K-quant, F16 or "
+                         "F32 file") from None
+    return torch.from_numpy(values.reshape(tensor.shape).astype(np.float32, copy=False))
+
+
+_HF_NAMES = {
+    "input_layernorm": "attention_norm", "self_attn.q_proj": "attention.wq", "self_attn.k_proj": "attention.wk",
+    "self_attn.v_proj": "attention.wv", "self_attn.o_proj": "attention.wo", "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "feed_forward.w1", "mlp.down_proj": "feed_forward.w2", "mlp.up_proj": "feed_forward.w3",
+}
+
+
+def read_hf_folder(path: Path) -> Weights:
+    """A Hugging Face folder of a llama: config.json and safetensors, in one file or in shards.
+
+    Its query and key rows rotate halves; they are reordered to adjacent pairs.
+    """
+    settings = read_json(path / "config.json")
+    if settings.get("model_type") != "llama":
+        raise ValueError(f"{path / 'config.json'}: the model type is {settings.get('model_type')!r}; only llama is "
+                         "read here")
+    rope = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
+    if rope.get("rope_type", rope.get("type", "default")) != "default":
+        raise ValueError(f"{path / 'config.json'}: its rotary positions are scaled ({rope}); that is not supported")
+    for key in ("attention_bias", "mlp_bias"):
+        if settings.get(key):
+            raise ValueError(f"{path / 'config.json'}: {key} is true; only a Llama without biases is supported here")
+    try:
+        config = _config(
+            path / "config.json", vocab_size=settings["vocab_size"], dim=settings["hidden_size"], n_layers=settings["num_hidden_layers"],
+            n_heads=settings["num_attention_heads"], n_kv_heads=settings.get("num_key_value_heads"),
+            hidden_dim=settings["intermediate_size"], max_seq_len=settings.get("max_position_embeddings", 2048),
+            layer_norm_eps=settings.get("rms_norm_eps", 1e-6),
+            rope_theta=rope.get("rope_theta", settings.get("rope_theta", 10000.0)),
+            tie_embeddings=settings.get("tie_word_embeddings", False),
+        )
+    except KeyError as error:
+        raise ValueError(f"{path / 'config.json'}: {error} is missing") from None
+    if settings.get("head_dim") not in (None, config.head_dim):
+        raise ValueError(f"{path / 'config.json'}: head_dim {settings['head_dim']} is not hidden_size / heads "
+                         f"({config.head_dim}), which is not supported here")
+    shapes, readers = {}, {}
+    for file in _safetensors_files(path):
+        handle = open_safetensors(file)
+        for key in handle.keys():
+            name = _from_hf_name(key)
+            if name is None or (name == "output.weight" and config.tie_embeddings):
+                continue
+            shapes[name] = tuple(handle.get_slice(key).get_shape())
+            readers[name] = lambda handle=handle, key=key, name=name: _to_pairs(
+                handle.get_tensor(key).float(), name, config.head_dim)
+    return Weights(path, config, shapes, readers)
+
+
+def _from_hf_name(key: str) -> str | None:
+    plain = {"model.embed_tokens.weight": "tok_embeddings.weight", "model.norm.weight": "norm.weight",
+             "lm_head.weight": "output.weight"}
+    match = re.fullmatch(r"model\.layers\.(\d+)\.(.+)\.weight", key)
+    if match and match[2] in _HF_NAMES:
+        return f"layers.{int(match[1])}.{_HF_NAMES[match[2]]}.weight"
+    return plain.get(key)
+
+
+def _to_pairs(weight: Tensor, name: str, head_dim: int) -> Tensor:
+    """Rows of a query or key in the order (0, h/2, 1, h/2 + 1, ...) inside each head: halves become pairs."""
+    if not name.endswith(("wq.weight", "wk.weight")):
+        return weight
+    heads = weight.view(-1, 2, head_dim // 2, weight.shape[1])
+    return heads.transpose(1, 2).reshape(weight.shape)
+
+
+def _safetensors_files(path: Path) -> list[Path]:
+    index = path / "model.safetensors.index.json"
+    names = sorted(set(read_json(index)["weight_map"].values())) if index.is_file() else ["model.safetensors"]
+    for name in names:
+        if Path(name).name != name or not (path / name).is_file():
+            raise FileNotFoundError(f"{path / Path(name).name}: there is no such file; the folder needs "
+                                    "model.safetensors, or the shards that model.safetensors.index.json names")
+    return [path / name for name in names]
+
+
+def open_safetensors(path: Path):
+    """A safetensors file, opened without reading its tensors. Raises ValueError for a header that cannot be."""
+    from safetensors import SafetensorError, safe_open
+
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: there is no such file")
+    try:
+        return safe_open(str(path), framework="pt", device="cpu")
+    except (SafetensorError, OSError) as error:  # the library checks every count and offset against the file's size
+        raise _damaged(path, error) from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises FileNotFoundError, or ValueError with the line."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: there is no such file")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: no JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: expected a JSON object, found a {type(value).__name__}")
+    return value
+
+
+# --------------------------------------------------------------------------- loading
+
+
+def read_weights(path: str | Path) -> Weights:
+    """The config and the lazy tensors of a file or folder of any format. Raises FileNotFoundError or ValueError."""
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: there is no such file or folder")
+    if path.is_dir():
+        return read_hf_folder(path)
+    with open(path, "rb") as file:
+        is_gguf = file.read(4) == b"GGUF"
+    return read_gguf_weights(path) if is_gguf or path.suffix == ".gguf" else read_pt(path)
+
+
+def load_pretrained(checkpoint: str | Path, n_layers: int | None = None, dropout: float = 0.0,
+                    attention: str = "causal") -> Llama:
+    """A Llama in float32, in evaluation mode, with the weights of a file or folder of any format.
+
+    `n_layers`: the first K layers of the stack only (the others are not read). Raises FileNotFoundError, or
+    ValueError for a file that is damaged, of another architecture, or that holds other shapes than it says.
+    """
+    check_torch()
+    weights = read_weights(checkpoint)
+    config = weights.config
+    held = {int(m[1]) for name in weights.shapes if (m := re.match(r"layers\.(\d+)\.", name))}
+    if config.n_layers != len(held):
+        raise ValueError(f"{weights.path}: it says {config.n_layers} layers and holds {len(held)}")
+    if n_layers is not None:
+        if n_layers > config.n_layers:
+            raise ValueError(f"--n_layers {n_layers}: {weights.path} has {config.n_layers} layers")
+        config.n_layers = n_layers
+    config.dropout, config.attention = dropout, attention
+    with torch.device("meta"):
+        model = Llama(config)
+    for name, parameter in model.named_parameters():
+        if weights.shapes.get(name) != tuple(parameter.shape):
+            raise ValueError(f"{weights.path}: {name} has the shape {weights.shapes.get(name)}, the model it describes "
+                             f"wants {tuple(parameter.shape)}")
+    state = {name: weights.readers[name]().contiguous() for name, _ in model.named_parameters()}
+    model.load_state_dict(state, assign=True, strict=False)
+    if config.tie_embeddings:
+        model.output.weight = model.tok_embeddings.weight
+    model.requires_grad_(True)
+    return model.eval()
+
+
+def check_vocabulary(tokenizer: Tokenizer, config: LlamaConfig) -> None:
+    """Raises ValueError for a tokenizer that knows more words than the embedding has rows."""
+    if tokenizer.n_words > config.vocab_size:
+        raise ValueError(f"{tokenizer.path}: the tokenizer has {tokenizer.n_words} words, the model's embedding only "
+                         f"{config.vocab_size}; they do not belong together (--tokenizer names another)")
+
+
+# --------------------------------------------------------------------------- our own files
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Call write(temporary path), flush it to disk and rename it: path is the old file or the new, never half."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """A JSON file, written atomically."""
+    text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def save_classifier(folder: Path, model: torch.nn.Module, tokenizer: Tokenizer, settings: dict[str, Any]) -> None:
+    """A classifier that can predict on another machine: model.safetensors, config.json and the tokenizer.
+
+    `settings` are the classifier's own (labels, pooling, ...); the Llama's config is added.
+    """
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {k: v.detach().contiguous() for k, v in model.state_dict().items() if k != "llama.output.weight"}
+    write_atomically(folder / "model.safetensors", lambda temporary: save_file(state, str(temporary)))
+    (folder / "model.safetensors").chmod(0o644)  # the library makes it 0600
+    tokenizer.save(folder)
+    write_json(folder / "config.json", {**settings, "llama": asdict(model.llama.config)})
+
+
+def load_state(folder: Path, model: torch.nn.Module) -> None:
+    """Read the weights of `save_classifier` into a model of the same shape, in place."""
+    handle = open_safetensors(folder / "model.safetensors")
+    own = {k: v for k, v in model.state_dict().items() if k != "llama.output.weight"}
+    held = set(handle.keys())
+    wrong = [k for k in own if k not in held or tuple(handle.get_slice(k).get_shape()) != tuple(own[k].shape)]
+    if wrong or held - own.keys():
+        raise ValueError(f"{folder}: model.safetensors and config.json do not belong together ({wrong[:3]})")
+    if any(tensor.is_meta for tensor in own.values()):
+        model.load_state_dict({name: handle.get_tensor(name) for name in own}, assign=True)
+        return
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(handle.get_tensor(name))

@@ -1,0 +1,222 @@
+"""A Llama from scratch: RMSNorm, rotary positions, grouped-query attention, SwiGLU, a key-value cache, `generate`.
+
+Shapes: B sentences, T tokens, D = config.dim, H heads of size D / H, K key-value heads, V words.
+Rotary positions turn adjacent pairs (Llama 2's own layout); `checkpoint.py` reorders the weights of files that
+rotate halves instead.
+"""
+
+from functools import lru_cache
+from importlib import import_module
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from config import LlamaConfig
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension (Zhang and Sennrich 2019, arXiv 1910.07467, eq. 4).
+
+    Computed in float32 whatever the input's precision.
+    """
+
+    def __init__(self, dim: int, eps: float = 1e-6):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)).type_as(x) * self.weight
+
+
+@lru_cache(maxsize=8)
+def rotary_table(head_dim: int, max_seq_len: int, theta: float, device: torch.device) -> Tensor:
+    """exp(i * position * theta^(-2j / head_dim)): (max_seq_len, head_dim / 2) complex64
+    (Su et al. 2021, arXiv 2104.09864, section 3.2.2)."""
+    inverse = theta ** (-torch.arange(0, head_dim, 2, device=device).float() / head_dim)
+    angles = torch.outer(torch.arange(max_seq_len, device=device).float(), inverse)
+    return torch.polar(torch.ones_like(angles), angles)
+
+
+def rotate(x: Tensor, table: Tensor) -> Tensor:
+    """Turn adjacent pairs of x (B, T, heads, head_dim) by the table's (T, head_dim / 2) angles. Keeps x's type."""
+    pairs = torch.view_as_complex(x.float().reshape(*x.shape[:-1], -1, 2))
+    return torch.view_as_real(pairs * table[:, None, :]).flatten(-2).type_as(x)
+
+
+def apply_rotary_emb(
+    query: Tensor, key: Tensor, head_dim: int, max_seq_len: int, theta: float = 10000.0
+) -> tuple[Tensor, Tensor]:
+    """Rotary position embedding of a query (B, T, H, head_dim) and a key (B, T, K, head_dim), positions from 0.
+
+    Su et al. 2021 (arXiv 2104.09864), eq. 34, on adjacent pairs. Raises ValueError when T is above max_seq_len.
+    """
+    if query.shape[1] > max_seq_len:
+        raise ValueError(f"{query.shape[1]} tokens do not fit into a context of {max_seq_len}")
+    table = rotary_table(head_dim, max_seq_len, theta, query.device)[: query.shape[1]]
+    return rotate(query, table), rotate(key, table)
+
+
+class KVCache:
+    """One layer's keys and values of the tokens seen so far: two tensors (B, K, max_seq_len, head_dim)."""
+
+    def __init__(self, batch: int, length: int, config: LlamaConfig, dtype: torch.dtype, device: torch.device):
+        shape = (2, batch, config.n_kv_heads, length, config.head_dim)
+        self.keys, self.values = torch.zeros(shape, dtype=dtype, device=device)
+
+    def add(self, start: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Store keys and values (B, K, T, head_dim) from position `start` on; return all up to here."""
+        end = start + keys.shape[2]
+        self.keys[:, :, start:end], self.values[:, :, start:end] = keys, values
+        return self.keys[:, :, :end], self.values[:, :, :end]
+
+
+class Attention(nn.Module):
+    """Grouped-query attention (Ainslie et al. 2023, arXiv 2305.13245) with rotary positions, no biases."""
+
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.config = config
+        kv_dim = config.n_kv_heads * config.head_dim
+        self.wq = nn.Linear(config.dim, config.dim, bias=False)
+        self.wk = nn.Linear(config.dim, kv_dim, bias=False)
+        self.wv = nn.Linear(config.dim, kv_dim, bias=False)
+        self.wo = nn.Linear(config.dim, config.dim, bias=False)
+        self.resid_dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, table: Tensor, mask: Tensor | None = None, cache: KVCache | None = None,
+                start: int = 0) -> Tensor:
+        """x (B, T, D) to (B, T, D). `mask` (B, 1, 1, T), True at real tokens, is for the bidirectional kind only:
+        with padding on the right, no real token of a causal model ever sees any."""
+        batch, length, _ = x.shape
+        heads = (batch, length, -1, self.config.head_dim)
+        query = rotate(self.wq(x).view(heads), table).transpose(1, 2)
+        key = rotate(self.wk(x).view(heads), table).transpose(1, 2)
+        value = self.wv(x).view(heads).transpose(1, 2)
+        if cache is not None:
+            key, value = cache.add(start, key, value)
+        causal = self.config.attention == "causal" and length > 1  # one token may look at all that came before it
+        out = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, is_causal=causal, enable_gqa=True,
+            dropout_p=self.config.dropout if self.training else 0.0,
+        )
+        return self.resid_dropout(self.wo(out.transpose(1, 2).reshape(x.shape)))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: w2(silu(w1 x) * w3 x) (Shazeer 2020, arXiv 2002.05202, eq. 6, without biases)."""
+
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.w1 = nn.Linear(config.dim, config.hidden_dim, bias=False)
+        self.w2 = nn.Linear(config.hidden_dim, config.dim, bias=False)
+        self.w3 = nn.Linear(config.dim, config.hidden_dim, bias=False)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dropout(self.w2(F.silu(self.w1(x)) * self.w3(x)))
+
+
+class LlamaLayer(nn.Module):
+    """Attention and feed-forward, each behind its norm and added to what came in."""
+
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.attention = Attention(config)
+        self.feed_forward = FeedForward(config)
+        self.attention_norm = RMSNorm(config.dim, config.layer_norm_eps)
+        self.ffn_norm = RMSNorm(config.dim, config.layer_norm_eps)
+
+    def forward(self, x: Tensor, *attention_arguments) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), *attention_arguments)
+        return x + self.feed_forward(self.ffn_norm(x))
+
+
+class Llama(nn.Module):
+    """The stack. `hidden` gives the last hidden states, `forward` the logits too, `generate` goes on writing.
+
+    New weights are drawn as GPT-2's are: normal(0, 0.02), the two projections back into the residual stream
+    scaled by 1 / sqrt(2 * n_layers) (Radford et al. 2019, section 2.3).
+    """
+
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.config = config
+        # An empty weight: drawn below once, and not at all where only the shape is wanted (the device "meta").
+        empty = torch.empty(config.vocab_size, config.dim)
+        self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim, _weight=empty)
+        self.dropout = nn.Dropout(config.dropout)
+        self.layers = nn.ModuleList(LlamaLayer(config) for _ in range(config.n_layers))
+        self.norm = RMSNorm(config.dim, config.layer_norm_eps)
+        self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
+        if config.tie_embeddings:
+            self.output.weight = self.tok_embeddings.weight
+        for name, parameter in self.named_parameters():
+            if parameter.dim() > 1 and not parameter.is_meta:
+                into_stream = name.endswith(("wo.weight", "w2.weight"))
+                nn.init.normal_(parameter, std=0.02 / (2 * config.n_layers) ** 0.5 if into_stream else 0.02)
+
+    def hidden(self, tokens: Tensor, lengths: Tensor | None = None, caches: list[KVCache] | None = None,
+               start: int = 0) -> Tensor:
+        """tokens (B, T) int64, padded on the right, to hidden states (B, T, D) after the last norm.
+
+        `lengths` (B,), the number of real tokens, matters to bidirectional attention only (None: all are real).
+        With `caches`, the tokens stand at positions start, start + 1, ... Raises ValueError beyond max_seq_len.
+        """
+        end = start + tokens.shape[1]
+        if end > self.config.max_seq_len:
+            raise ValueError(f"{end} tokens do not fit into the model's context of {self.config.max_seq_len}; "
+                             "cut them with --max_sentence_len")
+        table = rotary_table(self.config.head_dim, self.config.max_seq_len, self.config.rope_theta, tokens.device)
+        mask = None
+        if lengths is not None and self.config.attention == "bidirectional":
+            mask = (torch.arange(end, device=tokens.device) < lengths[:, None])[:, None, None, :]
+        x = self.dropout(self.tok_embeddings(tokens))
+        for i, layer in enumerate(self.layers):
+            x = layer(x, table[start:end], mask, caches[i] if caches else None, start)
+        return self.norm(x)
+
+    def forward(self, tokens: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """tokens (B, T) to logits (B, T, V) and hidden states (B, T, D)."""
+        hidden = self.hidden(tokens, lengths)
+        return self.output(hidden), hidden
+
+    @torch.inference_mode()
+    def generate(self, idx: Tensor, max_new_tokens: int, temperature: float = 1.0) -> Tensor:
+        """Continue idx (B, T) int64, all of one length, to (B, T + max_new_tokens).
+
+        temperature 0 takes the most likely token; above 0 samples from softmax(logits / temperature). Keys and
+        values are cached; beyond the context only the last max_seq_len tokens are seen. Raises ValueError for a
+        negative temperature, an empty idx, or a bidirectional model.
+        """
+        if temperature < 0 or idx.shape[1] == 0 or self.config.attention != "causal":
+            raise ValueError("generate wants a temperature of 0 or more, at least one token, and causal attention")
+        context = self.config.max_seq_len
+        caches, seen = None, 0
+        for _ in range(max_new_tokens):
+            if caches is None or idx.shape[1] > context:
+                # At the start, and at each step beyond the context, where every token's position has changed.
+                window = idx[:, -context:]
+                length = min(context, window.shape[1] + max_new_tokens)
+                precision = self.layers[0].attention.wk(self.tok_embeddings(idx[:, :0])).dtype  # autocast's, if on
+                caches = [KVCache(len(idx), length, self.config, precision, idx.device) for _ in self.layers]
+                seen = 0
+            else:
+                window = idx[:, seen:]
+            last = self.hidden(window, caches=caches, start=seen)[:, -1]
+            seen += window.shape[1]
+            logits = self.output(last)
+            if temperature == 0:
+                following = logits.argmax(-1, keepdim=True)
+            else:
+                following = torch.multinomial(F.softmax(logits.float() / temperature, -1), 1)
+            idx = torch.cat((idx, following), dim=1)
+        return idx
+
+
+def load_pretrained(checkpoint) -> Llama:
+    """A Llama with the weights of a file or folder: `checkpoint.load_pretrained`, under the name by which people's
+    tests import it. The import is by name because reading files belongs one floor above this room."""
+    return import_module("checkpoint").load_pretrained(checkpoint)
