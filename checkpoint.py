@@ -117,6 +117,15 @@ def _damaged(path: Path, error: object) -> ValueError:
 
 
 def _config(path: Path, **values: Any) -> LlamaConfig:
+    """A config of what a file says. Raises ValueError for a number of another type, or one that no model can have."""
+    for name in ("vocab_size", "dim", "n_layers", "n_heads", "n_kv_heads", "hidden_dim", "max_seq_len"):
+        value = values.get(name)
+        if name in values and not (type(value) is int and 0 < value < 2**28 or (name, value) == ("n_kv_heads", None)):
+            raise ValueError(f"{path}: {name} is {value!r}, expected a whole number above 0")
+    for name in ("layer_norm_eps", "rope_theta"):
+        value = values.get(name, 1.0)
+        if type(value) not in (int, float) or not 0 < value < math.inf:
+            raise ValueError(f"{path}: {name} is {value!r}, expected a number above 0")
     try:
         return LlamaConfig(**values)
     except ValueError as error:
@@ -132,15 +141,19 @@ def read_pt(path: Path) -> Weights:
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
     except pickle.UnpicklingError as error:
-        raise ValueError(f"{path}: refused, {_what_it_calls(path, error)}; ask for the weights as safetensors, or for a "
-                         "file with tensors and plain values only") from None
-    except (RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
+        raise ValueError(f"{path}: refused, {_what_it_calls(path, error)}; ask for the weights as safetensors, or for "
+                         "a file with tensors and plain values only") from None
+    except Exception as error:  # in a damaged file torch runs into anything: AssertionError, IndexError, ...
         raise _damaged(path, str(error).splitlines()[0] if str(error) else type(error).__name__) from None
     if not isinstance(saved, dict) or not {"model", "model_args"} <= saved.keys():
         raise ValueError(f"{path}: no llama2.c checkpoint; expected a dict with `model_args` and `model`, found "
                          f"{sorted(map(str, saved))[:5] if isinstance(saved, dict) else type(saved).__name__}")
+    if not isinstance(saved["model"], dict) or not isinstance(saved["model_args"], dict):
+        raise ValueError(f"{path}: no llama2.c checkpoint; `model` and `model_args` are not both dicts")
     state: dict[str, Tensor] = {}
     for key, value in saved["model"].items():
+        if not isinstance(key, str) or not _is_plain(value):
+            raise ValueError(f"{path}: no llama2.c checkpoint; {key!r} in `model` is no plain tensor with a name")
         for old, new in (("_orig_mod.", ""), ("compute_query", "wq"), ("compute_key", "wk"), ("compute_value", "wv"),
                          ("compute_output", "wo")):
             key = key.replace(old, new)
@@ -149,6 +162,8 @@ def read_pt(path: Path) -> Weights:
     wanted = {"tok_embeddings.weight", "layers.0.feed_forward.w1.weight"}
     if not wanted <= state.keys():
         raise ValueError(f"{path}: no Llama in it: {sorted(wanted - state.keys())} is missing")
+    if any(state[name].dim() != 2 for name in wanted):
+        raise ValueError(f"{path}: no Llama in it: {sorted(wanted)} are not both of two dimensions")
     args = dict(saved["model_args"])
     args["layer_norm_eps"] = args.pop("norm_eps", args.get("layer_norm_eps", 1e-5))
     args["vocab_size"], args["dim"] = state["tok_embeddings.weight"].shape  # the file's -1 means: as the tensor
@@ -163,6 +178,12 @@ def read_pt(path: Path) -> Weights:
                    {k: (lambda tensor=v: tensor.to(torch.float32, copy=True)) for k, v in state.items()})
 
 
+def _is_plain(value: Any) -> bool:
+    """A dense tensor of floats with a place of its own for each: not one value that a stride of 0 repeats endlessly."""
+    return (isinstance(value, Tensor) and value.layout == torch.strided and value.is_cpu and value.is_floating_point()
+            and value.numel() * value.element_size() <= value.untyped_storage().nbytes())
+
+
 def _is_zip(path: Path) -> bool:
     with open(path, "rb") as file:
         return file.read(4) == b"PK\x03\x04"
@@ -171,8 +192,8 @@ def _is_zip(path: Path) -> bool:
 def _what_it_calls(path: Path, error: Exception) -> str:
     try:
         unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except Exception:  # not even that can be read
-        unsafe = []
+    except Exception:  # torch lists them for zip files only; for others its error names the first
+        unsafe = re.findall(r"GLOBAL (\S+)", str(error))
     return f"its pickle wants to call {', '.join(unsafe)}" if unsafe else f"no plain pickle ({str(error)[:100]})"
 
 
@@ -203,12 +224,13 @@ def read_gguf_weights(path: Path) -> Weights:
     names = {"token_embd.weight": "tok_embeddings.weight", "output_norm.weight": "norm.weight",
              "output.weight": "output.weight"}
     for name in tensors:
-        match = re.fullmatch(r"blk\.(\d+)\.(\w+)\.weight", name)
+        match = re.fullmatch(r"blk\.(\d{1,9})\.(\w+)\.weight", name)
         if match and match[2] in _GGUF_NAMES:
             names[name] = f"layers.{int(match[1])}.{_GGUF_NAMES[match[2]]}.weight"
     found = {names[name]: tensor for name, tensor in tensors.items() if name in names}
     config = _config(
-        path, vocab_size=tensors["token_embd.weight"].shape[0], dim=value("embedding_length"), n_layers=value("block_count"),
+        path, vocab_size=tensors["token_embd.weight"].shape[0], dim=value("embedding_length"),
+        n_layers=value("block_count"),
         n_heads=value("attention.head_count"),
         n_kv_heads=value("attention.head_count_kv", value("attention.head_count")),
         hidden_dim=value("feed_forward_length"), max_seq_len=value("context_length"),
@@ -258,6 +280,8 @@ def read_hf_folder(path: Path) -> Weights:
         raise ValueError(f"{path / 'config.json'}: the model type is {settings.get('model_type')!r}; only llama is "
                          "read here")
     rope = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise ValueError(f"{path / 'config.json'}: rope_parameters is {rope!r}, expected an object")
     if rope.get("rope_type", rope.get("type", "default")) != "default":
         raise ValueError(f"{path / 'config.json'}: its rotary positions are scaled ({rope}); that is not supported")
     for key in ("attention_bias", "mlp_bias"):
@@ -265,7 +289,8 @@ def read_hf_folder(path: Path) -> Weights:
             raise ValueError(f"{path / 'config.json'}: {key} is true; only a Llama without biases is supported here")
     try:
         config = _config(
-            path / "config.json", vocab_size=settings["vocab_size"], dim=settings["hidden_size"], n_layers=settings["num_hidden_layers"],
+            path / "config.json", vocab_size=settings["vocab_size"], dim=settings["hidden_size"],
+            n_layers=settings["num_hidden_layers"],
             n_heads=settings["num_attention_heads"], n_kv_heads=settings.get("num_key_value_heads"),
             hidden_dim=settings["intermediate_size"], max_seq_len=settings.get("max_position_embeddings", 2048),
             layer_norm_eps=settings.get("rms_norm_eps", 1e-6),
@@ -293,7 +318,7 @@ def read_hf_folder(path: Path) -> Weights:
 def _from_hf_name(key: str) -> str | None:
     plain = {"model.embed_tokens.weight": "tok_embeddings.weight", "model.norm.weight": "norm.weight",
              "lm_head.weight": "output.weight"}
-    match = re.fullmatch(r"model\.layers\.(\d+)\.(.+)\.weight", key)
+    match = re.fullmatch(r"model\.layers\.(\d{1,9})\.(.+)\.weight", key)
     if match and match[2] in _HF_NAMES:
         return f"layers.{int(match[1])}.{_HF_NAMES[match[2]]}.weight"
     return plain.get(key)
@@ -309,7 +334,12 @@ def _to_pairs(weight: Tensor, name: str, head_dim: int) -> Tensor:
 
 def _safetensors_files(path: Path) -> list[Path]:
     index = path / "model.safetensors.index.json"
-    names = sorted(set(read_json(index)["weight_map"].values())) if index.is_file() else ["model.safetensors"]
+    names = ["model.safetensors"]
+    if index.is_file():
+        shards = read_json(index).get("weight_map")
+        if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
+            raise ValueError(f"{index}: weight_map is no list of files")
+        names = sorted(set(shards.values()))
     for name in names:
         if Path(name).name != name or not (path / name).is_file():
             raise FileNotFoundError(f"{path / Path(name).name}: there is no such file; the folder needs "
@@ -335,7 +365,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{path}: there is no such file")
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # also a number of 5000 digits, or 100,000 brackets
         raise ValueError(f"{path}: no JSON ({error})") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path}: expected a JSON object, found a {type(value).__name__}")
@@ -367,11 +397,11 @@ def load_pretrained(checkpoint: str | Path, n_layers: int | None = None, dropout
     check_torch()
     weights = read_weights(checkpoint)
     config = weights.config
-    held = {int(m[1]) for name in weights.shapes if (m := re.match(r"layers\.(\d+)\.", name))}
+    held = {int(m[1]) for name in weights.shapes if (m := re.match(r"layers\.(\d{1,9})\.", name))}
     if config.n_layers != len(held):
         raise ValueError(f"{weights.path}: it says {config.n_layers} layers and holds {len(held)}")
     if n_layers is not None:
-        if n_layers > config.n_layers:
+        if not 1 <= n_layers <= config.n_layers:
             raise ValueError(f"--n_layers {n_layers}: {weights.path} has {config.n_layers} layers")
         config.n_layers = n_layers
     config.dropout, config.attention = dropout, attention

@@ -71,7 +71,7 @@ def empty_classifier(settings: dict[str, Any], path: Path) -> LlamaEmbeddingClas
             llama = Llama(LlamaConfig(**settings["llama"]))
             llama.output = nn.Identity()  # a classifier has no use for the logits of words, and none are saved
             return LlamaEmbeddingClassifier(SimpleNamespace(**settings), llama)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:  # the last: sizes that overflow
         raise ValueError(f"{path}: no saved classifier ({error!r})") from None
 
 

@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -133,7 +134,7 @@ def read_examples(path: Path, n_labels: int | None, labels_file: Path | None = N
         fault = None
         if not separator:
             fault = f"no ` ||| ` in {line[:60]!r}; {FORMAT}"
-        elif not label.strip().isascii() or not label.strip().lstrip("-").isdigit():
+        elif not re.fullmatch(r"[+-]?[0-9]{1,9}", label.strip()):
             fault = f"the label {label.strip()[:30]!r} is no integer; {FORMAT}"
         elif int(label) < 0 or (n_labels and int(label) >= n_labels):
             top = f"0 to {n_labels - 1}, one for each name in {labels_file}" if n_labels else "0 or more"
@@ -274,8 +275,10 @@ def length_order(lengths: np.ndarray, max_tokens: int = EVAL_TOKENS) -> Iterator
 # --------------------------------------------------------------------------- baselines
 
 
-def baselines(train: Split, tests: dict[str, Split]) -> dict[str, dict[str, float]]:
-    """What costs nothing: the accuracy of the training set's majority class, and of TF-IDF with logistic regression.
+def baselines(
+    labels: Sequence[int], sentences: list[str], tests: dict[str, Split]
+) -> dict[str, dict[str, float]]:
+    """What costs nothing: the accuracy of the training labels' majority, and of TF-IDF with logistic regression.
 
     Words and word pairs, scikit-learn's defaults otherwise. Returns {name of the split: {"majority": accuracy,
     "tfidf": accuracy}}.
@@ -283,10 +286,10 @@ def baselines(train: Split, tests: dict[str, Split]) -> dict[str, dict[str, floa
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
 
-    majority = np.bincount(train.labels).argmax()
+    majority = np.bincount(labels).argmax()
     vectorizer = TfidfVectorizer(ngram_range=(1, 2))
-    features = vectorizer.fit_transform(train.sentences)
-    words = LogisticRegression(max_iter=200).fit(features, train.labels) if len(set(train.labels)) > 1 else None
+    features = vectorizer.fit_transform(sentences)
+    words = LogisticRegression(max_iter=200).fit(features, labels) if len(set(labels)) > 1 else None
     result = {}
     for name, split in tests.items():
         predicted = words.predict(vectorizer.transform(split.sentences)) if words else majority

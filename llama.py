@@ -32,6 +32,7 @@ class RMSNorm(nn.Module):
 
 
 @lru_cache(maxsize=8)
+@torch.inference_mode(False)  # a table first made by `generate` is kept, and training needs it later
 def rotary_table(head_dim: int, max_seq_len: int, theta: float, device: torch.device) -> Tensor:
     """exp(i * position * theta^(-2j / head_dim)): (max_seq_len, head_dim / 2) complex64
     (Su et al. 2021, arXiv 2104.09864, section 3.2.2)."""

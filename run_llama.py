@@ -85,7 +85,9 @@ def write_predictions(path: Path, predicted, split) -> None:
     write_atomically(path, lambda temporary: temporary.write_text(lines, encoding="utf-8", newline="\n"))
 
 
-def report_splits(config: RunConfig, splits: dict, outputs: dict, default_out: dict[str, Path], names: list[str]) -> dict:
+def report_splits(
+    config: RunConfig, splits: dict, outputs: dict, default_out: dict[str, Path], names: list[str]
+) -> dict:
     """Print dev and test accuracy, write the predictions, and return the scores with their confusion matrices."""
     from sklearn.metrics import confusion_matrix
 
@@ -165,24 +167,30 @@ def prompt(config: RunConfig) -> None:
     for name, split in splits.items():
         asked, n_cut = dataset.tokenize([f"{s} {question}" for s in split.sentences], tokenizer, room)
         if n_cut:
-            raise ValueError(f"{split.path}: {n_cut} sentences with the question are longer than the model's context of "
-                             f"{llama.config.max_seq_len} tokens; shorten the sentences or --question")
+            raise ValueError(f"{split.path}: {n_cut} sentences with the question are longer than the model's context "
+                             f"of {llama.config.max_seq_len} tokens; shorten the sentences or --question")
         outputs[name] = predict(model, replace(split, tokens=asked), tokenizer.pad_id, device, name)
     default_out = {name: Path(f"{files.name}-{name}-prompting-output.txt") for name in outputs}
-    print_baselines(splits)
+    print_baselines(files.train, splits)
     report_splits(config, splits, outputs, default_out, names)
 
 
-def print_baselines(splits: dict) -> dict:
-    """The baselines on the test split (on dev where there is no test), as one line; all of them returned."""
+def print_baselines(train, splits: dict) -> dict:
+    """The baselines on the test split (on dev where there is no test), as one line; all of them returned.
+
+    `train`: the training split, or the path of its file, or None where the run has none.
+    """
     import dataset
 
-    if "train" not in splits:
+    if train is None:
         return {}
+    labels, sentences = dataset.read_examples(train, None) if isinstance(train, Path) else (
+        train.labels, train.sentences)
     held_out = {name: split for name, split in splits.items() if name != "train"}
-    found = dataset.baselines(splits["train"], held_out)
+    found = dataset.baselines(labels, sentences, held_out)
     name = "test" if "test" in found else "dev"
-    print(f"baseline :: majority {found[name]['majority']:.3f}, tf-idf + logistic regression {found[name]['tfidf']:.3f}")
+    print(f"baseline :: majority {found[name]['majority']:.3f}, "
+          f"tf-idf + logistic regression {found[name]['tfidf']:.3f}", flush=True)
     return found
 
 
@@ -247,7 +255,7 @@ def finetune(config: RunConfig) -> None:
     checkpoint.load_state(folder / "best", model)  # the best epoch's weights are the ones that are evaluated
     held_out = {name: split for name, split in splits.items() if name != "train"}
     outputs = {n: trainer.predict(model, s, tokenizer.pad_id, device, n) for n, s in held_out.items()}
-    found = print_baselines(splits)
+    found = print_baselines(train, splits)
     default_out = {name: folder / f"{name}-predictions.txt" for name in outputs}
     scores = report_splits(config, splits, outputs, default_out, names)
     trainer.save_result(folder, {
@@ -267,8 +275,8 @@ def load_run(config: RunConfig):
     folder = Path(config.run)
     best = folder / "best" if (folder / "best").is_dir() else folder
     if not (best / "config.json").is_file():
-        raise FileNotFoundError(f"{folder}: there is no saved classifier here (no best/config.json); name the folder of "
-                                "a run that has finished an epoch")
+        raise FileNotFoundError(f"{folder}: there is no saved classifier here (no best/config.json); name the folder "
+                                "of a run that has finished an epoch")
     settings = checkpoint.read_json(best / "config.json")
     model = empty_classifier(settings, best / "config.json")
     checkpoint.load_state(best, model)
@@ -285,7 +293,7 @@ def evaluate(config: RunConfig) -> None:
 
     folder, model, tokenizer, settings = load_run(config)
     used = {} if config.given & {"dataset", "dev", "test"} else checkpoint.read_json(folder / RUN_FILE)["files"]
-    paths = {n: used[n]["path"] for n in ("dev", "test") if n in used}
+    paths = {n: used[n]["path"] for n in ("train", "dev", "test") if n in used}
     config = replace(config, **paths, max_sentence_len=settings["max_sentence_len"])
     files = dataset.find_files(config)
     for name in paths:
@@ -297,6 +305,7 @@ def evaluate(config: RunConfig) -> None:
     model.to(device.where)
     outputs = {n: predict(model, s, tokenizer.pad_id, device, n) for n, s in splits.items()}
     default_out = {name: folder / f"{name}-predictions.txt" for name in outputs}
+    print_baselines(files.train, splits)
     report_splits(config, splits, outputs, default_out, names)
 
 

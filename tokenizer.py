@@ -162,7 +162,7 @@ _LLAMA3_SPLIT = (
 
 def _gguf_vocabulary(metadata: dict[str, Any], path: Path) -> list[str]:
     tokens = metadata.get("tokenizer.ggml.tokens")
-    if not isinstance(tokens, list) or not tokens or not isinstance(tokens[0], str):
+    if not isinstance(tokens, list) or not tokens or not isinstance(tokens[0], str):  # a list has one type
         raise ValueError(f"{path}: the GGUF has no tokenizer in it; name one with --tokenizer")
     return tokens
 
@@ -281,7 +281,10 @@ class Tokenizer:
         for name in ("special_tokens_map.json", "tokenizer_config.json"):
             file = self.path.with_name(name)
             if file.is_file():
-                settings.update(json.loads(file.read_text(encoding="utf-8")))
+                try:
+                    settings.update(json.loads(file.read_text(encoding="utf-8")))
+                except (ValueError, TypeError, RecursionError) as error:
+                    raise ValueError(f"{file}: no JSON object ({error})") from None
         return settings
 
     def _special(self, token: Any, name: str) -> int:
@@ -304,15 +307,23 @@ class Tokenizer:
         if kind not in makers:
             raise ValueError(f"{self.path}: its tokenizer is of the kind {kind!r}; known here: gpt2 and llama. "
                              "Name another with --tokenizer")
-        self._backend = makers[kind](metadata, self.path)
-        tokens = metadata["tokenizer.ggml.tokens"]
-        kinds = metadata.get("tokenizer.ggml.token_type", [])
+        tokens = _gguf_vocabulary(metadata, self.path)
+        kinds = metadata.get("tokenizer.ggml.token_type", [1] * len(tokens))
+        numbers = [metadata.get(f"tokenizer.ggml.{name}_token_id", default)
+                   for name, default in (("bos", -1), ("eos", -1), ("padding", 0), ("unknown", 0))]
+        if not isinstance(kinds, list) or not all(type(i) is int and -1 <= i < len(tokens) for i in numbers):
+            raise ValueError(f"{self.path}: its tokenizer's token types are no list, or a special token's number "
+                             f"is not among its {len(tokens)} tokens: {numbers}")
+        try:
+            self._backend = makers[kind](metadata, self.path)
+        except ValueError:
+            raise
+        except Exception as error:  # merges that are no text, fewer scores than tokens, ...
+            raise ValueError(f"{self.path}: its tokenizer cannot be built ({error!r})") from None
         control = [AddedToken(t, special=True, normalized=False) for t, k in zip(tokens, kinds, strict=False) if k == 3]
         self._backend.add_special_tokens(control)
         self.n_words = len(tokens)
-        self.bos_id = metadata.get("tokenizer.ggml.bos_token_id", -1)
-        self.eos_id = metadata.get("tokenizer.ggml.eos_token_id", -1)
-        self.pad_id = metadata.get("tokenizer.ggml.padding_token_id", 0)
+        self.bos_id, self.eos_id, self.pad_id, _ = numbers
         self.add_bos = metadata.get("tokenizer.ggml.add_bos_token", kind == "llama") and self.bos_id >= 0
 
     # ----------------------------------------------------------------------- use

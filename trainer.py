@@ -47,7 +47,8 @@ class Device:
         return {k: v.to(self.where) for k, v in batch.items()}
 
     def __str__(self) -> str:
-        name = torch.cuda.get_device_name(self.where) if self.where.type == "cuda" else f"{torch.get_num_threads()} threads"
+        is_gpu = self.where.type == "cuda"
+        name = torch.cuda.get_device_name(self.where) if is_gpu else f"{torch.get_num_threads()} threads"
         return f"{self.where} ({name}), {str(self.dtype).removeprefix('torch.')}"
 
 
@@ -243,7 +244,9 @@ def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
     return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
 
 
-def fit(task: Task, optimizer: torch.optim.Optimizer, config: RunConfig, device: Device, folder: Path) -> dict[str, Any]:
+def fit(
+    task: Task, optimizer: torch.optim.Optimizer, config: RunConfig, device: Device, folder: Path
+) -> dict[str, Any]:
     """Train for config.epochs epochs; write steps.jsonl and epochs.jsonl; print a line an epoch; keep the best.
 
     The best epoch has the highest dev_acc, of equals the lowest dev_loss. Returns its line of epochs.jsonl.

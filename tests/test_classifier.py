@@ -1,0 +1,143 @@
+"""classifier.py: a sentence's probabilities depend on nothing but the sentence; prompting equals transformers."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import tiny
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from classifier import LlamaEmbeddingClassifier, LlamaZeroShotClassifier, pool
+from llama import load_pretrained
+
+POOLINGS = ("last", "mean", "max", "first")
+SETTINGS = {"num_labels": 5, "hidden_dropout_prob": 0.1}
+
+
+def classifier(pooling="last", attention="causal", **more):
+    torch.manual_seed(0)
+    model = LlamaEmbeddingClassifier(SimpleNamespace(**SETTINGS, pooling=pooling), tiny.llama(attention=attention, **more))
+    model.classifier_head.weight.data.mul_(20)  # the start is nearly uniform: too flat to see a difference in
+    return model.eval()
+
+
+def padded(sentences, pad, width=0):
+    """Sentences (lists of tokens) as (tokens, lengths), padded on the right."""
+    width = max(width, *map(len, sentences))
+    rows = torch.tensor([s + [pad] * (width - len(s)) for s in sentences])
+    return rows, torch.tensor([len(s) for s in sentences])
+
+
+def sentences(n, pad, seed=0):
+    """Of many lengths; a third of them end in the padding token, and one consists of it."""
+    draw = torch.Generator().manual_seed(seed)
+    rows = []
+    for i in range(n):
+        length = int(torch.randint(1, 40, (1,), generator=draw))
+        row = torch.randint(tiny.VOCAB, (length,), generator=draw).tolist()
+        rows.append(row[:-1] + [pad] if i % 3 == 0 else row)
+    return [*rows[:-1], [pad, pad]]
+
+
+@pytest.mark.parametrize("attention", ["causal", "bidirectional"])
+@pytest.mark.parametrize("pooling", POOLINGS)
+@pytest.mark.parametrize("pad", [0, 7])
+def test_probabilities_are_the_same_alone_in_a_batch_of_64_and_in_any_order(pooling, attention, pad):
+    model, rows = classifier(pooling, attention), sentences(64, pad)
+    with torch.no_grad():
+        batch = model(*padded(rows, pad)).exp()
+        order = torch.randperm(64, generator=torch.Generator().manual_seed(1))
+        shuffled = model(*padded([rows[i] for i in order], pad, width=55)).exp()
+        alone = torch.cat([model(torch.tensor([row])) for row in rows]).exp()
+    torch.testing.assert_close(batch, alone, rtol=0, atol=1e-5)
+    torch.testing.assert_close(shuffled, batch[order], rtol=0, atol=1e-5)
+    torch.testing.assert_close(batch.sum(1), torch.ones(64))
+    assert pooling == "first" and attention == "causal" or batch.std(0).min() > 0.01  # sentences do differ
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.integers(1, 6), min_size=1, max_size=5), st.integers(0, 3), st.sampled_from(POOLINGS))
+def test_pooling_equals_a_loop_over_the_sentences(lengths, more, kind):
+    hidden = torch.randn(len(lengths), max(lengths) + more, 3, generator=torch.Generator().manual_seed(sum(lengths)))
+    one = {"last": lambda h: h[-1], "first": lambda h: h[0], "mean": lambda h: h.mean(0), "max": lambda h: h.max(0)[0]}
+    want = torch.stack([one[kind](row[:n]) for row, n in zip(hidden, lengths, strict=True)])
+    torch.testing.assert_close(pool(hidden, torch.tensor(lengths), kind), want)
+
+
+def test_an_unknown_pooling_is_refused():
+    with pytest.raises(ValueError, match="'middle'.* last, mean, max or first"):
+        pool(torch.zeros(1, 2, 3), torch.tensor([2]), "middle")
+
+
+@pytest.mark.parametrize("n", [2, 5, 30])
+def test_the_first_loss_is_near_that_of_guessing(n):
+    model = LlamaEmbeddingClassifier(SimpleNamespace(num_labels=n, hidden_dropout_prob=0.0), tiny.llama())
+    loss = torch.nn.functional.nll_loss(model(tiny.tokens(200, 9)), tiny.tokens(200, vocab=n))
+    assert loss.item() == pytest.approx(math.log(n), abs=0.02)
+
+
+def test_dropout_is_drawn_in_training_only():
+    model, ids = classifier(), tiny.tokens(2, 5)
+    assert torch.equal(model(ids), model(ids))
+    model.train()
+    assert not torch.equal(model(ids), model(ids))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tiny")
+    tiny.hf_model().save_pretrained(path)
+    return path
+
+
+@pytest.mark.parametrize(("option", "trained"), [("pretrain", False), ("finetune", True)])
+def test_a_plain_namespace_makes_a_classifier_and_pretrain_freezes_its_llama(folder, option, trained):
+    model = LlamaEmbeddingClassifier(SimpleNamespace(pretrained_model_path=str(folder), option=option, **SETTINGS))
+    assert {p.requires_grad for p in model.llama.parameters()} == {trained}
+    assert {p.requires_grad for p in model.classifier_head.parameters()} == {True}
+    ids = tiny.tokens(2, 6)
+    assert model(ids).shape == (2, 5)
+    with torch.no_grad():
+        want = tiny.hf_model()(ids).logits
+        torch.testing.assert_close(load_pretrained(folder)(ids)[0], want, rtol=0, atol=1e-4)
+
+
+# --------------------------------------------------------------------------- prompting
+
+
+class Words:
+    """A tokenizer whose words are numbers."""
+
+    def encode_continuation(self, text):
+        return [int(word) for word in text.split()]
+
+
+LABELS = ["5", "17 3", "17 4", "9 8 7 6", "0"]
+
+
+def direct(theirs, prompt, label):
+    """log p(label | prompt): prompt and label through transformers in one go, without padding."""
+    label = [int(word) for word in label.split()]
+    with torch.no_grad():
+        log_p = theirs(torch.tensor([prompt + label])).logits[0].log_softmax(-1)
+    return sum(log_p[len(prompt) - 1 + i, token].item() for i, token in enumerate(label))
+
+
+@pytest.mark.parametrize("pad", [0, 17])
+def test_label_scores_equal_transformers_whatever_else_is_in_the_batch(folder, pad):
+    model = LlamaZeroShotClassifier(SimpleNamespace(pretrained_model_path=str(folder)), Words(), LABELS).eval()
+    prompts = sentences(7, pad)
+    want = torch.tensor([[direct(tiny.hf_model(), prompt, label) for label in LABELS] for prompt in prompts])
+    with torch.no_grad():
+        torch.testing.assert_close(model(*padded(prompts, pad)), want, rtol=0, atol=1e-4)
+        torch.testing.assert_close(model(*padded(prompts[::-1], pad, width=50)), want.flip(0), rtol=0, atol=1e-4)
+        alone = torch.cat([model(torch.tensor([prompt])) for prompt in prompts])
+    torch.testing.assert_close(alone, want, rtol=0, atol=1e-4)
+    assert not any(p.requires_grad for p in model.llama.parameters())
+
+
+def test_a_label_without_a_token_is_refused():
+    with pytest.raises(ValueError, match=r"\[' '\]"):
+        LlamaZeroShotClassifier(None, Words(), ["3", " "], tiny.llama())

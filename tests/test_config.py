@@ -1,0 +1,75 @@
+"""The command line: spellings, defaults, and messages."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+import config
+
+
+def test_every_option_of_the_teaching_scripts_is_understood():
+    line = ("--train t --dev d --test e --label-names l --pretrained-model-path m --max_sentence_len 9 --seed 3 "
+            "--epochs 4 --option prompt --use_gpu --generated_sentence_low_temp_out a "
+            "--generated_sentence_high_temp_out b --dev_out c --test_out f --batch_size 80 --hidden_dropout_prob 0.8 "
+            "--lr 1e-5")
+    c = config.parse_args(line.split())
+    assert (c.label_names, c.pretrained_model_path, c.batch_size, c.lr, c.use_gpu) == ("l", "m", 80, 1e-5, True)
+    assert len(c.given) == 17
+
+
+def test_the_defaults_are_the_teaching_scripts():
+    c = config.parse_args([])
+    assert (c.option, c.seed, c.epochs, c.batch_size, c.hidden_dropout_prob, c.lr, c.max_sentence_len) == (
+        "generate", 1337, 10, 8, 0.3, 1e-5, None)
+    assert not c.use_gpu and c.given == frozenset()
+
+
+@pytest.mark.parametrize("f", config.options(), ids=lambda f: f.name)
+def test_minus_and_underscore_are_interchangeable(f):
+    value = [] if f.type is bool else [str(f.metadata.get("choices", ["1"])[0]) if f.type is not float else "0.5"]
+    spellings = {f"--{f.name}", "--" + f.name.replace("_", "-")}
+    assert len({config.parse_args([s, *value]) for s in spellings}) == 1
+    if value:
+        assert config.parse_args([f"--{f.name.replace('_', '-')}={value[0]}"]).given == {f.name}
+
+
+def test_values_keep_their_underscores_and_minuses():
+    assert config.parse_args(["--dev_out=a-b_c", "--test-out", "d-e_f"]).dev_out == "a-b_c"
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["--lr", "-1"], "--lr -1.0: it must be above 0"),
+    (["--lr", "nan"], "--lr nan: it must be above 0"),
+    (["--lr", "fast"], "invalid float value"),
+    (["--epochs", "0"], "--epochs 0: it must be 1 or more"),
+    (["--n_layers", "0"], "--n_layers 0"),
+    (["--hidden_dropout_prob", "1"], "at least 0 and below 1"),
+    (["--option", "train"], "invalid choice"),
+    (["--epoch", "3"], "did you mean --epochs?"),
+    (["finetune"], "unknown option finetune"),
+])
+def test_a_bad_value_is_one_line_and_exit_code_2(argv, words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        config.parse_args(argv)
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and words in err and err.count("\n") == 1
+
+
+def test_help_has_every_option_in_groups_and_does_not_import_torch():
+    code = "import sys, run_llama\ntry: run_llama.main(['--help'])\nfinally: print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip().endswith("False")
+    for f in config.options():
+        assert re.search(rf"--{f.name}\b", done.stdout)
+    for group in ("Data:", "Model:", "Training:", "Device:", "Output:"):
+        assert group in done.stdout
+
+
+@pytest.mark.parametrize("bad", [{"dim": 0}, {"dim": 30, "n_heads": 4}, {"n_heads": 4, "n_kv_heads": 3},
+                                 {"attention": "sideways"}, {"n_layers": "8"}, {"dim": 12, "n_heads": 4}])
+def test_a_model_that_cannot_be_is_refused(bad):
+    with pytest.raises(ValueError):
+        config.LlamaConfig(**bad)
