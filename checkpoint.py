@@ -194,7 +194,10 @@ def _what_it_calls(path: Path, error: Exception) -> str:
         unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     except Exception:  # torch lists them for zip files only; for others its error names the first
         unsafe = re.findall(r"GLOBAL (\S+)", str(error))
-    return f"its pickle wants to call {', '.join(unsafe)}" if unsafe else f"no plain pickle ({str(error)[:100]})"
+    if unsafe:
+        return f"its pickle wants to call {', '.join(unsafe)}"
+    reason = str(error).partition("\n\nCheck the documentation")[0].strip().splitlines()[-1:]  # behind torch's advice
+    return f"no plain pickle ({''.join(reason)[:100]})"
 
 
 _GGUF_NAMES = {

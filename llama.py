@@ -170,7 +170,9 @@ class Llama(nn.Module):
         if end > self.config.max_seq_len:
             raise ValueError(f"{end} tokens do not fit into the model's context of {self.config.max_seq_len}; "
                              "cut them with --max_sentence_len")
-        table = rotary_table(self.config.head_dim, self.config.max_seq_len, self.config.rope_theta, tokens.device)
+        # Built for the next 1,024 positions and not for the whole context, which may be a million.
+        reach = min(self.config.max_seq_len, -(-end // 1024) * 1024)
+        table = rotary_table(self.config.head_dim, reach, self.config.rope_theta, tokens.device)
         mask = None
         if lengths is not None and self.config.attention == "bidirectional":
             mask = (torch.arange(end, device=tokens.device) < lengths[:, None])[:, None, None, :]

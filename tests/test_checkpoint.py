@@ -18,11 +18,10 @@ from types import SimpleNamespace
 import gguf as gguf_package
 import numpy as np
 import pytest
+import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-import tiny
 
 import checkpoint
 from checkpoint import load_pretrained, read_weights
@@ -146,7 +145,8 @@ def smollm():
     if not SMOLLM.is_file():
         pytest.skip(f"{SMOLLM} is not here; `python data/prepare.py smollm2-135m` fetches it")
     hf, patch = tiny.transformers(), pytest.MonkeyPatch()
-    patch.setattr(gguf_package, "GGUFReader", lru_cache(gguf_package.GGUFReader))  # seconds, and called three times
+    for slow in ("GGUFReader", "get_tensor_name_map"):  # called again and again with the same arguments
+        patch.setattr(gguf_package, slow, lru_cache(getattr(gguf_package, slow)))
     try:
         tokenizer = hf.AutoTokenizer.from_pretrained(SMOLLM.parent, gguf_file=SMOLLM.name)
         return load_pretrained(SMOLLM), through_transformers(SMOLLM), tokenizer
@@ -232,7 +232,6 @@ HUGE = 2**60
 LIES = {
     "n_tensors 2**63": tiny.gguf_bytes(n_tensors=2**63),
     "n_pairs 2**62": tiny.gguf_bytes(n_pairs=2**62),
-    "n_pairs one too many": tiny.gguf_bytes((ARCHITECTURE,), n_pairs=2, data=b""),
     "a key of 2**60 bytes": tiny.gguf_bytes((u64(HUGE) + bytes(40),)),
     "a string of 2**60 bytes": tiny.gguf_bytes((tiny.gguf_pair("a", 8, u64(HUGE) + bytes(40)),)),
     "an array of 2**60 numbers": tiny.gguf_bytes((tiny.gguf_pair("a", 9, u32(4) + u64(HUGE)),)),
@@ -272,6 +271,9 @@ def test_a_gguf_header_that_lies_is_refused(tmp_path, lie):
     path.write_bytes(LIES[lie])
     with refused(path):
         load_pretrained(path)
+    if "token_embd" not in str(LIES[lie]) and lie != "no tensors at all":  # these are true GGUFs, of no Llama
+        with refused(path):
+            checkpoint.read_gguf(path)
 
 
 def test_the_bytes_that_these_lies_are_made_of_are_a_gguf_when_they_do_not_lie(tmp_path):
@@ -354,7 +356,7 @@ def test_a_pt_with_code_in_it_is_refused_by_the_name_of_what_it_calls_and_nothin
     path, marker = tmp_path / "evil.pt", tmp_path / "it-ran"
     evil = {"model_args": {}, "model": Payload(marker)}
     if form == "plain pickle":
-        path.write_bytes(pickle.dumps(evil))
+        path.write_bytes(pickle.dumps(evil, protocol=2))
     else:
         torch.save(evil, path, _use_new_zipfile_serialization=form == "zip")
     with refused(path, r"wants to call .*(posix|nt)\.system"):

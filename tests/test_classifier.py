@@ -18,7 +18,8 @@ SETTINGS = {"num_labels": 5, "hidden_dropout_prob": 0.1}
 
 def classifier(pooling="last", attention="causal", **more):
     torch.manual_seed(0)
-    model = LlamaEmbeddingClassifier(SimpleNamespace(**SETTINGS, pooling=pooling), tiny.llama(attention=attention, **more))
+    config = SimpleNamespace(**SETTINGS, pooling=pooling)
+    model = LlamaEmbeddingClassifier(config, tiny.llama(attention=attention, **more))
     model.classifier_head.weight.data.mul_(20)  # the start is nearly uniform: too flat to see a difference in
     return model.eval()
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+import struct
 import time
 
 import pytest
@@ -14,13 +15,19 @@ from tokenizer import Tokenizer, read_gguf
 
 CORPUS = [
     "the film is a good film and the story is well told", "a bad story, badly told; it isn't a film at all!",
-    "in 1999 the hero was 42 years old", "the naïve café of the north", "wonderful, wonderful performances",
+    "in 1999 in 1999 in 1999 in 1999 the hero was 42 years old", "the naïve café of the north",
+    "wonderful, wonderful performances",
 ] * 4
 TEXTS = [
     "the good film", "", " ", "a", "   three  spaces  ", "isn't it? 1999, 12345!", "naïve café ☕", "我们 😀 \u200d x",
-    "tabs\tand\nnew lines\n\n", "Ünïcode ſtrange ﬁ", "\u00a0 \u3000 odd spaces\u2009", "don't DON'T we'll 'tis", "▁ ▁▁x",
+    "tabs\tand\nnew lines\n\n", "Ünïcode ſtrange ﬁ", "\u00a0 \u3000 odd spaces\u2009",
+    "don't DON'T we'll 'tis", "▁ ▁▁x",
 ]
-any_text = st.text(max_size=40) | st.text("the film is godab'▁ \n19é", max_size=40)
+# Without the names of control tokens, which hypothesis copies from this file: a GGUF's are matched in a text, as
+# transformers matches them, and sentencepiece spells them.
+CONTROL = ("<s>", "</s>", "<unk>", "<|endoftext|>", "<|im_start|>", "<|im_end|>")
+any_text = (st.text(max_size=40) | st.text("the film is godab'▁ \n19é", max_size=40)).filter(
+    lambda text: not any(name in text for name in CONTROL))
 
 
 @pytest.fixture(scope="module")
@@ -66,16 +73,18 @@ def bpe(tmp_path_factory):
     from tokenizers import decoders, models, pre_tokenizers, trainers
 
     backend = Backend(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     backend.train_from_iterator(CORPUS, trainers.BpeTrainer(
         vocab_size=340, special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"], show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    assert backend.token_to_id("Ġ1999")  # so that it shows when digits, from here on, are not split
+    backend.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
     folder = tmp_path_factory.mktemp("bpe")
     backend.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps(
-        {"bos_token": "<|im_start|>", "eos_token": {"content": "<|im_end|>"}, "pad_token": "<|im_end|>"}), encoding="utf-8")
+    special = {"bos_token": "<|im_start|>", "eos_token": {"content": "<|im_end|>"}, "pad_token": "<|im_end|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(special), encoding="utf-8")
     return backend, folder
 
 
@@ -150,9 +159,11 @@ def test_a_gguf_of_the_gpt2_kind_and_a_tokenizer_json_equal_the_tokenizers_libra
 
 
 def test_a_gguf_of_the_gpt2_kind_equals_transformers(bpe_gguf):
+    """But for digits: transformers splits words as GPT-2 does whatever the GGUF says (SmolLM's own vocabulary, which
+    has no word of two digits, hides it)."""
     theirs = tiny.transformers().AutoTokenizer.from_pretrained(bpe_gguf.parent, gguf_file=bpe_gguf.name)
     tokenizer = Tokenizer(tokenizer_model=bpe_gguf)
-    for text in TEXTS:
+    for text in (text for text in TEXTS if "1" not in text):
         assert ids(tokenizer, text) == theirs(text, add_special_tokens=False)["input_ids"]
 
 
@@ -188,7 +199,8 @@ def test_many_texts_at_once_are_encoded_as_one_by_one_and_cut_after_max_len(path
 def test_a_continuation_is_what_follows_in_the_whole_sentence(path):
     tokenizer = Tokenizer(tokenizer_model=path)
     for word in ("good", "bad", "wonderful", "naïve", "xyz"):
-        assert ids(tokenizer, "the film is") + tokenizer.encode_continuation(word) == ids(tokenizer, f"the film is {word}")
+        whole = ids(tokenizer, f"the film is {word}")
+        assert ids(tokenizer, "the film is") + tokenizer.encode_continuation(word) == whole
         assert tokenizer.decode(tokenizer.encode_continuation(word)).strip() == word
 
 
@@ -222,8 +234,8 @@ def test_a_tokenizer_config_that_is_no_json_object_is_refused(bpe, tmp_path, set
 def bad_spm(judge, **what):
     def add(writer):
         n = judge.vocab_size()
-        says = dict(tokenizer_model="llama", token_list=[judge.id_to_piece(i) for i in range(n)], token_scores=[0.0] * n,
-                    token_types=[1] * n)
+        says = dict(tokenizer_model="llama", token_list=[judge.id_to_piece(i) for i in range(n)],
+                    token_scores=[0.0] * n, token_types=[1] * n)
         for name, value in {**says, **what}.items():
             getattr(writer, f"add_{name}")(value)
     return add
@@ -258,7 +270,7 @@ def test_flipped_bytes_in_a_tokenizer_are_refused_or_harmless(tmp_path_factory, 
 def test_the_header_with_a_vocabulary_is_read_at_once(tmp_path):
     """49,152 words, as SmolLM has: the gguf package's reader takes seconds."""
     words = b"".join(tiny.gguf_string(f"word{i}") for i in range(49_152))
-    pair = tiny.gguf_pair("tokenizer.ggml.tokens", 9, (8).to_bytes(4, "little") + (49_152).to_bytes(8, "little") + words)
+    pair = tiny.gguf_pair("tokenizer.ggml.tokens", 9, struct.pack("<IQ", 8, 49_152) + words)
     (tmp_path / "big.gguf").write_bytes(tiny.gguf_bytes((pair,)))
     began = time.perf_counter()
     metadata, _ = read_gguf(tmp_path / "big.gguf")
