@@ -10,8 +10,9 @@ import math
 import os
 import pickle
 import re
+import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from config import LlamaConfig, RunConfig
 from data import prepare
+from dataset import sha256
 from llama import Llama
 from tokenizer import TOKENIZER_MODEL, GGUFTensor, Tokenizer, read_gguf
 
@@ -69,8 +71,9 @@ def find_model(config: RunConfig) -> ModelFiles:
         weights = next((p for p in places if p.is_file() and _tokenizer_beside(p, config)), None)
         if weights is None:
             weights = prepare.weights_path("smollm2-135m")
-            notice = ("stories42M.pt and its tokenizer.model are not here: using smollm2-135m instead; "
-                      "`python data/prepare.py stories42M` fetches them (or imports them: --from DIR)")
+            missing = "its tokenizer.model" if any(p.is_file() for p in places) else "stories42M.pt"
+            notice = (f"{missing} is not here: using smollm2-135m instead; "
+                      "`python data/prepare.py stories42M` fetches both (or imports them: --from DIR)")
             if not weights.is_file():
                 prepare.fetch("smollm2-135m")
     tokenizer = _tokenizer_beside(weights, config)
@@ -287,6 +290,8 @@ def read_hf_folder(path: Path) -> Weights:
         raise ValueError(f"{path / 'config.json'}: rope_parameters is {rope!r}, expected an object")
     if rope.get("rope_type", rope.get("type", "default")) != "default":
         raise ValueError(f"{path / 'config.json'}: its rotary positions are scaled ({rope}); that is not supported")
+    if settings.get("hidden_act", "silu") != "silu" or settings.get("quantization_config"):
+        raise ValueError(f"{path / 'config.json'}: only a Llama with silu and without quantisation is supported here")
     for key in ("attention_bias", "mlp_bias"):
         if settings.get(key):
             raise ValueError(f"{path / 'config.json'}: {key} is true; only a Llama without biases is supported here")
@@ -380,6 +385,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def read_weights(path: str | Path) -> Weights:
     """The config and the lazy tensors of a file or folder of any format. Raises FileNotFoundError or ValueError."""
+    check_torch()
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path}: there is no such file or folder")
@@ -390,24 +396,26 @@ def read_weights(path: str | Path) -> Weights:
     return read_gguf_weights(path) if is_gguf or path.suffix == ".gguf" else read_pt(path)
 
 
-def load_pretrained(checkpoint: str | Path, n_layers: int | None = None, dropout: float = 0.0,
+def check_n_layers(weights: Weights, n_layers: int | None) -> None:
+    """Raises ValueError for more layers than the file has, and for a file that has others than it says."""
+    config = weights.config
+    held = {int(m[1]) for name in weights.shapes if (m := re.match(r"layers\.(\d{1,9})\.", name))}
+    if config.n_layers != len(held):
+        raise ValueError(f"{weights.path}: it says {config.n_layers} layers and holds {len(held)}")
+    if n_layers is not None and not 1 <= n_layers <= config.n_layers:
+        raise ValueError(f"--n_layers {n_layers}: {weights.path} has {config.n_layers} layers")
+
+
+def load_pretrained(checkpoint: str | Path | Weights, n_layers: int | None = None, dropout: float = 0.0,
                     attention: str = "causal") -> Llama:
     """A Llama in float32, in evaluation mode, with the weights of a file or folder of any format.
 
     `n_layers`: the first K layers of the stack only (the others are not read). Raises FileNotFoundError, or
     ValueError for a file that is damaged, of another architecture, or that holds other shapes than it says.
     """
-    check_torch()
-    weights = read_weights(checkpoint)
-    config = weights.config
-    held = {int(m[1]) for name in weights.shapes if (m := re.match(r"layers\.(\d{1,9})\.", name))}
-    if config.n_layers != len(held):
-        raise ValueError(f"{weights.path}: it says {config.n_layers} layers and holds {len(held)}")
-    if n_layers is not None:
-        if not 1 <= n_layers <= config.n_layers:
-            raise ValueError(f"--n_layers {n_layers}: {weights.path} has {config.n_layers} layers")
-        config.n_layers = n_layers
-    config.dropout, config.attention = dropout, attention
+    weights = checkpoint if isinstance(checkpoint, Weights) else read_weights(checkpoint)
+    check_n_layers(weights, n_layers)
+    config = replace(weights.config, n_layers=n_layers or weights.config.n_layers, dropout=dropout, attention=attention)
     with torch.device("meta"):
         model = Llama(config)
     for name, parameter in model.named_parameters():
@@ -432,8 +440,27 @@ def check_vocabulary(tokenizer: Tokenizer, config: LlamaConfig) -> None:
 # --------------------------------------------------------------------------- our own files
 
 
+def check_writable(path: Path, option: str) -> None:
+    """Raises OSError, naming the option, for a file that could not be written; makes its folder."""
+    if path.exists() and not path.is_file() and not path.is_dir():
+        return  # a pipe or a device
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(0, "it is a folder; name a file")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path.with_name(path.name + ".probe"), Path.touch)
+        path.with_name(path.name + ".probe").unlink()
+    except OSError as error:
+        raise OSError(f"{option} {path}: it cannot be written ({error.strerror})") from None
+
+
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Call write(temporary path), flush it to disk and rename it: path is the old file or the new, never half."""
+    """Call write(temporary path), flush it to disk and rename it: path is the old file or the new, never half. What a
+    symbolic link points to is replaced, not the link; a pipe or a device is written to."""
+    path = path.resolve()
+    if path.exists() and not path.is_file():
+        write(path)
+        return
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         write(temporary)
@@ -446,7 +473,7 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """A JSON file, written atomically."""
-    text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+    text = json.dumps(value, indent=1) + "\n"
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
@@ -458,24 +485,175 @@ def save_classifier(folder: Path, model: torch.nn.Module, tokenizer: Tokenizer, 
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
-    state = {k: v.detach().contiguous() for k, v in model.state_dict().items() if k != "llama.output.weight"}
+    state = {k: v.detach().contiguous() for k, v in model.state_dict().items()}
     write_atomically(folder / "model.safetensors", lambda temporary: save_file(state, str(temporary)))
     (folder / "model.safetensors").chmod(0o644)  # the library makes it 0600
     tokenizer.save(folder)
     write_json(folder / "config.json", {**settings, "llama": asdict(model.llama.config)})
 
 
-def load_state(folder: Path, model: torch.nn.Module) -> None:
+def load_classifier_state(folder: Path, model: torch.nn.Module) -> None:
     """Read the weights of `save_classifier` into a model of the same shape, in place."""
     handle = open_safetensors(folder / "model.safetensors")
-    own = {k: v for k, v in model.state_dict().items() if k != "llama.output.weight"}
+    own = model.state_dict()
     held = set(handle.keys())
     wrong = [k for k in own if k not in held or tuple(handle.get_slice(k).get_shape()) != tuple(own[k].shape)]
     if wrong or held - own.keys():
         raise ValueError(f"{folder}: model.safetensors and config.json do not belong together ({wrong[:3]})")
-    if any(tensor.is_meta for tensor in own.values()):
-        model.load_state_dict({name: handle.get_tensor(name) for name in own}, assign=True)
-        return
-    with torch.no_grad():
-        for name, tensor in own.items():
-            tensor.copy_(handle.get_tensor(name))
+    state = {name: handle.get_tensor(name).float() for name in own}
+    model.load_state_dict(state, assign=any(tensor.is_meta for tensor in own.values()))
+
+
+def run_files(path: Path) -> dict[str, dict[str, str]]:
+    """The data files of a run by split, each with `path` and `sha256`, from its args.json. Raises ValueError for an
+    args.json that is none."""
+    files = read_json(path).get("files")
+    if not isinstance(files, dict) or not all(isinstance(f, dict) and isinstance(f.get("path"), str)
+                                              for f in files.values()):
+        raise ValueError(f"{path}: no run is described here (it has no `files`)")
+    return files
+
+
+# --------------------------------------------------------------------------- the state of a run, for an exact resume
+
+MANIFEST, STATE = "manifest.json", "state.json"
+
+
+def split_tensors(value: Any, path: str = "") -> tuple[Any, dict[str, Tensor]]:
+    """A nest of dicts and lists into the same nest without its tensors, and the tensors by their path.
+
+    A tensor's place holds {"tensor": path}; dict keys become [key, value] pairs, since JSON knows only text keys.
+    """
+    if isinstance(value, Tensor):
+        return {"tensor": path}, {path: value}
+    if isinstance(value, dict):
+        pairs, tensors = [], {}
+        for key, item in value.items():
+            plain, found = split_tensors(item, f"{path}.{key}" if path else str(key))
+            pairs.append([key, plain])
+            tensors |= found
+        return {"dict": pairs}, tensors
+    if isinstance(value, list | tuple):
+        items, tensors = [], {}
+        for i, item in enumerate(value):
+            plain, found = split_tensors(item, f"{path}.{i}" if path else str(i))
+            items.append(plain)
+            tensors |= found
+        return {"tuple" if isinstance(value, tuple) else "list": items}, tensors
+    return value, {}
+
+
+def join_tensors(plain: Any, tensors: dict[str, Tensor]) -> Any:
+    """The nest that `split_tensors` took apart."""
+    if not isinstance(plain, dict):
+        return plain
+    (kind, content), = plain.items()
+    if kind == "tensor":
+        return tensors[content]
+    if kind == "dict":
+        return {key: join_tensors(item, tensors) for key, item in content}
+    items = [join_tensors(item, tensors) for item in content]
+    return tuple(items) if kind == "tuple" else items
+
+
+def _flush_folder(folder: Path) -> None:
+    """Make a rename in this folder durable; Windows has no such call and does not need it."""
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def save_state(last: Path, step: int, tensors: dict[str, Tensor], values: dict[str, Any], good: bool) -> None:
+    """A state in last/step-<step>-<n>/: tensors, values, and a manifest with sizes and sha256, written last.
+
+    Written into a folder beside, flushed, read back and renamed; then the older states are removed, but for the one
+    before and the newest good one (`good`: a state to roll back to). Raises OSError, naming the path and
+    the bytes, when the disk is full; the states before stay as they were and the half-written one is removed.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    last.mkdir(parents=True, exist_ok=True)
+    for litter in last.glob(".*.tmp"):  # of a process that was killed while it wrote; the lock makes it nobody else's
+        shutil.rmtree(litter, ignore_errors=True)
+    existing = _states(last)
+    folder = last / f"step-{step}-{_number(existing[0]) + 1 if existing else 0}"
+    temporary = last / f".{folder.name}.tmp"
+    wanted = sum(t.numel() * t.element_size() for t in tensors.values())
+    try:
+        temporary.mkdir()
+        plain = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+        save_file(plain, str(temporary / "tensors.safetensors"))
+        (temporary / STATE).write_text(json.dumps(values), encoding="utf-8")
+        files = {}
+        for path in sorted(temporary.iterdir()):
+            with open(path, "rb+") as file:
+                os.fsync(file.fileno())
+            files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}  # read back
+        with open(temporary / MANIFEST, "w", encoding="utf-8") as file:
+            json.dump({"step": step, "good": good, "files": files}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, folder)
+        _flush_folder(last)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        free = shutil.disk_usage(last).free
+        raise OSError(f"{folder}: the state could not be written ({error}): it takes {wanted} bytes, {free} are free; "
+                      "the last whole state is kept") from None
+    keep_good = next((s for s in [folder, *existing] if read_json(s / MANIFEST).get("good")), None)
+    for old in existing[1:]:  # the one before stays too: it is what a damaged newest state falls back to
+        if old != keep_good:
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def _number(folder: Path) -> int:
+    return int(folder.name.rpartition("-")[2])
+
+
+def _states(last: Path) -> list[Path]:
+    """The committed states, newest first."""
+    found = [p for p in last.glob("step-*-*") if re.fullmatch(r"step-\d+-\d+", p.name) and (p / MANIFEST).is_file()]
+    return sorted(found, key=_number, reverse=True)
+
+
+def _fault(folder: Path) -> str | None:
+    """What is wrong with a state, or None."""
+    try:
+        files = read_json(folder / MANIFEST)["files"]
+        for name, known in files.items():
+            path = folder / name
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != known["bytes"]:
+                return f"{name} has {path.stat().st_size} bytes, not {known['bytes']}"
+            if sha256(path) != known["sha256"]:
+                return f"{name} has changed since it was written (sha256)"
+        return None if {"tensors.safetensors", STATE} <= files.keys() else "its manifest is not whole"
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        return f"its manifest cannot be read ({error})"
+
+
+def load_state(last: Path, only_good: bool = False) -> tuple[dict[str, Tensor], dict[str, Any], list[str]]:
+    """Tensors and values of the newest state that is whole, and a line for each damaged one that was passed over.
+
+    Raises ValueError when there is none.
+    """
+    faults = []
+    for folder in _states(last):
+        fault = _fault(folder)
+        if fault:
+            faults.append(f"{folder}: {fault}; going back to the state before it")
+        elif not only_good or read_json(folder / MANIFEST)["good"]:
+            handle = open_safetensors(folder / "tensors.safetensors")
+            return {k: handle.get_tensor(k) for k in handle.keys()}, read_json(folder / STATE), faults
+    raise ValueError("\n".join([*faults, f"{last}: there is no whole state to go on from; start the run again"]))
+
+
+def keep_newest_state(last: Path) -> None:
+    """Of a finished run, only the newest state stays."""
+    for old in _states(last)[1:]:
+        shutil.rmtree(old, ignore_errors=True)

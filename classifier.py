@@ -4,6 +4,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -11,6 +12,8 @@ from torch.nn import functional as F
 from config import LlamaConfig
 from llama import Llama, load_pretrained
 from tokenizer import Tokenizer
+
+POOLINGS = ("last", "mean", "max", "first")
 
 
 def pool(hidden: Tensor, lengths: Tensor, kind: str) -> Tensor:
@@ -39,8 +42,10 @@ def all_real(input_ids: Tensor) -> Tensor:
 class LlamaEmbeddingClassifier(nn.Module):
     """Pooling, dropout and one linear layer on a Llama's last hidden states.
 
-    `config` has `num_labels`, `hidden_dropout_prob`, and if it likes `pooling` (default "last") and `option`
-    ("pretrain" freezes the Llama). Without a `llama`, `config.pretrained_model_path` is loaded.
+    `config` has `num_labels`, `hidden_dropout_prob`, and if it likes `pooling` (default "last"), `option` ("pretrain"
+    freezes the Llama, as in the teaching scripts) and `loss`: "ordinal" puts one score and num_labels - 1 rising cuts
+    in place of the linear layer, P(y <= k) = sigmoid(cut_k - score) (McCullagh 1980, proportional odds). Without a
+    `llama`, `config.pretrained_model_path` is loaded.
     """
 
     def __init__(self, config: Any, llama: Llama | None = None):
@@ -48,9 +53,16 @@ class LlamaEmbeddingClassifier(nn.Module):
         self.num_labels = config.num_labels
         self.pooling = getattr(config, "pooling", "last")
         self.llama = load_pretrained(config.pretrained_model_path) if llama is None else llama
+        self.llama.output = nn.Identity()  # a classifier has no use for the logits of words
         self.llama.requires_grad_(getattr(config, "option", "finetune") != "pretrain")
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
-        self.classifier_head = nn.Linear(self.llama.config.dim, self.num_labels)
+        self.is_ordinal = getattr(config, "loss", "ce") == "ordinal"
+        self.classifier_head = nn.Linear(self.llama.config.dim, 1 if self.is_ordinal else self.num_labels)
+        if self.is_ordinal:
+            # Cuts that make the classes equally likely at score 0: the logits of 1/C, 2/C, ...
+            cuts = torch.logit(torch.arange(1, self.num_labels) / self.num_labels)
+            self.first_cut = nn.Parameter(cuts[:1].clone())
+            self.gaps = nn.Parameter(torch.log(torch.expm1(cuts.diff())))  # softplus of them is what is added
         # Small, so that the first loss is ln(num_labels) whatever the size of the model's hidden states.
         with torch.no_grad():
             self.classifier_head.weight.mul_(0.05)
@@ -60,18 +72,57 @@ class LlamaEmbeddingClassifier(nn.Module):
         """Tokens (B, T), padded on the right, and lengths (B,) (None: no padding) to log-probabilities (B, C)."""
         lengths = all_real(input_ids) if lengths is None else lengths
         pooled = pool(self.llama.hidden(input_ids, lengths), lengths, self.pooling)
-        return F.log_softmax(self.classifier_head(self.dropout(pooled)).float(), dim=-1)
+        with torch.autocast(pooled.device.type, enabled=False):  # a bfloat16 logit has three digits
+            out = self.classifier_head(self.dropout(pooled.float()))
+        return self.ordinal_log_probabilities(out) if self.is_ordinal else F.log_softmax(out, dim=-1)
+
+    def ordinal_log_probabilities(self, score: Tensor) -> Tensor:
+        """A score (B, 1) to log P(y = k) = log(P(y <= k) - P(y <= k - 1)), (B, C)."""
+        cuts = torch.cat((self.first_cut, self.first_cut + F.softplus(self.gaps).cumsum(0)))
+        edge = score.new_full((len(score), 1), torch.inf)
+        upper, lower = torch.cat((cuts - score, edge), 1), torch.cat((-edge, cuts - score), 1)
+        # sigmoid(u) - sigmoid(l) = sigmoid(u) sigmoid(-l) (1 - exp(l - u)): no difference of near equals.
+        gap = torch.cat((edge, cuts.diff().expand(len(score), -1), edge), 1)
+        return F.logsigmoid(upper) + F.logsigmoid(-lower) + torch.log(-torch.expm1(-gap))
+
+
+def classification_loss(model: nn.Module, batch: dict[str, Tensor], label_smoothing: float = 0.0, r_drop: float = 0.0,
+                        class_weights: Tensor | None = None) -> Tensor:
+    """Each sentence's loss (B,): the cross-entropy of log-probabilities, with what was asked for on top.
+
+    label_smoothing e: (1 - e) of the target on the label, e spread over all classes (Szegedy et al. 2016, section 7).
+    r_drop a: the mean of two passes with different dropout, plus a times half their symmetric Kullback-Leibler
+    divergence (Liang et al. 2021, arXiv 2106.14448, eq. 4). class_weights (C,): each loss times its label's weight.
+    """
+    passes = [model(batch["tokens"], batch["lengths"]) for _ in range(2 if r_drop else 1)]
+    losses = torch.stack([_cross_entropy(p, batch["labels"], label_smoothing) for p in passes]).mean(0)
+    if r_drop:
+        p, q = passes
+        divergence = ((p.exp() - q.exp()) * (p - q)).sum(1)  # KL(p || q) + KL(q || p)
+        losses = losses + r_drop * divergence / 2
+    return losses if class_weights is None else losses * class_weights[batch["labels"]]
+
+
+def _cross_entropy(log_probs: Tensor, labels: Tensor, smoothing: float) -> Tensor:
+    losses = F.nll_loss(log_probs, labels, reduction="none")
+    return losses if not smoothing else (1 - smoothing) * losses - smoothing * log_probs.mean(1)
 
 
 def empty_classifier(settings: dict[str, Any], path: Path) -> LlamaEmbeddingClassifier:
     """A classifier of the shape that a saved config.json describes, on the device "meta": its weights come from
     `checkpoint.load_state`. Raises ValueError, naming `path`, for settings that cannot be."""
+    names, longest = settings.get("label_names"), settings.get("max_sentence_len")
+    if not isinstance(names, list) or not all(isinstance(n, str) for n in names) or len(names) < 2 or (
+            settings.get("num_labels") != len(names) or not (longest is None or type(longest) is int and longest > 0)
+            or settings.get("pooling") not in POOLINGS):
+        raise ValueError(f"{path}: no saved classifier (label_names, num_labels, pooling or max_sentence_len is odd)")
     try:
+        if not 0 < settings["llama"]["n_layers"] < 1000:
+            raise ValueError(f"n_layers is {settings['llama']['n_layers']}")
         with torch.device("meta"):
             llama = Llama(LlamaConfig(**settings["llama"]))
-            llama.output = nn.Identity()  # a classifier has no use for the logits of words, and none are saved
             return LlamaEmbeddingClassifier(SimpleNamespace(**settings), llama)
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:  # the last: sizes that overflow
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise ValueError(f"{path}: no saved classifier ({error!r})") from None
 
 
@@ -114,6 +165,20 @@ class LlamaZeroShotClassifier(nn.Module):
 
     def _log_probabilities(self, tokens: Tensor, lengths: Tensor, places: list[Tensor]) -> list[Tensor]:
         """log p(next token), (B, V), after each of the places (B,). Only there is the large output layer used."""
-        hidden = self.llama.hidden(tokens, lengths)
+        hidden = self.llama.hidden(tokens, lengths).float()
         rows = torch.arange(len(tokens), device=tokens.device)
-        return [F.log_softmax(self.llama.output(hidden[rows, place]).float(), dim=-1) for place in places]
+        with torch.autocast(tokens.device.type, enabled=False):  # in bfloat16, close scores would be equal
+            return [F.log_softmax(self.llama.output(hidden[rows, place]), dim=-1) for place in places]
+
+
+def ask(model: LlamaZeroShotClassifier, sentences: list[np.ndarray], tokenizer: Tokenizer, question: str,
+        names: list[str]) -> list[np.ndarray]:
+    """The prompts: each tokenised sentence (T,), cut where the model's context leaves no more room, then the question,
+    in which {labels} stands for the names. Raises ValueError when the question alone is too long."""
+    labels = " or ".join(names) if len(names) == 2 else ", ".join(names[:-1]) + ", or " + names[-1]
+    asked = tokenizer.encode_continuation(question.replace("{labels}", labels).strip())
+    room = model.llama.config.max_seq_len - len(asked) - max(len(ids) for ids in model.label_name_ids)
+    if room < 1:
+        raise ValueError(f"--question: its {len(asked)} tokens leave no room for a sentence in the model's context of "
+                         f"{model.llama.config.max_seq_len}")
+    return [np.concatenate((tokens[:room], np.asarray(asked, dtype=np.int32))) for tokens in sentences]

@@ -79,7 +79,24 @@ class Check:
 POSITIVE = Check(lambda x: 0 < x < math.inf, "above 0")
 NOT_NEGATIVE = Check(lambda x: 0 <= x < math.inf, "0 or more")
 AT_LEAST_ONE = Check(lambda x: x >= 1, "1 or more")
+AT_LEAST_TWO = Check(lambda x: x >= 2, "2 or more")
 PROBABILITY = Check(lambda x: 0 <= x < 1, "at least 0 and below 1")
+FRACTION = Check(lambda x: 0 < x <= 1, "above 0 and at most 1")
+FRACTION_OR_ZERO = Check(lambda x: 0 <= x <= 1, "between 0 and 1")
+
+# The names of optimizer.SCHEDULES, which cannot be imported here: that room imports torch.
+SCHEDULERS = (
+    "constant", "linear", "cosine", "cosine_restarts", "linear_cosine", "step", "multistep", "exponential",
+    "natural_exp", "inverse_time", "polynomial", "inverse_sqrt", "cyclic", "one_cycle", "wsd", "plateau",
+)
+
+
+def _integers(text: str) -> tuple[int, ...]:
+    """10,25,40 as a tuple; raises ValueError, which argparse reports, for anything else."""
+    return tuple(int(part) for part in text.split(","))
+
+
+_integers.__name__ = "list of whole numbers"  # argparse says: invalid list of whole numbers value
 
 
 def _option(default: Any, group: str, help: str, **more: Any) -> Any:
@@ -92,7 +109,8 @@ class RunConfig:
 
     option: str = _option("generate", "What to do", "what to do: generate continues --prefix; prompt asks the "
         "pretrained model without training; finetune trains, then evaluates the best epoch; evaluate and predict "
-        "use a saved --run", choices=("generate", "prompt", "finetune", "evaluate", "predict"))
+        "use a saved --run; lr_find looks for the learning rate; verify_resume kills a run and compares",
+        choices=("generate", "prompt", "finetune", "evaluate", "predict", "lr_find", "verify_resume"))
     run: str | None = _option(None, "What to do", "a run folder, for evaluate and predict", metavar="RUN")
     input: str | None = _option(None, "What to do", "predict: a file of sentences, one a line; - is stdin",
         metavar="FILE")
@@ -125,12 +143,118 @@ class RunConfig:
         check=PROBABILITY)
 
     epochs: int = _option(10, "Training", "passes over the training sentences", check=AT_LEAST_ONE)
-    batch_size: int = _option(8, "Training", "sentences an optimizer step", check=AT_LEAST_ONE)
-    lr: float = _option(1e-5, "Training", "learning rate", check=POSITIVE)
-    weight_decay: float = _option(0.0, "Training", "AdamW's decoupled weight decay", check=NOT_NEGATIVE)
+    batch_size: int = _option(8, "Training", "sentences a forward pass; times --grad_accum an optimizer step",
+        check=AT_LEAST_ONE)
+    grad_accum: int = _option(1, "Training", "forward passes an optimizer step; the loss is the mean over all of them",
+        metavar="N", check=AT_LEAST_ONE)
+    auto_batch: bool = _option(False, "Training", "find the largest forward pass that fits into memory on the longest "
+        "sentences; the effective batch stays")
+    grad_checkpoint: bool = _option(False, "Training", "compute activations twice instead of keeping them: less "
+        "memory, about a third more time")
     train_eval: str = _option("sample", "Training", "train acc is measured on a fixed random sample as large as dev, "
         "or on the full training set", choices=("sample", "full"))
-    seed: int = _option(1337, "Training", "the seed of everything random", check=NOT_NEGATIVE)
+    seed: int = _option(1337, "Training", "the seed of everything random", check=Check(
+        lambda x: 0 <= x < 2**63, "0 or more, and below 2^63"))
+    seeds: int | None = _option(None, "Training", "run with N seeds, one after another; mean and standard deviation",
+        metavar="N", check=AT_LEAST_TWO)
+    folds: int | None = _option(None, "Training", "cross-validate: train and dev together, cut into N", metavar="N",
+        check=AT_LEAST_TWO)
+
+    optimizer: str = _option("adamw", "Optimizer", "which one", choices=("adamw", "sgd", "lion", "adafactor"))
+    lr: float = _option(1e-5, "Optimizer", "learning rate at its peak", check=POSITIVE)
+    head_lr: float | None = _option(None, "Optimizer", "the classification head's own rate", check=POSITIVE)
+    layerwise_lr_decay: float = _option(1.0, "Optimizer", "each layer's rate is this times that of the layer above",
+        check=FRACTION)
+    lr_scaling: str | None = _option(None, "Optimizer", "scale the rates with effective batch / --base_batch_size",
+        choices=("linear", "sqrt"))
+    base_batch_size: int = _option(80, "Optimizer", "the batch that the rate was tuned at", check=AT_LEAST_ONE)
+    weight_decay: float = _option(0.0, "Optimizer", "decoupled weight decay, not on norms and biases",
+        check=NOT_NEGATIVE)
+    decay_all: bool = _option(False, "Optimizer", "decay norms and biases too")
+    momentum: float = _option(0.9, "Optimizer", "sgd", check=PROBABILITY)
+    nesterov: bool = _option(False, "Optimizer", "sgd")
+    max_grad_norm: float = _option(1.0, "Optimizer", "clip the gradient's norm; 0: off", check=NOT_NEGATIVE)
+    max_grad_value: float = _option(0.0, "Optimizer", "clip each number of the gradient; 0: off", check=NOT_NEGATIVE)
+
+    scheduler: str = _option("linear", "Schedule", "the rate's way from its peak to the end of the run",
+        choices=SCHEDULERS)
+    warmup_steps: int | None = _option(None, "Schedule", "optimizer steps in front in which the rate rises",
+        check=NOT_NEGATIVE)
+    warmup_epochs: float | None = _option(None, "Schedule", "the same in epochs", check=NOT_NEGATIVE)
+    warmup_ratio: float | None = _option(None, "Schedule", "the same as a part of the run (default: 0.06, with "
+        "constant 0)", check=FRACTION_OR_ZERO)
+    warmup_kind: str = _option("linear", "Schedule", "rise steadily, or stay at --warmup_start",
+        choices=("linear", "constant"))
+    warmup_start: float = _option(0.0, "Schedule", "where the warmup begins, times lr", check=FRACTION_OR_ZERO)
+    min_lr_ratio: float | None = _option(None, "Schedule", "the lowest rate, times lr (default: 1e-3 for cosine)",
+        check=FRACTION_OR_ZERO)
+    schedule_every: str = _option("step", "Schedule", "change the rate each optimizer step, or each epoch",
+        choices=("step", "epoch"))
+    cycles: int | None = _option(None, "Schedule", "cosine_restarts, cyclic: how many", check=AT_LEAST_ONE)
+    cycle_mult: float | None = _option(None, "Schedule", "cosine_restarts: each cycle is that much longer",
+        check=POSITIVE)
+    cycle_decay: float | None = _option(None, "Schedule", "cosine_restarts: each cycle's peak, times that of the one "
+        "before", check=FRACTION)
+    cyclic_mode: str | None = _option(None, "Schedule", "cyclic", choices=("triangular", "triangular2"))
+    step_size: int | None = _option(None, "Schedule", "step: how long between two cuts", check=AT_LEAST_ONE)
+    milestones: tuple[int, ...] | None = _option(None, "Schedule", "multistep: where the cuts are, as 10,25,40",
+        parse=_integers, metavar="N,N,...")
+    gamma: float | None = _option(None, "Schedule", "step, multistep, exponential, plateau: the factor of a cut",
+        check=FRACTION)
+    decay_rate: float | None = _option(None, "Schedule", "natural_exp, inverse_time: how fast", check=POSITIVE)
+    power: float | None = _option(None, "Schedule", "polynomial", check=POSITIVE)
+    pct_start: float | None = _option(None, "Schedule", "one_cycle: the part of the run that rises", check=FRACTION)
+    decay_fraction: float | None = _option(None, "Schedule", "wsd: the part of the run that decays", check=FRACTION)
+    plateau_patience: int | None = _option(None, "Schedule", "plateau: evaluations without a new best before a cut",
+        check=NOT_NEGATIVE)
+
+    loss: str = _option("ce", "Regularisation", "cross-entropy, or a cumulative link for ordered labels",
+        choices=("ce", "ordinal"))
+    ordinal: bool = _option(False, "Regularisation", "the labels are ordered: report mean absolute error, quadratic "
+        "weighted kappa and off-by-one accuracy too")
+    label_smoothing: float = _option(0.0, "Regularisation", "this much of each label goes to all classes",
+        check=PROBABILITY)
+    r_drop: float = _option(0.0, "Regularisation", "weight of the divergence between two passes with different dropout",
+        metavar="ALPHA", check=NOT_NEGATIVE)
+    ema: float = _option(0.0, "Regularisation", "evaluate and keep a moving average of the weights with this decay",
+        metavar="DECAY", check=PROBABILITY)
+    class_weights: str | None = _option(None, "Regularisation", "weigh each class's loss by its rarity",
+        choices=("balanced",))
+    sampler: str | None = _option(None, "Regularisation", "draw each class as often as the others",
+        choices=("balanced",))
+    aug_delete: float = _option(0.0, "Regularisation", "delete each word of a training sentence with this probability",
+        check=PROBABILITY)
+    aug_swap: float = _option(0.0, "Regularisation", "swap this part of the words with a neighbour", check=PROBABILITY)
+    aug_replace: float = _option(0.0, "Regularisation", "replace each token with this probability by a near "
+        "neighbour in the model's own embedding", check=PROBABILITY)
+
+    monitor: str = _option("dev_acc", "Stopping and guards", "what chooses the best evaluation",
+        choices=("dev_acc", "dev_f1", "dev_loss", "dev_mae", "dev_qwk"))
+    patience: int = _option(5, "Stopping and guards", "stop after N evaluations without a new best; 0: never",
+        metavar="N", check=NOT_NEGATIVE)
+    min_delta: float = _option(0.0, "Stopping and guards", "what a new best must gain", check=NOT_NEGATIVE)
+    eval_every: float = _option(1.0, "Stopping and guards", "evaluate every such part of an epoch", check=FRACTION)
+    guards: str = _option("on", "Stopping and guards", "skip steps that are not finite, roll back when the loss "
+        "diverges",        choices=("on", "off"))
+    detect_anomaly: bool = _option(False, "Stopping and guards", "name the operation whose gradient is not a number "
+        "(slow)")
+    overfit_batch: bool = _option(False, "Stopping and guards", "check first that the model can memorise one batch")
+    check_gradients: bool = _option(False, "Stopping and guards", "check first that one big batch, micro-batches and a "
+        "short last window give the same gradient")
+    save_every: int | None = _option(None, "Stopping and guards", "save the state for a resume every N steps too (each "
+        "epoch it is saved anyway)", metavar="N", check=AT_LEAST_ONE)
+    resume: str | None = _option(None, "Stopping and guards", "go on with a run that was stopped; its options come "
+        "from its folder", metavar="RUN")
+    deterministic: bool = _option(False, "Stopping and guards", "bit-identical runs on a GPU too, a little slower")
+    plan: bool = _option(False, "Stopping and guards", "train nothing: print what the run would do, draw its schedule")
+
+    lr_min: float = _option(1e-7, "Range test", "lr_find: the first rate", check=POSITIVE)
+    lr_max: float = _option(1e-2, "Range test", "lr_find: the last rate", check=POSITIVE)
+    lr_steps: int = _option(100, "Range test", "lr_find: how many steps", check=AT_LEAST_TWO)
+    lr_repeats: int = _option(1, "Range test", "lr_find: repeat over N seeds, for an interval", metavar="N",
+        check=AT_LEAST_ONE)
+    confirm: bool = _option(False, "Range test", "lr_find: follow with short training runs across the interval, ranked "
+        "by dev loss")
 
     use_gpu: bool = _option(False, "Device", "short for --device cuda; without a GPU it warns and uses the CPU")
     device: str | None = _option(None, "Device", "cpu, cuda, cuda:1 or mps (default: cpu)")
@@ -141,18 +265,18 @@ class RunConfig:
         "-3 behind it when it exists)", metavar="DIR")
     overwrite: bool = _option(False, "Output", "replace the run that is in --output_dir")
     dev_out: str | None = _option(None, "Output", "predictions for dev, `label ||| sentence` a line, in the file's "
-        "order (default: in the run folder)", metavar="FILE")
+        "order (default: in the run folder; for prompt, here)", metavar="FILE")
     test_out: str | None = _option(None, "Output", "the same for test", metavar="FILE")
 
     prefix: str = _option(GENERATE_PREFIX, "Generation and prompting", "generate: the text to continue",
-        metavar="TEXT")
+        metavar="TEXT", show_default=False)
     max_new_tokens: int = _option(75, "Generation and prompting", "generate: how many tokens", check=AT_LEAST_ONE)
     generated_sentence_low_temp_out: str = _option("generated-sentence-temp-0.txt", "Generation and prompting",
         "generate: the file for the greedy text", metavar="FILE")
     generated_sentence_high_temp_out: str = _option("generated-sentence-temp-1.txt", "Generation and prompting",
         "generate: the file for the text at temperature 1.0", metavar="FILE")
     question: str = _option(QUESTION, "Generation and prompting", "prompt: what follows the sentence; {labels} "
-        "stands for the labels' names", metavar="TEXT")
+        "stands for the labels' names", metavar="TEXT", show_default=False)
 
     given: frozenset[str] = field(default=frozenset(), metadata={})  # the options that were typed
 
@@ -189,15 +313,16 @@ def make_parser() -> argparse.ArgumentParser:
     groups: dict[str, Any] = {}
     for f in options():
         meta = f.metadata
-        group = groups.setdefault(meta["group"], None) or parser.add_argument_group(meta["group"])
-        groups[meta["group"]] = group
+        if meta["group"] not in groups:
+            groups[meta["group"]] = parser.add_argument_group(meta["group"])
+        group = groups[meta["group"]]
         text = meta["help"].replace("%", "%%")
-        if f.type is bool or f.type == "bool":
+        if f.type is bool:
             group.add_argument(f"--{f.name}", action="store_true", help=text)
             continue
-        if f.default is not None and "text to continue" not in text and "{labels}" not in text:
+        if f.default is not None and meta.get("show_default", True):
             text += f" (default: {f.default})"
-        keywords: dict[str, Any] = {"type": _value_type(str(f.type)), "help": text}
+        keywords: dict[str, Any] = {"type": meta.get("parse", _value_type(str(f.type))), "help": text}
         if "choices" in meta:
             keywords["choices"] = meta["choices"]
         else:
@@ -226,6 +351,13 @@ def parse_args(argv: list[str] | None = None) -> RunConfig:
         hint = f"did you mean --{near[0]}?" if near else "see --help"
         parser.error(f"unknown option {name}: {hint}")
     given = vars(namespace)
+    for name, value in given.items():
+        if value == "" and name != "prefix":
+            parser.error(f"--{name} is empty")
+        try:
+            str(value).encode("utf-8")
+        except UnicodeEncodeError:
+            parser.error(f"--{name}: these bytes are no UTF-8")
     for f in options():
         check = f.metadata.get("check")
         if check and f.name in given and not check.holds(given[f.name]):

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -111,13 +111,15 @@ def read_label_names(path: Path | None) -> list[str] | None:
         return None
     try:
         names = json.loads(read_text(path))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}:{error.lineno}: no JSON ({error.msg}); expected a list such as "
-                         '["bad", "good"]') from None
+    except (ValueError, RecursionError) as error:
+        raise error if "UTF-8" in str(error) else ValueError(
+            f'{path}: no JSON ({error}); expected a list such as ["bad", "good"]') from None
     if isinstance(names, dict):  # {"0": "bad", "1": "good"}
         names = [names.get(str(i)) for i in range(len(names))]
-    if not isinstance(names, list) or len(names) < 2 or not all(isinstance(n, str) and n.strip() for n in names):
-        raise ValueError(f'{path}: expected a JSON list of two or more names, such as ["bad", "good"]')
+    if (not isinstance(names, list) or len(names) < 2
+            or not all(isinstance(n, str) and n.strip() and n.isprintable() for n in names)
+            or len(set(names)) < len(names)):
+        raise ValueError(f'{path}: expected a JSON list of two or more different names, such as ["bad", "good"]')
     return names
 
 
@@ -213,41 +215,83 @@ def check_labels(split: Split, train: Split) -> None:
                          "check both files")
 
 
+def number_names(split: Split) -> list[str]:
+    """Names for labels that have none: "0", "1", ... up to the largest label. Raises ValueError for labels that are
+    not numbered like that, and for one class alone."""
+    classes, top = len(np.unique(split.labels)), int(split.labels.max())
+    if classes < 2:
+        raise ValueError(f"{split.path}: all labels are {top}; a classifier needs two classes or more")
+    if top >= 10 * classes:
+        raise ValueError(f"{split.path}: the largest label is {top}, of {classes} different ones; labels are 0, 1, 2, "
+                         "..., one for each class")
+    return [str(i) for i in range(top + 1)]
+
+
+def limit(split: Split, n: int, seed: int) -> Split:
+    """A random n of the split's rows, in their order; all of them where there are no more."""
+    rows = np.random.default_rng(seed).permutation(len(split))[:n]
+    return split.take(np.sort(rows))
+
+
+def fold(splits: dict[str, Split], n: int, i: int, seed: int) -> dict[str, Split]:
+    """Train and dev together, cut into n parts with their share of every class: part i is dev, the others are train."""
+    both = replace(splits["train"], sentences=splits["train"].sentences + splits["dev"].sentences,
+                   tokens=splits["train"].tokens + splits["dev"].tokens,
+                   labels=np.concatenate((splits["train"].labels, splits["dev"].labels)))
+    parts = folds(both.labels, n, seed)
+    others = np.sort(np.concatenate([part for k, part in enumerate(parts) if k != i]))
+    return {**splits, "train": both.take(others), "dev": both.take(parts[i])}
+
+
 def sha256(path: Path) -> str:
-    """The file's checksum, for args.json: the same numbers mean the same data."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    """The checksum of a file of any size: the same numbers mean the same contents."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 # --------------------------------------------------------------------------- batches
 
 
-def collate(tokens: list[np.ndarray], labels: np.ndarray, index: np.ndarray, pad_id: int) -> dict[str, torch.Tensor]:
-    """One batch: tokens (B, T) int64 padded on the right, lengths (B,), labels (B,), index (B,) rows of the file."""
+def make_batch(
+    split: Split, rows: np.ndarray, pad_id: int, augment: Callable | None = None, seed: Sequence[int] = ()
+) -> dict[str, torch.Tensor]:
+    """One batch: tokens (B, T) int64 padded on the right, lengths (B,), labels (B,), index (B,), the rows.
+
+    Each row that is augmented has random numbers of its own, from (seed, row), so that it does not matter how the rows
+    are cut into batches.
+    """
+    tokens = [split.tokens[i] for i in rows]
+    if augment:
+        tokens = [augment(t, np.random.default_rng([*seed, i])) for t, i in zip(tokens, rows, strict=True)]
     lengths = np.fromiter((len(t) for t in tokens), dtype=np.int64, count=len(tokens))
     padded = np.full((len(tokens), lengths.max()), pad_id, dtype=np.int64)
     for row, sentence in enumerate(tokens):
         padded[row, : len(sentence)] = sentence
-    arrays = {"tokens": padded, "lengths": lengths, "labels": labels, "index": index}
-    return {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
-
-
-def make_batch(split: Split, rows: np.ndarray, pad_id: int) -> dict[str, torch.Tensor]:
-    """The batch of these rows of the split; see `collate`."""
-    return collate([split.tokens[i] for i in rows], split.labels[rows], np.asarray(rows), pad_id)
+    return {"tokens": torch.from_numpy(padded), "lengths": torch.from_numpy(lengths),
+            "labels": torch.from_numpy(split.labels[rows]), "index": torch.as_tensor(rows)}
 
 
 BUCKET = 50  # batches in a window: wide enough to find neighbours in length, narrow enough to stay random
 
 
-def epoch_order(lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
-    """The rows of each batch of one epoch, every row once; a pure function of (lengths, batch_size, seed, epoch).
+def epoch_order(
+    lengths: np.ndarray, batch_size: int, seed: int, epoch: int, balance: np.ndarray | None = None
+) -> list[np.ndarray]:
+    """The rows of each batch of one epoch, every row once; a pure function of its arguments.
 
     The rows are shuffled, sorted by length inside windows of BUCKET batches, cut into batches and the batches are
     shuffled: little padding, and still another order each epoch. N rows make ceil(N / batch_size) batches whose
     sizes differ by one at most, so that a last, short batch does not weigh its sentences more than the others.
+
+    `balance`, the labels (N,): N rows are drawn instead, with replacement, each class equally often on average.
     """
     random = np.random.default_rng([seed, epoch])
     rows = random.permutation(len(lengths))
+    if balance is not None:
+        rows = random.choice(len(lengths), size=len(lengths), p=class_weights(balance)[balance] / len(lengths))
     n_batches = -(-len(rows) // batch_size)
     batches = []
     for window in np.array_split(np.arange(n_batches), -(-n_batches // BUCKET)):
@@ -257,6 +301,67 @@ def epoch_order(lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -> 
         part = part[np.argsort(lengths[part], kind="stable")]
         batches += np.array_split(part, len(window))
     return [batches[i] for i in random.permutation(len(batches))]
+
+
+def class_weights(labels: np.ndarray) -> np.ndarray:
+    """N / (classes * count) of each class that occurs, 0 for the others (King and Zeng 2001; scikit-learn's
+    "balanced"). Their mean over the sentences is 1."""
+    counts = np.bincount(labels)
+    return np.divide(len(labels), (counts > 0).sum() * counts, out=np.zeros(len(counts)), where=counts > 0)
+
+
+def folds(labels: np.ndarray, n: int, seed: int) -> list[np.ndarray]:
+    """The rows 0 .. N - 1 cut at random into n parts of one size, each with its share of every class."""
+    from sklearn.model_selection import StratifiedKFold
+
+    cut = StratifiedKFold(n, shuffle=True, random_state=seed)
+    return [rows for _, rows in cut.split(np.zeros(len(labels)), labels)]
+
+
+# --------------------------------------------------------------------------- augmentation
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """Random changes to a training sentence's tokens (after Wei and Zou 2019, arXiv 1901.11196): each is deleted with
+    probability `delete`; `swap` of them change places with the next; each is replaced with probability `replace` by
+    one of its `neighbours` (V, k). The first `keep` tokens (the begin token) stay."""
+
+    delete: float
+    swap: float
+    replace: float
+    neighbours: np.ndarray | None
+    keep: int
+
+    def __call__(self, tokens: np.ndarray, random: np.random.Generator) -> np.ndarray:
+        """Another version of one sentence (T,), never empty."""
+        start, rest = tokens[: self.keep], tokens[self.keep :].copy()
+        if self.replace and self.neighbours is not None:
+            chosen = random.random(len(rest)) < self.replace
+            pick = random.integers(0, self.neighbours.shape[1], len(rest))
+            rest[chosen] = self.neighbours[rest[chosen], pick[chosen]]
+        for place in np.flatnonzero(random.random(max(0, len(rest) - 1)) < self.swap):
+            rest[[place, place + 1]] = rest[[place + 1, place]]
+        kept = random.random(len(rest)) >= self.delete
+        if len(rest) and not kept.any() and not len(start):
+            kept[random.integers(len(rest))] = True
+        return np.concatenate((start, rest[kept]))
+
+
+def near_neighbours(embedding: torch.Tensor, tokens: np.ndarray, k: int = 5) -> np.ndarray:
+    """For each word of the vocabulary its k nearest by cosine in the embedding (V, D), itself left out, among the
+    `tokens` that occur; (V, k) int32. Words that do not occur stand for themselves."""
+    occurring = torch.from_numpy(np.unique(tokens)).long()
+    k = min(k, len(occurring) - 1)
+    result = np.tile(np.arange(len(embedding), dtype=np.int32)[:, None], (1, max(k, 1)))
+    if k < 1:
+        return result
+    vectors = torch.nn.functional.normalize(embedding.detach().float().cpu()[occurring], dim=1)
+    for start in range(0, len(occurring), 1024):
+        part = vectors[start : start + 1024] @ vectors.T
+        part[torch.arange(len(part)), torch.arange(start, start + len(part))] = -torch.inf
+        result[occurring[start : start + 1024].numpy()] = occurring[part.topk(k).indices].numpy()
+    return result
 
 
 EVAL_TOKENS = 4096  # padded tokens in an evaluation batch: no gradients are kept, so it can be large
@@ -287,9 +392,12 @@ def baselines(
     from sklearn.linear_model import LogisticRegression
 
     majority = np.bincount(labels).argmax()
-    vectorizer = TfidfVectorizer(ngram_range=(1, 2))
-    features = vectorizer.fit_transform(sentences)
-    words = LogisticRegression(max_iter=200).fit(features, labels) if len(set(labels)) > 1 else None
+    vectorizer, words = TfidfVectorizer(ngram_range=(1, 2)), None
+    if len(set(labels)) > 1:
+        try:
+            words = LogisticRegression(max_iter=200).fit(vectorizer.fit_transform(sentences), labels)
+        except ValueError:  # no sentence has a word of two letters: there is nothing to learn from words
+            words = None
     result = {}
     for name, split in tests.items():
         predicted = words.predict(vectorizer.transform(split.sentences)) if words else majority

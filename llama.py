@@ -11,6 +11,7 @@ from importlib import import_module
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from config import LlamaConfig
 
@@ -145,6 +146,7 @@ class Llama(nn.Module):
     def __init__(self, config: LlamaConfig):
         super().__init__()
         self.config = config
+        self.grad_checkpoint = False  # keep no activations inside a layer, compute them again (Chen et al. 2016)
         # An empty weight: drawn below once, and not at all where only the shape is wanted (the device "meta").
         empty = torch.empty(config.vocab_size, config.dim)
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim, _weight=empty)
@@ -178,7 +180,11 @@ class Llama(nn.Module):
             mask = (torch.arange(end, device=tokens.device) < lengths[:, None])[:, None, None, :]
         x = self.dropout(self.tok_embeddings(tokens))
         for i, layer in enumerate(self.layers):
-            x = layer(x, table[start:end], mask, caches[i] if caches else None, start)
+            arguments = (x, table[start:end], mask, caches[i] if caches else None, start)
+            if self.grad_checkpoint and self.training:
+                x = checkpoint(layer, *arguments, use_reentrant=False)
+            else:
+                x = layer(*arguments)
         return self.norm(x)
 
     def forward(self, tokens: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -219,7 +225,7 @@ class Llama(nn.Module):
         return idx
 
 
-def load_pretrained(checkpoint) -> Llama:
+def load_pretrained(path) -> Llama:
     """A Llama with the weights of a file or folder: `checkpoint.load_pretrained`, under the name by which people's
     tests import it. The import is by name because reading files belongs one floor above this room."""
-    return import_module("checkpoint").load_pretrained(checkpoint)
+    return import_module("checkpoint").load_pretrained(path)

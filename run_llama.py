@@ -7,6 +7,7 @@
 import os
 import sys
 import traceback
+from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,10 +26,9 @@ def notice(text: str) -> None:
 
 
 def load_inputs(config: RunConfig, need: tuple[str, ...]):
-    """Data files, their splits, the label names, the tokenizer and the path of the weights, all checked.
+    """What a run reads, all checked: .files, .splits by name, .names of the labels, .tokenizer, .weights.
 
-    `need`: the splits that the option cannot do without. Returns (files, splits by name, label names, tokenizer,
-    weights' path).
+    `need`: the splits that the option cannot do without.
     """
     import checkpoint
     import dataset
@@ -43,30 +43,30 @@ def load_inputs(config: RunConfig, need: tuple[str, ...]):
     notice(model.notice)
     names = dataset.read_label_names(files.label_names)
     tokenizer = Tokenizer(tokenizer_model=model.tokenizer)
-    shape = checkpoint.read_weights(model.weights).config
-    checkpoint.check_vocabulary(tokenizer, shape)
-    if config.n_layers and config.n_layers > shape.n_layers:
-        raise ValueError(f"--n_layers {config.n_layers}: {model.weights} has {shape.n_layers} layers")
-    splits = load_splits(config, files, names, tokenizer, shape.max_seq_len)
-    if names is None:
-        names = [str(i) for i in range(int(max(split.labels.max() for split in splits.values())) + 1)]
-        if len(names) < 2:
-            raise ValueError(f"{files.train or files.dev}: all labels are 0; a classifier needs two classes or more")
-    return files, splits, names, tokenizer, model.weights
+    weights = checkpoint.read_weights(model.weights)
+    checkpoint.check_vocabulary(tokenizer, weights.config)
+    checkpoint.check_n_layers(weights, config.n_layers)
+    splits = load_splits(config, files, names and len(names), files.label_names, tokenizer, weights.config.max_seq_len)
+    if "train" in splits:
+        dataset.check_labels(splits["dev"], splits["train"])
+    names = names or dataset.number_names(splits["train"] if "train" in splits else splits["dev"])
+    if config.train_limit and "train" in splits:
+        splits["train"] = dataset.limit(splits["train"], config.train_limit, config.seed)
+    return SimpleNamespace(files=files, splits=splits, names=names, tokenizer=tokenizer, weights=weights)
 
 
-def load_splits(config: RunConfig, files, names: list[str] | None, tokenizer, context: int) -> dict:
-    """The splits that there are, by name."""
+def load_splits(config: RunConfig, files, n_labels: int | None, labels_file, tokenizer, context: int) -> dict:
+    """The splits that there are, by name; train only where something is trained."""
     import dataset
     from trainer import warn
 
     splits = {}
     for name in ("train", "dev", "test"):
         path = getattr(files, name)
-        if path is None or (name == "train" and config.option != "finetune"):
+        if path is None or (name == "train" and config.option in ("prompt", "evaluate")):
             continue
-        splits[name] = split = dataset.load_split(path, tokenizer, context, config.max_sentence_len,
-                                                  len(names) if names else None, files.label_names)
+        splits[name] = split = dataset.load_split(path, tokenizer, context, config.max_sentence_len, n_labels,
+                                                  labels_file)
         if split.n_cut:
             warn(f"{path}: {split.n_cut} of {len(split)} sentences are longer than "
                  f"{config.max_sentence_len or context} tokens and were cut")
@@ -105,14 +105,22 @@ def report_splits(
 
 
 def check_outputs(config: RunConfig) -> None:
-    """Raises OSError for an output file that cannot be written: before the work, not after it."""
-    for name in ("dev_out", "test_out", "generated_sentence_low_temp_out", "generated_sentence_high_temp_out"):
-        path = Path(getattr(config, name) or ".")
-        folder = path if path.is_dir() else path.parent
-        if getattr(config, name) and path.is_dir():
-            raise OSError(f"--{name} {path}: it is a folder; name a file")
-        if folder.exists() and not os.access(folder, os.W_OK):
-            raise OSError(f"--{name} {path}: the folder {folder} cannot be written")
+    """Raises an error for an output file that cannot be written, or is named twice: before the work, not after it."""
+    from checkpoint import check_writable
+
+    names = ["dev_out", "test_out"]
+    if config.option == "generate":
+        names = ["generated_sentence_low_temp_out", "generated_sentence_high_temp_out"]
+    taken = {Path(getattr(config, n)).resolve(): n for n in ("train", "dev", "test", "label_names", "input")
+             if getattr(config, n) and getattr(config, n) != "-"}
+    for name in names:
+        if not getattr(config, name):
+            continue
+        path = Path(getattr(config, name)).resolve()
+        if path in taken:
+            raise ValueError(f"--{name} {path}: that is --{taken[path]} too; name another file")
+        taken[path] = name
+        check_writable(path, f"--{name}")
 
 
 # --------------------------------------------------------------------------- the options
@@ -130,8 +138,9 @@ def generate(config: RunConfig) -> None:
     notice(files.notice)
     device = choose_device(config)
     tokenizer = Tokenizer(max_len=config.max_sentence_len, tokenizer_model=files.tokenizer)
-    llama = checkpoint.load_pretrained(files.weights, config.n_layers).to(device.where)
-    checkpoint.check_vocabulary(tokenizer, llama.config)
+    weights = checkpoint.read_weights(files.weights)
+    checkpoint.check_vocabulary(tokenizer, weights.config)
+    llama = checkpoint.load_pretrained(weights, config.n_layers).to(device.where)
     print(f"load model from {files.weights}")
     start = tokenizer.encode(config.prefix, bos=tokenizer.add_bos, eos=False)
     if not start:
@@ -152,27 +161,20 @@ def prompt(config: RunConfig) -> None:
     from dataclasses import replace
 
     import checkpoint
-    import dataset
-    from classifier import LlamaZeroShotClassifier
+    from classifier import LlamaZeroShotClassifier, ask
     from trainer import choose_device, predict
 
-    files, splits, names, tokenizer, weights = load_inputs(config, need=("dev",))
+    inputs = load_inputs(config, need=("dev",))
+    print_baselines(inputs.files.train, inputs.splits)
     device = choose_device(config)
-    llama = checkpoint.load_pretrained(weights, config.n_layers)
-    model = LlamaZeroShotClassifier(config, tokenizer, names, llama).to(device.where)
-    labels = " or ".join(names) if len(names) == 2 else ", ".join(names[:-1]) + ", or " + names[-1]
-    question = config.question.replace("{labels}", labels).strip()
-    room = llama.config.max_seq_len - max(len(ids) for ids in model.label_name_ids)
+    llama = checkpoint.load_pretrained(inputs.weights, config.n_layers)
+    model = LlamaZeroShotClassifier(config, inputs.tokenizer, inputs.names, llama).to(device.where)
     outputs = {}
-    for name, split in splits.items():
-        asked, n_cut = dataset.tokenize([f"{s} {question}" for s in split.sentences], tokenizer, room)
-        if n_cut:
-            raise ValueError(f"{split.path}: {n_cut} sentences with the question are longer than the model's context "
-                             f"of {llama.config.max_seq_len} tokens; shorten the sentences or --question")
-        outputs[name] = predict(model, replace(split, tokens=asked), tokenizer.pad_id, device, name)
-    default_out = {name: Path(f"{files.name}-{name}-prompting-output.txt") for name in outputs}
-    print_baselines(files.train, splits)
-    report_splits(config, splits, outputs, default_out, names)
+    for name, split in inputs.splits.items():
+        asked = ask(model, split.tokens, inputs.tokenizer, config.question, inputs.names)
+        outputs[name] = predict(model, replace(split, tokens=asked), inputs.tokenizer.pad_id, device, name)
+    default_out = {name: Path(f"{inputs.files.name}-{name}-prompting-output.txt") for name in outputs}
+    report_splits(config, inputs.splits, outputs, default_out, inputs.names)
 
 
 def print_baselines(train, splits: dict) -> dict:
@@ -194,74 +196,307 @@ def print_baselines(train, splits: dict) -> dict:
     return found
 
 
-def finetune(config: RunConfig) -> None:
-    """Train on train, choose the best epoch on dev, evaluate that one on dev and test."""
-    import time
-
+def start(config: RunConfig, inputs, folder: Path | None, device):
+    """The model, its task, optimizer and schedule, wired: what a training loop needs. Without a folder nothing is
+    saved."""
     import numpy as np
     import torch
-    from torch.nn.functional import nll_loss
 
     import checkpoint
     import dataset
     import trainer
-    from classifier import LlamaEmbeddingClassifier
-    from optimizer import AdamW
+    from classifier import LlamaEmbeddingClassifier, classification_loss
+    from optimizer import OPTIMIZERS, lr_scale, make_schedule, parameter_groups
 
-    start = time.perf_counter()
-    files, splits, names, tokenizer, weights = load_inputs(config, need=("train", "dev"))
-    full_train = splits["train"]
-    dataset.check_labels(splits["dev"], full_train)
-    if config.pooling == "first" and config.attention == "causal":
-        trainer.warn("--pooling first with causal attention: the first token sees no other; add --attention "
-                     "bidirectional, or pool the last")
-    device = trainer.choose_device(config)
-    random = np.random.default_rng(config.seed)
-    if config.train_limit and config.train_limit < len(full_train):
-        splits["train"] = full_train.take(np.sort(random.permutation(len(full_train))[: config.train_limit]))
+    splits, names, tokenizer = inputs.splits, inputs.names, inputs.tokenizer
     train, dev = splits["train"], splits["dev"]
+    random = np.random.default_rng(config.seed)
     torch.manual_seed(config.seed)
-    llama = checkpoint.load_pretrained(weights, config.n_layers, config.dropout, config.attention)
-    settings = {"num_labels": len(names), "label_names": names, "pooling": config.pooling,
+    llama = checkpoint.load_pretrained(inputs.weights, config.n_layers, config.dropout, config.attention)
+    llama.grad_checkpoint = config.grad_checkpoint
+    settings = {"num_labels": len(names), "label_names": names, "pooling": config.pooling, "loss": config.loss,
                 "hidden_dropout_prob": config.hidden_dropout_prob, "max_sentence_len": config.max_sentence_len}
     model = LlamaEmbeddingClassifier(SimpleNamespace(**settings), llama).to(device.where)
-    folder = trainer.open_run(config)
-    used = {n: getattr(files, n) for n in ("train", "dev", "test", "label_names")}
-    described = {n: {"path": str(p), "sha256": dataset.sha256(p)} for n, p in used.items() if p}
-    checkpoint.write_json(folder / trainer.RUN_FILE, trainer.describe(
-        config, device, {**described, "weights": {"path": str(weights)}}))
-    n_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    print(f"model :: {weights}, {llama.config.n_layers} layers, {n_parameters / 1e6:.1f}M trainable parameters")
-    print(f"run :: {folder}, on {device}", flush=True)
 
     sample = train
     if config.train_eval == "sample" and len(dev) < len(train):
         sample = train.take(np.sort(random.permutation(len(train))[: len(dev)]))
+    augment = None
+    if config.aug_delete or config.aug_swap or config.aug_replace:
+        near = None
+        if config.aug_replace:
+            near = dataset.near_neighbours(llama.tok_embeddings.weight, np.concatenate(train.tokens))
+        augment = dataset.Augmentation(config.aug_delete, config.aug_swap, config.aug_replace, near,
+                                       int(tokenizer.add_bos))
+    weights = None
+    if config.class_weights:
+        weights = torch.tensor(dataset.class_weights(train.labels), dtype=torch.float32, device=device.where)
+    balance = train.labels if config.sampler else None
+    lengths, effective = train.lengths, config.batch_size * config.grad_accum
+    is_ordinal = config.ordinal or config.loss == "ordinal" or config.monitor in ("dev_mae", "dev_qwk")
 
     def evaluate() -> dict[str, float]:
         on_train = trainer.score(trainer.predict(model, sample, tokenizer.pad_id, device, "train acc"), sample.labels)
-        on_dev = trainer.score(trainer.predict(model, dev, tokenizer.pad_id, device, "dev"), dev.labels)
-        return {"train_acc": on_train["acc"], **{f"dev_{k}": v for k, v in on_dev.items()}}
+        outputs = trainer.predict(model, dev, tokenizer.pad_id, device, "dev")
+        scores = {"train_acc": on_train["acc"],
+                  **{f"dev_{k}": v for k, v in trainer.score(outputs, dev.labels, is_ordinal).items()}}
+        predicted = outputs.argmax(1)
+        if len(dev) > 1 and bool((predicted == predicted[0]).all()):
+            scores["collapsed"] = int(predicted[0])
+        return scores
 
     task = trainer.Task(
-        model, train, tokenizer.pad_id, evaluate=evaluate,
-        losses=lambda batch: nll_loss(model(batch["tokens"], batch["lengths"]), batch["labels"], reduction="none"),
-        save_best=lambda: checkpoint.save_classifier(folder / "best", model, tokenizer, settings),
+        model, train, n_classes=len(names), evaluate=evaluate,
+        order=lru_cache(maxsize=2)(lambda epoch: dataset.epoch_order(lengths, effective, config.seed, epoch, balance)),
+        make_batch=lambda rows, epoch: dataset.make_batch(train, rows, tokenizer.pad_id, augment, (config.seed, epoch)),
+        losses=lambda batch: classification_loss(model, batch, config.label_smoothing, config.r_drop, weights),
+        save_best=lambda: checkpoint.save_classifier(folder / "best", model, tokenizer, settings) if folder else None,
     )
-    optimizer = AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
-    best = trainer.fit(task, optimizer, config, device, folder)
-    train_seconds = time.perf_counter() - start
+    scale = lr_scale(config.lr_scaling, effective, config.base_batch_size) if config.lr_scaling else 1.0
+    groups = parameter_groups(model, config.lr * scale, config.weight_decay, config.layerwise_lr_decay,
+                              config.head_lr and config.head_lr * scale, config.decay_all)
+    more = {"momentum": config.momentum, "nesterov": config.nesterov} if config.optimizer == "sgd" else {}
+    optimizer = OPTIMIZERS[config.optimizer](groups, lr=config.lr * scale, **more)
+    steps = len(task.order(0))
+    schedule = make_schedule(
+        config.scheduler, total_steps=config.epochs * steps, steps_an_epoch=steps,
+        warmup_steps=warmup_steps(config, steps), warmup_kind=config.warmup_kind, warmup_start=config.warmup_start,
+        schedule_every=config.schedule_every, **schedule_options(config))
+    return SimpleNamespace(model=model, task=task, optimizer=optimizer, schedule=schedule, settings=settings,
+                           lr=config.lr * scale, steps_an_epoch=steps)
 
-    checkpoint.load_state(folder / "best", model)  # the best epoch's weights are the ones that are evaluated
-    held_out = {name: split for name, split in splits.items() if name != "train"}
-    outputs = {n: trainer.predict(model, s, tokenizer.pad_id, device, n) for n, s in held_out.items()}
-    found = print_baselines(train, splits)
-    default_out = {name: folder / f"{name}-predictions.txt" for name in outputs}
-    scores = report_splits(config, splits, outputs, default_out, names)
-    trainer.save_result(folder, {
-        "best_epoch": best["epoch"], **scores, "baselines": found, "label_names": names,
-        "train_seconds": round(train_seconds, 2), "seconds": round(time.perf_counter() - start, 2),
-    })
+
+def finetune(config: RunConfig) -> int:
+    """Train on train, choose the best evaluation on dev, evaluate that one on dev and test."""
+    import trainer
+
+    if config.resume:
+        config = resumed(config)
+    inputs = load_inputs(config, need=("train", "dev"))
+    if config.pooling == "first" and config.attention == "causal":
+        trainer.warn("--pooling first with causal attention: the first token sees no other; add --attention "
+                     "bidirectional, or pool the last")
+    device = trainer.choose_device(config)
+    if config.plan:
+        return show_plan(config, inputs, device)
+    if config.folds or config.seeds:
+        return repeat(config, inputs, device)
+    return train_one(config, inputs, device)[0]
+
+
+def train_one(config: RunConfig, inputs, device) -> tuple[int, dict]:
+    """One run from its folder to its result.json: (exit code, the result)."""
+    import time
+
+    import checkpoint
+    import dataset
+    import trainer
+
+    begin = time.perf_counter()
+    folder = Path(config.resume) if config.resume else trainer.open_run(config)
+    with trainer.lock(folder):
+        run = start(config, inputs, folder, device)
+        loop = trainer.Loop(run.task, run.optimizer, run.schedule, config, device, folder)
+        if config.resume:
+            loop.load()
+            notice(f"resuming {folder} at step {loop.progress.step}")
+        else:
+            used = {n: getattr(inputs.files, n) for n in ("train", "dev", "test", "label_names")}
+            described = {n: {"path": str(p.resolve()), "sha256": dataset.sha256(p)} for n, p in used.items() if p}
+            weights = inputs.weights.path.resolve()
+            described["weights"] = {"path": str(weights), **({"sha256": dataset.sha256(weights)}
+                                                             if weights.is_file() else {})}
+            described["tokenizer"] = {"path": str(inputs.tokenizer.path.resolve())}
+            checkpoint.write_json(folder / trainer.RUN_FILE, trainer.describe(config, device, described))
+        n_parameters = sum(p.numel() for p in loop.parameters)
+        print(f"model :: {inputs.weights.path}, {run.model.llama.config.n_layers} layers, "
+              f"{n_parameters / 1e6:.1f}M trainable parameters")
+        print(f"run :: {folder}, on {device}", flush=True)
+        checks_before(config, loop)
+        best = loop.run()
+        train_seconds = time.perf_counter() - begin
+
+        checkpoint.load_classifier_state(folder / "best", run.model)  # the best weights are what is evaluated
+        held_out = {name: split for name, split in inputs.splits.items() if name != "train"}
+        outputs = {n: trainer.predict(run.model, s, inputs.tokenizer.pad_id, device, n) for n, s in held_out.items()}
+        found = print_baselines(inputs.splits["train"], inputs.splits)
+        default_out = {name: folder / f"{name}-predictions.txt" for name in outputs}
+        scores = report_splits(config, inputs.splits, outputs, default_out, inputs.names)
+        progress = loop.progress
+        result = {
+            "best_epoch": best["epoch"], **scores, "baselines": found, "label_names": inputs.names,
+            "stopped": progress.stopped or "finished", "steps": progress.step, "skipped_steps": progress.skipped,
+            "loss_spikes": progress.spikes, "rollbacks": progress.rollbacks,
+            "train_seconds": round(train_seconds, 2), "seconds": round(time.perf_counter() - begin, 2),
+        }
+        trainer.save_result(folder, result)
+        checkpoint.keep_newest_state(folder / "last")
+    return 3 if progress.stopped == "diverged" else 0, result
+
+
+def show_plan(config: RunConfig, inputs, device) -> int:
+    """--plan: what the run would do, and which options would do nothing; see search.plan."""
+    import search
+    import trainer
+
+    folder = trainer.open_run(config)
+    run = start(config, inputs, None, device)
+    search.plan(run, config, device, folder, len(inputs.splits["train"]), idle_options(config),
+                warmup_steps(config, run.steps_an_epoch))
+    return 0
+
+
+def idle_options(config: RunConfig) -> list[str]:
+    """A line for each option that is given but has no effect in this run."""
+    from optimizer import SCHEDULE_OPTIONS
+
+    names = {"plateau_patience": "patience"}
+    used = SCHEDULE_OPTIONS[config.scheduler]
+    lines = [f"--{name}: --scheduler {config.scheduler} does not use it" for name in sorted(config.given)
+             if name in (*schedule_options(config), "plateau_patience") and names.get(name, name) not in used]
+    needs = {
+        "momentum": config.optimizer == "sgd", "nesterov": config.optimizer == "sgd",
+        "base_batch_size": bool(config.lr_scaling), "min_delta": config.patience > 0 or config.min_delta == 0,
+        "warmup_kind": warmup_steps(config, 10**6) > 0, "warmup_start": warmup_steps(config, 10**6) > 0,
+        "decay_all": config.weight_decay > 0, "r_drop": config.dropout > 0 or config.hidden_dropout_prob > 0,
+        "run": False, "input": False, "prefix": False, "max_new_tokens": False, "question": False, "lr_min": False,
+        "lr_max": False, "lr_steps": False, "lr_repeats": False, "confirm": False,
+        "generated_sentence_low_temp_out": False, "generated_sentence_high_temp_out": False,
+    }
+    return lines + [f"--{name}: nothing in this run uses it" for name in sorted(config.given & needs.keys())
+                    if not needs[name]]
+
+
+def checks_before(config: RunConfig, loop) -> None:
+    """--check_gradients, --overfit_batch and --auto_batch: each says what it found, and leaves no trace."""
+    import trainer
+
+    if config.check_gradients:
+        difference = trainer.check_gradients(loop)
+        print(f"gradients :: one big batch, micro-batches and a short last one agree to {difference:.1e}", flush=True)
+    if config.overfit_batch:
+        first, last = trainer.overfit_batch(loop)
+        verdict = "it can memorise it" if last < 0.5 * first else (
+            "IT CANNOT MEMORISE IT: check the labels, the learning rate and the dropout")
+        print(f"overfit :: one batch, loss {first:.3f} to {last:.3f}: {verdict}", flush=True)
+    if config.auto_batch:
+        loop.progress.micro_batch = trainer.find_micro_batch(loop)
+        print(f"batch :: {loop.progress.micro_batch} sentences a forward pass, "
+              f"{config.batch_size * config.grad_accum} an optimizer step", flush=True)
+
+
+def warmup_steps(config: RunConfig, steps_an_epoch: int) -> int:
+    """The warmup in optimizer steps, from whichever of the three options was given."""
+    given = [n for n in ("warmup_steps", "warmup_epochs", "warmup_ratio") if getattr(config, n) is not None]
+    if len(given) > 1:
+        raise ValueError(f"--{given[0]} and --{given[1]} contradict each other; give one")
+    if config.warmup_steps is not None:
+        return config.warmup_steps
+    if config.warmup_epochs is not None:
+        return round(config.warmup_epochs * steps_an_epoch)
+    ratio = config.warmup_ratio
+    if ratio is None:
+        ratio = 0.0 if config.scheduler in ("constant", "one_cycle", "cyclic") else DEFAULT_WARMUP
+    return int(ratio * config.epochs * steps_an_epoch)
+
+
+DEFAULT_WARMUP = 0.06  # of the run (Liu et al. 2019, RoBERTa, arXiv 1907.11692, table 10)
+
+
+def schedule_options(config: RunConfig) -> dict:
+    """The schedule's own options, under the names that optimizer.make_schedule has for them."""
+    names = ("min_lr_ratio", "cycles", "cycle_mult", "cycle_decay", "cyclic_mode", "step_size", "milestones", "gamma",
+             "decay_rate", "power", "pct_start", "decay_fraction")
+    options = {name: getattr(config, name) for name in names}
+    rising = config.monitor in ("dev_acc", "dev_f1", "dev_qwk")
+    return {**options, "patience": config.plateau_patience, "plateau_mode": "max" if rising else "min"}
+
+
+def resumed(config: RunConfig) -> RunConfig:
+    """The options of the run that is resumed. Refuses other options, and data that has changed, by name."""
+    from dataclasses import fields, replace
+
+    import checkpoint
+    import dataset
+    from trainer import RUN_FILE
+
+    folder = Path(config.resume)
+    if not (folder / RUN_FILE).is_file():
+        raise FileNotFoundError(f"{folder}: there is no run here (no {RUN_FILE})")
+    if (folder / "result.json").exists():
+        raise ValueError(f"{folder}: the run is finished; evaluate it with --option evaluate --run {folder}")
+    checkpoint.run_files(folder / RUN_FILE)
+    described = checkpoint.read_json(folder / RUN_FILE)
+    saved = {f.name: described["options"].get(f.name, f.default) for f in fields(RunConfig) if f.metadata}
+    saved["milestones"] = tuple(saved["milestones"]) if saved["milestones"] else None
+    asked = config.given - {"resume", "option"}
+    differences = [f"--{n} is {saved[n]} in the run, {getattr(config, n)} now" for n in sorted(asked)
+                   if getattr(config, n) != saved[n]]
+    for file in described["files"].values():
+        path = Path(file["path"])
+        if "sha256" in file and not (path.is_file() and dataset.sha256(path) == file["sha256"]):
+            differences.append(f"{file['path']} has changed or is gone")
+    if differences:
+        raise ValueError(f"--resume {folder}: what has changed since: {'; '.join(differences)}")
+    paths = {n: described["files"][n]["path"] for n in ("train", "dev", "test", "label_names", "tokenizer")
+             if n in described["files"]}
+    return replace(RunConfig(**{**saved, **paths, "dataset": None, "resume": str(folder),
+                                "pretrained_model_path": described["files"]["weights"]["path"]}),
+                   given=frozenset(described["given"]))
+
+
+def repeat(config: RunConfig, inputs, device) -> int:
+    """--seeds and --folds: the runs one after another, then mean and standard deviation of their accuracies."""
+    import statistics
+    from dataclasses import replace
+
+    import dataset
+    import trainer
+
+    folder = trainer.open_run(config)
+    if config.folds:
+        runs = [(f"fold-{i}", config, dataset.fold(inputs.splits, config.folds, i, config.seed))
+                for i in range(config.folds)]
+    else:
+        runs = [(f"seed-{config.seed + i}", replace(config, seed=config.seed + i), inputs.splits)
+                for i in range(config.seeds)]
+    scores: dict[str, list[float]] = {}
+    code = 0
+    for name, one, splits in runs:
+        print(f"{name}:", flush=True)
+        one = replace(one, output_dir=str(folder / name), dev_out=None, test_out=None, seeds=None, folds=None)
+        ended, result = train_one(one, SimpleNamespace(**{**vars(inputs), "splits": splits}), device)
+        code = max(code, ended)
+        for split in ("dev", "test"):
+            if split in result:
+                scores.setdefault(split, []).append(result[split]["acc"])
+    summary = {}
+    for split, values in scores.items():
+        summary[split] = {"acc": values, "mean": statistics.mean(values), "std": statistics.stdev(values)}
+        print(f"{split} acc :: {summary[split]['mean']:.3f} +- {summary[split]['std']:.3f} over {len(values)} "
+              f"{'folds' if config.folds else 'seeds'}", flush=True)
+    trainer.save_result(folder, summary)
+    return code
+
+
+def lr_find(config: RunConfig) -> int:
+    """Look for the learning rate; see search.lr_find."""
+    import search
+    import trainer
+
+    inputs = load_inputs(config, need=("train", "dev"))
+    device = trainer.choose_device(config)
+    folder = trainer.open_run(config)
+    search.lr_find(lambda changed: start(changed, inputs, None, device), config, device, folder)
+    return 0
+
+
+def verify_resume(config: RunConfig) -> int:
+    """Run, kill, resume, compare; see search.verify_resume."""
+    import search
+    import trainer
+
+    return search.verify_resume(config, trainer.open_run(config), Path(__file__).resolve())
 
 
 def load_run(config: RunConfig):
@@ -269,6 +504,7 @@ def load_run(config: RunConfig):
     import checkpoint
     from classifier import empty_classifier
     from tokenizer import Tokenizer
+    from trainer import warn
 
     if not config.run:
         raise ValueError(f"--option {config.option} needs --run RUN, the folder of a finished fine-tuning run")
@@ -277,9 +513,13 @@ def load_run(config: RunConfig):
     if not (best / "config.json").is_file():
         raise FileNotFoundError(f"{folder}: there is no saved classifier here (no best/config.json); name the folder "
                                 "of a run that has finished an epoch")
+    fixed = config.given & {"pretrained_model_path", "tokenizer", "n_layers", "attention", "pooling",
+                            "max_sentence_len", "hidden_dropout_prob", "dropout"}
+    if fixed:
+        warn(f"--{', --'.join(sorted(fixed))}: no effect, the saved run decides")
     settings = checkpoint.read_json(best / "config.json")
     model = empty_classifier(settings, best / "config.json")
-    checkpoint.load_state(best, model)
+    checkpoint.load_classifier_state(best, model)
     return folder, model.eval(), Tokenizer(tokenizer_model=best), settings
 
 
@@ -292,20 +532,31 @@ def evaluate(config: RunConfig) -> None:
     from trainer import RUN_FILE, choose_device, predict, warn
 
     folder, model, tokenizer, settings = load_run(config)
-    used = {} if config.given & {"dataset", "dev", "test"} else checkpoint.read_json(folder / RUN_FILE)["files"]
-    paths = {n: used[n]["path"] for n in ("train", "dev", "test") if n in used}
-    config = replace(config, **paths, max_sentence_len=settings["max_sentence_len"])
-    files = dataset.find_files(config)
-    for name in paths:
-        if dataset.sha256(getattr(files, name)) != used[name]["sha256"]:
-            warn(f"{paths[name]}: the file has changed since the run")
-    names = settings["label_names"]
-    splits = load_splits(config, files, names, tokenizer, model.llama.config.max_seq_len)
+    names, config = settings["label_names"], replace(config, max_sentence_len=settings["max_sentence_len"])
+    is_own = not config.given & {"dataset", "train", "dev", "test"}
+    if is_own:
+        home = folder if (folder / RUN_FILE).is_file() else folder.parent
+        used = checkpoint.run_files(home / RUN_FILE)
+        files = dataset.DataFiles(home.name, *(Path(used[n]["path"]) if n in used else None for n in (
+            "train", "dev", "test", "label_names")))
+        for name in ("dev", "test"):
+            if name in used and dataset.sha256(getattr(files, name)) != used[name]["sha256"]:
+                warn(f"{getattr(files, name)}: the file has changed since the run")
+    else:
+        files = dataset.find_files(config)
+        own_names = dataset.read_label_names(files.label_names)
+        if own_names and own_names != names:
+            warn(f"{files.label_names} names the labels {own_names}, the run {names}")
+    splits = load_splits(config, files, len(names), Path(config.run) / "best/config.json", tokenizer,
+                         model.llama.config.max_seq_len)
+    if not splits:
+        raise ValueError("there is neither a --dev nor a --test file to evaluate")
+    print_baselines(files.train if files.train and files.train.is_file() else None, splits)
     device = choose_device(config)
     model.to(device.where)
     outputs = {n: predict(model, s, tokenizer.pad_id, device, n) for n, s in splits.items()}
-    default_out = {name: folder / f"{name}-predictions.txt" for name in outputs}
-    print_baselines(files.train, splits)
+    default_out = {n: folder / (f"{n}-predictions.txt" if is_own else f"{files.name}-{n}-predictions.txt")
+                   for n in outputs}
     report_splits(config, splits, outputs, default_out, names)
 
 
@@ -319,15 +570,16 @@ def predict(config: RunConfig) -> None:
     if not config.input:
         raise ValueError("--option predict needs --input FILE, with a sentence a line; - is stdin")
     _, model, tokenizer, settings = load_run(config)
-    text = dataset.decode(sys.stdin.buffer.read(), "stdin") if config.input == "-" else dataset.read_text(config.input)
+    source = "stdin" if config.input == "-" else config.input
+    text = dataset.decode(sys.stdin.buffer.read(), source) if source == "stdin" else dataset.read_text(source)
     sentences = text.replace("\r\n", "\n").removesuffix("\n").split("\n") if text else []
     if not sentences:
-        raise ValueError(f"{config.input}: there is no sentence in it; write one a line")
+        raise ValueError(f"{source}: there is no sentence in it; write one a line")
     context = model.llama.config.max_seq_len
     tokens, n_cut = dataset.tokenize([s.strip() for s in sentences], tokenizer, context, settings["max_sentence_len"])
     if n_cut:
-        trainer.warn(f"{config.input}: {n_cut} sentences were cut to {settings['max_sentence_len'] or context} tokens")
-    split = dataset.Split(Path(config.input), sentences, tokens, np.zeros(len(tokens), dtype=np.int64), n_cut)
+        trainer.warn(f"{source}: {n_cut} sentences were cut to {settings['max_sentence_len'] or context} tokens")
+    split = dataset.Split(Path(source), sentences, tokens, np.zeros(len(tokens), dtype=np.int64), n_cut)
     device = trainer.choose_device(config)
     for row in trainer.predict(model.to(device.where), split, tokenizer.pad_id, device).exp().tolist():
         label = row.index(max(row))
@@ -336,39 +588,53 @@ def predict(config: RunConfig) -> None:
 
 # --------------------------------------------------------------------------- main
 
-OPTIONS = {"generate": generate, "prompt": prompt, "finetune": finetune, "evaluate": evaluate, "predict": predict}
+OPTIONS = {"generate": generate, "prompt": prompt, "finetune": finetune, "evaluate": evaluate, "predict": predict,
+           "lr_find": lr_find, "verify_resume": verify_resume}
 
 
 def is_about_the_input(error: BaseException) -> bool:
-    """Was the error raised by one of our own rooms? Those say what is wrong with the input; an error from inside a
-    library is a fault of ours, and keeps its traceback."""
+    """An error of the file system, or one that our own rooms raised: those say what is wrong with the input. An error
+    from inside a library is a fault of ours, and keeps its traceback."""
     last = traceback.extract_tb(error.__traceback__)[-1]
     here = Path(__file__).resolve().parent
-    return Path(last.filename).resolve().parent in (here, here / "data")
+    return isinstance(error, OSError) or Path(last.filename).resolve().parent in (here, here / "data")
+
+
+def message_of(error: BaseException) -> str:
+    """What an error says; the operating system's own ones with the file in front."""
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{os.fsdecode(error.filename)}: {error.strerror}; check the path and its permissions"
+    return str(error)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line. Returns the exit code: 0, 2 for bad input, 130 after ^C."""
+    """Run the command line. Returns the exit code: 0, 2 for bad input, 3 for a run that diverged."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(encoding="utf-8", errors="backslashreplace")  # a console may speak another encoding
     config = parse_args(argv)
     try:
         check_outputs(config)
-        OPTIONS[config.option](config)
+        code = OPTIONS["finetune" if config.resume else config.option](config)
         sys.stdout.flush()
-        return 0
+        return code or 0
     except BrokenPipeError:  # the reader of our stdout has left (`| head`): not our fault, and nothing to add
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (ValueError, OSError) as error:
         if not is_about_the_input(error):
             raise
-        print(f"run_llama.py: error: {error}", file=sys.stderr)
+        print(f"run_llama.py: error: {message_of(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":
+            raise
+        print("run_llama.py: error: out of memory; try a smaller --batch_size (with --grad_accum the effective batch "
+              "stays), a smaller --max_sentence_len, or fewer --n_layers", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

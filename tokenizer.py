@@ -268,7 +268,7 @@ class Tokenizer:
         self._backend.no_padding()
         self._backend.no_truncation()
         settings = self._json_settings()
-        self.n_words = self._backend.get_vocab_size()
+        self.n_words = max(self._backend.get_vocab().values(), default=-1) + 1  # numbers may be left out
         self.bos_id, self.eos_id = (self._special(settings.get(name), name) for name in ("bos_token", "eos_token"))
         self.pad_id = max(self._special(settings.get("pad_token"), "pad_token"), 0)
         # Without a setting: does the file's own template put the begin token in front?
@@ -350,6 +350,7 @@ class Tokenizer:
 
     def decode(self, t: list[int]) -> str:
         """The text of token numbers; begin, end and other control tokens are left out."""
+        t = [i for i in t if i < self.n_words]  # an embedding may have more rows than there are words
         if self._sentencepiece is not None:
             return self._sentencepiece.decode(t)
         return self._backend.decode(t, skip_special_tokens=True)

@@ -3,17 +3,23 @@
 Nothing here knows what the task is: a `Task` brings the model, its loss, and how a model is scored and saved.
 """
 
+import copy
+import itertools
 import json
 import math
 import os
 import platform
 import shutil
+import signal
+import statistics
 import subprocess
 import sys
+import tempfile
+import threading
 import time
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -22,9 +28,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from checkpoint import write_json
+from checkpoint import join_tensors, load_state, save_state, split_tensors, write_json
 from config import RunConfig
-from dataset import Split, epoch_order, length_order, make_batch
+from dataset import Split, length_order, make_batch
 
 # --------------------------------------------------------------------------- the device and its precision
 
@@ -74,10 +80,10 @@ def choose_device(config: RunConfig) -> Device:
     try:
         where = torch.device(name)
         torch.zeros(1, device=where)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from None
-    if where.type not in ("cpu", "cuda", "mps"):
-        raise ValueError(f"--device {name}: it can be cpu, cuda, cuda:N or mps")
+    except (RuntimeError, AssertionError, NotImplementedError):
+        where = None
+    if where is None or where.type not in ("cpu", "cuda", "mps"):
+        raise ValueError(f"--device {name}: this torch has no such device here; it can be cpu, cuda, cuda:N or mps")
     fast = is_fast_at_bfloat16(where)
     if config.dtype == "auto":
         return Device(where, torch.bfloat16 if fast else torch.float32)
@@ -91,9 +97,51 @@ def warn(message: str) -> None:
     print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
+# --------------------------------------------------------------------------- signals
+
+
+class Stop(Exception):
+    """A signal asked the run to stop; raised between two steps or two evaluation batches."""
+
+
+class Signals:
+    """While active, SIGINT and SIGTERM (and SIGHUP where there is one) are noted, to be acted on between two steps.
+    A second one falls through to the handler that was there before: it stops at once."""
+
+    def __init__(self) -> None:
+        self.got: int | None = None
+        self.before: dict[int, Any] = {}
+
+    def __enter__(self) -> "Signals":
+        if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
+            for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+                if hasattr(signal, name):
+                    self.before[getattr(signal, name)] = signal.signal(getattr(signal, name), self._note)
+        return self
+
+    def _note(self, number: int, frame: Any) -> None:
+        self.got = number
+        self._restore()
+        print("\nstopping after this step (once more: at once)", file=sys.stderr, flush=True)
+
+    def _restore(self) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def __exit__(self, *_: object) -> None:
+        self._restore()
+
+    def check(self) -> None:
+        if self.got is not None:
+            raise Stop
+
+
+SIGNALS = Signals()
+
 # --------------------------------------------------------------------------- the run folder
 
 RUN_FILE = "args.json"
+LOGS = ("steps.jsonl", "epochs.jsonl", "events.jsonl")
 
 
 def open_run(config: RunConfig) -> Path:
@@ -106,32 +154,57 @@ def open_run(config: RunConfig) -> Path:
     try:
         if config.output_dir is None:
             base = Path("runs") / f"{config.option}-{config.epochs}-{config.lr}"
-            for n in range(1, 10_000):
-                folder = base if n == 1 else base.with_name(f"{base.name}-{n}")
-                try:
-                    folder.mkdir(parents=True)
-                    return folder
-                except FileExistsError:
-                    continue
-        folder = Path(config.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        if (folder / RUN_FILE).exists():
-            if not config.overwrite:
-                raise FileExistsError(f"{folder}: there is a run in this folder already; --overwrite replaces it, or "
-                                      "choose another --output_dir")
-            for name in (RUN_FILE, "steps.jsonl", "epochs.jsonl", "result.json"):
-                (folder / name).unlink(missing_ok=True)
-            shutil.rmtree(folder / "best", ignore_errors=True)
+            folder = next(folder for n in itertools.count(1)
+                          if _made(folder := base if n == 1 else base.with_name(f"{base.name}-{n}")))
+        else:
+            folder = Path(config.output_dir)
+            folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f".{os.getpid()}.tmp"
         probe.touch()
         probe.unlink()
-        return folder
-    except FileExistsError as error:
-        raise error if error.errno is None else OSError(f"{config.output_dir}: it is a file, no folder; choose another "
-                                                        "--output_dir") from None
     except OSError as error:
         raise OSError(f"{config.output_dir or 'runs'}: no run can be written here ({error.strerror}); choose another "
                       "--output_dir") from None
+    if (folder / RUN_FILE).exists() or (folder / "best").exists():
+        if not config.overwrite:
+            raise FileExistsError(f"{folder}: there is a run in this folder already; --overwrite replaces it, or "
+                                  "choose another --output_dir")
+        with lock(folder):
+            for name in (RUN_FILE, *LOGS, "result.json", "dev-predictions.txt", "test-predictions.txt"):
+                (folder / name).unlink(missing_ok=True)
+            for name in ("best", "last"):
+                shutil.rmtree(folder / name, ignore_errors=True)
+    return folder
+
+
+def _made(folder: Path) -> bool:
+    try:
+        folder.mkdir(parents=True)
+        return True
+    except FileExistsError:
+        if folder.is_dir():
+            return False
+        raise
+
+
+@contextmanager
+def lock(folder: Path) -> Iterator[None]:
+    """Only one process works in a run's folder. Raises OSError when another one does; a killed one leaves no lock."""
+    with open(folder / ".lock", "a+", encoding="utf-8") as file:
+        try:
+            try:
+                import fcntl
+            except ImportError:  # Windows
+                import msvcrt
+
+                file.seek(0)
+                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+            else:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise OSError(f"{folder}: another process is training in this folder; wait for it, or choose another "
+                          "--output_dir") from None
+        yield
 
 
 def describe(config: RunConfig, device: Device, files: dict[str, Any]) -> dict[str, Any]:
@@ -155,8 +228,9 @@ def describe(config: RunConfig, device: Device, files: dict[str, Any]) -> dict[s
 
 
 def write_line(file: TextIO, values: dict[str, Any]) -> None:
-    """One JSON object a line."""
+    """One JSON object a line, there for a reader at once."""
     file.write(json.dumps(values) + "\n")
+    file.flush()
 
 
 # --------------------------------------------------------------------------- evaluation
@@ -174,6 +248,7 @@ def predict(model: nn.Module, split: Split, pad_id: int, device: Device, label: 
     batches = list(length_order(split.lengths))
     parts = []
     for rows in tqdm(batches, desc=label, leave=False, disable=None, file=sys.stderr):
+        SIGNALS.check()
         batch = device.put(make_batch(split, rows, pad_id))
         with device.autocast():
             parts.append(model(batch["tokens"], batch["lengths"]).float())
@@ -184,18 +259,25 @@ def predict(model: nn.Module, split: Split, pad_id: int, device: Device, label: 
     return result
 
 
-def score(log_probs: Tensor, labels: np.ndarray) -> dict[str, float]:
+def score(log_probs: Tensor, labels: np.ndarray, ordinal: bool = False) -> dict[str, float]:
     """acc, macro f1 (over the classes that occur in the labels or the predictions) and mean loss of
-    log-probabilities (N, C)."""
-    from sklearn.metrics import f1_score
+    log-probabilities (N, C). `ordinal` adds, for classes that have an order, the mean absolute error `mae`, the
+    quadratic weighted kappa `qwk` (Cohen 1968) and `off_by_one`, the part that is at most one class off."""
+    from sklearn.metrics import cohen_kappa_score, f1_score
 
     predicted = log_probs.argmax(1).numpy()
-    truth = torch.from_numpy(labels)
-    return {
-        "loss": float(nn.functional.nll_loss(log_probs, truth)),
+    result = {
+        "loss": float(nn.functional.nll_loss(log_probs, torch.from_numpy(labels))),
         "acc": float((predicted == labels).mean()),
         "f1": float(f1_score(labels, predicted, average="macro", zero_division=0)),
     }
+    if ordinal:
+        distance = np.abs(predicted - labels)
+        with np.errstate(invalid="ignore"):  # all of one class, and rightly so: 0 / 0
+            kappa = cohen_kappa_score(labels, predicted, labels=range(log_probs.shape[1]), weights="quadratic")
+        result |= {"mae": float(distance.mean()), "qwk": float(np.nan_to_num(kappa)),
+                   "off_by_one": float((distance <= 1).mean())}
+    return result
 
 
 # --------------------------------------------------------------------------- training
@@ -203,97 +285,554 @@ def score(log_probs: Tensor, labels: np.ndarray) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Task:
-    """What is trained. `losses(batch)` gives each sentence's loss (B,); `evaluate()` the epoch's scores, with
-    train_acc, dev_loss, dev_acc and dev_f1; `save_best()` keeps the model as it is now."""
+    """What is trained. `losses(batch)` gives each sentence's loss (B,); `evaluate()` the scores of the model as it is,
+    with train_acc, dev_loss, dev_acc and whatever --monitor names; `save_best()` keeps the model as it is.
+
+    `order(epoch)` are the rows of each effective batch of an epoch; `make_batch(rows, epoch)` makes a batch of some of
+    them; it is where training sentences are augmented.
+    """
 
     model: nn.Module
     train: Split
-    pad_id: int
+    make_batch: Callable[[np.ndarray, int], dict[str, Tensor]]
     losses: Callable[[dict[str, Tensor]], Tensor]
-    evaluate: Callable[[], dict[str, float]]
+    evaluate: Callable[[], dict[str, Any]]
     save_best: Callable[[], None]
+    n_classes: int
+    order: Callable[[int], list[np.ndarray]]
 
 
-class _StepLog:
-    """steps.jsonl and the progress bar. On a GPU the numbers stay there until `every` steps have passed: reading
-    each one would make the processor wait for the GPU at each step."""
+@dataclass
+class Progress:
+    """Everything that changes while training, beside tensors: with them, what an exact resume needs."""
 
-    def __init__(self, file: TextIO, bar: tqdm, every: int):
-        self.file, self.bar, self.every = file, bar, every
-        self.waiting: list[dict[str, Any]] = []
-
-    def add(self, **values: Any) -> None:
-        self.waiting.append(values)
-        if len(self.waiting) >= self.every:
-            self.flush()
-
-    def flush(self) -> None:
-        if not self.waiting:
-            return
-        tensors = torch.stack([torch.stack((v["loss"], v["grad_norm"])) for v in self.waiting]).tolist()
-        for values, (loss, norm) in zip(self.waiting, tensors, strict=True):
-            write_line(self.file, {**values, "loss": loss, "grad_norm": norm})
-        self.file.flush()
-        self.bar.set_postfix_str(f"loss {tensors[-1][0]:.3f}, lr {self.waiting[-1]['lr']:.2e}", refresh=False)
-        self.bar.update(len(self.waiting))
-        self.waiting.clear()
-
-
-def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
-    """The 2-norm of all gradients together, as a tensor on their device."""
-    return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    micro_batch: int
+    step: int = 0  # optimizer steps taken, skipped ones included
+    epoch: int = 0
+    window: int = 0  # windows (effective batches) of this epoch that are done
+    evaluated: int = 0  # evaluations of this epoch that are done
+    loss_sum: float = 0.0  # of the sentences since the last evaluation
+    n_seen: int = 0
+    first_loss: float | None = None
+    recent: list[float] = field(default_factory=list)  # the last losses, for the guards
+    bad_in_a_row: int = 0
+    skipped: int = 0
+    spikes: int = 0
+    rollbacks: int = 0
+    lr_factor: float = 1.0  # halved at each rollback
+    best: dict[str, Any] = field(default_factory=dict)
+    since_best: int = 0
+    history: list[float] = field(default_factory=list)  # --monitor at each evaluation
+    update_ratios: dict[str, float] = field(default_factory=dict)  # of each layer group, at an epoch's last step
+    stopped: str = ""  # why training ended before its last epoch
 
 
-def fit(
-    task: Task, optimizer: torch.optim.Optimizer, config: RunConfig, device: Device, folder: Path
-) -> dict[str, Any]:
-    """Train for config.epochs epochs; write steps.jsonl and epochs.jsonl; print a line an epoch; keep the best.
+def clip_(parameters: list[nn.Parameter], max_norm: float, max_value: float) -> Tensor:
+    """Scale the gradients so that their norm is at most max_norm (Pascanu et al. 2013, arXiv 1211.5063), after clamping
+    each number to max_value; 0 switches either off. Returns the norm before scaling, a tensor."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    if max_value:
+        torch._foreach_clamp_max_(gradients, max_value)
+        torch._foreach_clamp_min_(gradients, -max_value)
+    norm = nn.utils.get_total_norm(gradients)
+    if max_norm:
+        nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    return norm
 
-    The best epoch has the highest dev_acc, of equals the lowest dev_loss. Returns its line of epochs.jsonl.
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """A GPU's own error, or the allocator's of the CPU."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+
+
+def layer_group(name: str) -> str:
+    """`llama.layers.3.attention.wq.weight` to `llama.layers.3`; other names to what stands before the last dot."""
+    parts = name.split(".")
+    return ".".join(parts[: parts.index("layers") + 2]) if "layers" in parts else name.rpartition(".")[0]
+
+
+def first_bad_module(task: Task, batch: dict[str, Tensor], device: Device) -> str:
+    """The name of the first module whose output is not finite, found by one more forward pass; or of the first
+    parameter whose gradient is not. The random state is put back."""
+    found: list[str] = []
+
+    def look(name: str) -> Callable:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            tensors = output if isinstance(output, tuple) else (output,)
+            if not found and any(isinstance(t, Tensor) and not torch.isfinite(t).all() for t in tensors):
+                found.append(f"the output of {name or type(module).__name__}")
+        return hook
+
+    handles = [m.register_forward_hook(look(name)) for name, m in task.model.named_modules() if not any(m.children())]
+    with torch.random.fork_rng(devices=[device.where] if device.where.type == "cuda" else []), torch.no_grad():
+        with device.autocast():
+            losses = task.losses(batch)
+    for handle in handles:
+        handle.remove()
+    if found:
+        return found[0]
+    if not torch.isfinite(losses).all():
+        return "the loss"
+    bad = [name for name, p in task.model.named_parameters() if p.grad is not None and not torch.isfinite(p.grad).all()]
+    return f"the gradient of {bad[0]}" if bad else "the gradient"
+
+
+RECENT = 50  # steps that the guards look back on
+RISING = ("dev_acc", "dev_f1", "dev_qwk")  # the monitors of which more is better
+SPIKE = 3.0  # a loss this many times the median of those is a spike
+ABOVE = 1.1  # a mean of the recent losses this many times the first one means that training goes backwards
+BAD_IN_A_ROW = 3
+ROLLBACKS = 2
+
+
+class Loop:
+    """One training run: `run()` trains to the end and returns the best evaluation.
+
+    `schedule(step, history)` is a factor on each parameter group's own rate. `after_step(step, lr, loss)`, if given,
+    may return True to end the training (the range test's way out). With `keep_states=False` no state is saved; `quiet`
+    prints no epoch lines.
     """
-    parameters = [p for p in task.model.parameters() if p.requires_grad]
-    lengths = task.train.lengths
-    steps_an_epoch = math.ceil(len(task.train) / config.batch_size)
-    best: dict[str, Any] = {}
-    step, start = 0, time.perf_counter()
-    bar = tqdm(total=config.epochs * steps_an_epoch, desc="train", disable=None, file=sys.stderr, mininterval=0.5)
-    with (open(folder / "steps.jsonl", "w", encoding="utf-8") as steps_file,
-          open(folder / "epochs.jsonl", "w", encoding="utf-8") as epochs_file, bar):
-        log = _StepLog(steps_file, bar, every=1 if device.where.type == "cpu" else 50)
-        for epoch in range(config.epochs):
-            task.model.train()
-            epoch_start, total_loss = time.perf_counter(), torch.zeros((), device=device.where, dtype=torch.float64)
-            for rows in epoch_order(lengths, config.batch_size, config.seed, epoch):
-                batch = device.put(make_batch(task.train, rows, task.pad_id))
-                with device.autocast():
-                    losses = task.losses(batch)
-                loss = losses.mean()
-                loss.backward()
-                norm = gradient_norm(parameters)
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-                total_loss += losses.detach().sum()
-                step += 1
-                log.add(step=step, epoch=epoch, lr=optimizer.param_groups[0]["lr"], loss=loss.detach(), grad_norm=norm,
-                        tokens=int(lengths[rows].sum()), seconds=round(time.perf_counter() - start, 4))
-            log.flush()
-            line = {"epoch": epoch, "train_loss": float(total_loss) / len(task.train), **task.evaluate(),
-                    "lr": optimizer.param_groups[0]["lr"], "seconds": round(time.perf_counter() - epoch_start, 3)}
-            is_best = not best or (line["dev_acc"], -line["dev_loss"]) > (best["dev_acc"], -best["dev_loss"])
+
+    def __init__(
+        self, task: Task, optimizer: torch.optim.Optimizer, schedule: Callable[[int, list[float]], float],
+        config: RunConfig, device: Device, folder: Path, after_step: Callable[[int, float, float], bool] | None = None,
+        keep_states: bool = True, quiet: bool = False,
+    ):
+        self.task, self.optimizer, self.schedule = task, optimizer, schedule
+        self.config, self.device, self.folder = config, device, folder
+        self.after_step, self.keep_states, self.quiet = after_step, keep_states, quiet
+        self.parameters = [p for p in task.model.parameters() if p.requires_grad]
+        self.progress = Progress(micro_batch=config.batch_size)
+        self.lengths = task.train.lengths
+        self.base_lrs = [group["lr"] for group in optimizer.param_groups]
+        self.ema = [p.detach().clone() for p in self.parameters] if config.ema else []
+        self.started = time.perf_counter()
+        self.saved: tuple | None = None
+        self.logs: dict[str, TextIO] = {}
+
+    # ----------------------------------------------------------------------- the course of a run
+
+    def run(self) -> dict[str, Any]:
+        config = self.config
+        total = config.epochs * len(self.task.order(0))
+        self.bar = tqdm(total=total, initial=self.progress.step, desc="train", disable=None, file=sys.stderr,
+                        mininterval=0.5)
+        with ExitStack() as stack:
+            for name in LOGS:
+                path = self.folder / name
+                self.logs[name] = stack.enter_context(open(path, "a", encoding="utf-8", newline="\n"))
+            stack.enter_context(self.bar)
+            stack.enter_context(SIGNALS)
+            try:
+                self.save()
+                while self.progress.epoch < config.epochs and not self.progress.stopped:
+                    self.train_epoch()
+                if self.keep_states and not self.progress.best:
+                    self.evaluate(n_marks=1)  # diverged before the first evaluation: the weights of the last good state
+            except Stop:
+                self.save(good=False)
+                self.bar.close()
+                print(f"stopped at step {self.progress.step}; go on with: python run_llama.py --resume {self.folder}",
+                      file=sys.stderr, flush=True)
+                raise SystemExit(128 + SIGNALS.got) from None
+        return self.progress.best
+
+    def train_epoch(self) -> None:
+        """What is left of the present epoch. Ends early after a rollback, which may have changed the epoch."""
+        windows = self.task.order(self.progress.epoch)
+        marks = self.evaluation_marks(len(windows))
+        rollbacks = self.progress.rollbacks
+        while not self.progress.stopped:
+            if self.progress.window == marks[self.progress.evaluated]:
+                self.evaluate(n_marks=len(marks))
+                if self.progress.window == 0:
+                    return
+                continue
+            self.step(windows[self.progress.window], last=self.progress.window + 1 == len(windows))
+            if self.progress.rollbacks != rollbacks:
+                return
+            if self.config.save_every and self.progress.step % self.config.save_every == 0:
+                self.save()
+            SIGNALS.check()
+
+    def evaluation_marks(self, n_windows: int) -> list[int]:
+        """After which windows of an epoch there is an evaluation: every --eval_every of it, and at its end."""
+        n = max(1, round(1 / self.config.eval_every))
+        return sorted({max(1, round(n_windows * (i + 1) / n)) for i in range(n)})
+
+    # ----------------------------------------------------------------------- one optimizer step
+
+    def step(self, rows: np.ndarray, last: bool) -> None:
+        """One window: gradients of the mean loss of its sentences, checked, clipped, applied, logged."""
+        progress, config = self.progress, self.config
+        self.task.model.train()
+        lr = self.set_lr()
+        losses = self.accumulate(rows)
+        norm = clip_(self.parameters, config.max_grad_norm, config.max_grad_value)
+        loss, norm_value = torch.stack((losses.mean().float(), norm.float())).tolist()  # one wait for the device
+        finite = math.isfinite(loss) and math.isfinite(norm_value)
+        if finite or config.guards == "off":
+            before = [p.detach().clone() for p in self.parameters] if last else None
+            self.optimizer.step()
+            if before:
+                progress.update_ratios = self.ratios(before)
+            if self.ema:
+                torch._foreach_lerp_(self.ema, [p.detach() for p in self.parameters], 1 - config.ema)
+        else:
+            batch = self.device.put(self.task.make_batch(rows, progress.epoch))
+            where = first_bad_module(self.task, batch, self.device)
+            self.event("skipped", f"the {'gradient' if math.isfinite(loss) else 'loss'} is not finite ({where}); "
+                                  "the step was skipped")
+            progress.skipped += 1
+        self.optimizer.zero_grad(set_to_none=True)
+        if progress.first_loss is None and finite:
+            progress.first_loss = loss
+            self.check_first_loss(loss)
+        progress.step += 1
+        progress.window += 1
+        progress.loss_sum += float(losses.double().sum()) if finite else 0.0
+        progress.n_seen += len(rows) if finite else 0
+        seconds = round(time.perf_counter() - self.started, 4)
+        write_line(self.logs["steps.jsonl"], {"step": progress.step, "epoch": progress.epoch, "lr": lr, "loss": loss,
+                                     "grad_norm": norm_value, "tokens": int(self.lengths[rows].sum()),
+                                     "seconds": seconds})
+        self.bar.set_postfix_str(f"loss {loss:.3f}, lr {lr:.2e}", refresh=False)
+        self.bar.update()
+        if self.after_step and self.after_step(progress.step, lr, loss):
+            progress.stopped = "after_step"
+            return
+        if config.guards == "on":
+            self.guard(loss, finite)
+
+    def set_lr(self) -> float:
+        """Each group's own rate times the schedule's factor; returns the largest, which is what is logged."""
+        factor = self.schedule(self.progress.step, self.progress.history) * self.progress.lr_factor
+        for group, base in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
+            group["lr"] = base * factor
+        return max(group["lr"] for group in self.optimizer.param_groups)
+
+    def accumulate(self, rows: np.ndarray) -> Tensor:
+        """Gradients of the mean loss over `rows`, in micro-batches; returns the losses (N,), on the device.
+
+        Each micro-batch's sum is divided by the window's size, so that every sentence weighs the same, in a short last
+        window and a short last micro-batch too. Out of memory: the window is done again with half the micro-batch and
+        the random state that it began with.
+        """
+        random = self.random_state()
+        while True:
+            try:
+                parts = []
+                for micro in np.array_split(rows, -(-len(rows) // self.progress.micro_batch)):
+                    batch = self.device.put(self.task.make_batch(micro, self.progress.epoch))
+                    with self.device.autocast():
+                        losses = self.task.losses(batch)
+                    (losses.sum() / len(rows)).backward()
+                    parts.append(losses.detach())
+                return torch.cat(parts)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error) or self.progress.micro_batch == 1:
+                    raise
+            # Outside the handler: the error holds the tensors of the pass that failed.
+            self.optimizer.zero_grad(set_to_none=True)
+            if self.device.where.type == "cuda":
+                torch.cuda.empty_cache()
+            self.set_random_state(random)
+            self.progress.micro_batch = -(-self.progress.micro_batch // 2)
+            self.event("out_of_memory", f"the micro-batch is {self.progress.micro_batch} from here on; the effective "
+                                        f"batch stays {len(rows)}")
+
+    def ratios(self, before: list[Tensor]) -> dict[str, float]:
+        """|update| / |weight| of each layer group over one step; about 1e-3 is healthy (Karpathy's rule of thumb)."""
+        sums: dict[str, list[float]] = {}
+        names = [name for name, p in self.task.model.named_parameters() if p.requires_grad]
+        for name, p, old in zip(names, self.parameters, before, strict=True):
+            pair = sums.setdefault(layer_group(name), [0.0, 0.0])
+            pair[0] += float((p.detach() - old).float().pow(2).sum())
+            pair[1] += float(old.float().pow(2).sum())
+        return {name: math.sqrt(update / weight) if weight else 0.0 for name, (update, weight) in sums.items()}
+
+    # ----------------------------------------------------------------------- the guards
+
+    def check_first_loss(self, loss: float) -> None:
+        expected = math.log(self.task.n_classes)
+        if self.config.loss == "ce" and abs(loss - expected) > 0.5:
+            warn(f"the first loss is {loss:.3f}; an untrained head should begin near ln({self.task.n_classes}) = "
+                 f"{expected:.3f}")
+
+    def guard(self, loss: float, finite: bool) -> None:
+        """Count spikes and bad steps; roll back when the run has diverged."""
+        progress = self.progress
+        is_spike = finite and len(progress.recent) >= 10 and loss > SPIKE * statistics.median(progress.recent)
+        if is_spike:
+            progress.spikes += 1
+            self.event("spike", f"loss {loss:.3f}, against a median of {statistics.median(progress.recent):.3f}")
+        progress.bad_in_a_row = progress.bad_in_a_row + 1 if is_spike or not finite else 0
+        if finite:
+            progress.recent = [*progress.recent[-(RECENT - 1):], loss]
+        mean = statistics.mean(progress.recent) if len(progress.recent) == RECENT else -math.inf
+        if progress.bad_in_a_row >= BAD_IN_A_ROW:
+            self.diverged(f"{BAD_IN_A_ROW} bad steps in a row")
+        elif progress.first_loss is not None and mean > ABOVE * progress.first_loss:
+            self.diverged(f"the mean loss of {RECENT} steps, {mean:.3f}, is above the first, {progress.first_loss:.3f}")
+
+    def diverged(self, why: str) -> None:
+        """Back to the last good state with half the rate, twice; then the training ends there."""
+        at, keep = self.progress.step, self.progress
+        if not self.keep_states:
+            keep.stopped = "diverged"
+            return
+        self.load(only_good=True)
+        for name in ("rollbacks", "lr_factor", "skipped", "spikes"):
+            setattr(self.progress, name, getattr(keep, name))
+        if keep.rollbacks < ROLLBACKS:
+            self.progress.rollbacks += 1
+            self.progress.lr_factor /= 2
+            self.event("rollback", f"{why} at step {at}; back to step {self.progress.step}, with the learning rate "
+                                   f"times {self.progress.lr_factor:g}")
+        else:
+            self.progress.stopped = "diverged"
+            self.event("diverged", f"{why} at step {at}, after {ROLLBACKS} rollbacks; stopping with the weights of "
+                                   f"step {self.progress.step}. Try a --lr ten times lower, or a longer --warmup_ratio")
+        self.bar.reset(self.bar.total)
+        self.bar.update(self.progress.step)
+        self.save()
+
+    def event(self, kind: str, detail: str) -> None:
+        """Something that the user should know: a line on stderr and in events.jsonl."""
+        self.bar.clear()
+        warn(f"step {self.progress.step}: {kind}: {detail}")
+        write_line(self.logs["events.jsonl"], {"step": self.progress.step, "event": kind, "detail": detail})
+
+    # ----------------------------------------------------------------------- evaluation and stopping
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Inside, the model's weights are their moving average, if there is one."""
+        if not self.ema:
+            yield
+            return
+        for p, mean in zip(self.parameters, self.ema, strict=True):
+            p.data, mean.data = mean.data, p.data
+        try:
+            yield
+        finally:
+            for p, mean in zip(self.parameters, self.ema, strict=True):
+                p.data, mean.data = mean.data, p.data
+
+    def evaluate(self, n_marks: int) -> None:
+        """The scores, their line in epochs.jsonl and on stdout, the best weights, the patience."""
+        progress, config = self.progress, self.config
+        last = progress.evaluated + 1 == n_marks
+        with self.averaged():
+            scores = self.task.evaluate()
+            value = scores[config.monitor]
+            gain = (value if config.monitor in RISING else -value) - progress.best.get("monitor", -math.inf)
+            is_best = gain > config.min_delta or (gain == 0 and scores["dev_loss"] < progress.best["dev_loss"])
+            epoch = progress.epoch
+            if n_marks > 1:
+                epoch = round(epoch + (progress.evaluated + 1) / n_marks, 3)
+            train_loss = progress.loss_sum / max(1, progress.n_seen)
+            line = {"epoch": epoch, "step": progress.step, "train_loss": train_loss, **scores,
+                    "lr": max(group["lr"] for group in self.optimizer.param_groups),
+                    "seconds": round(time.perf_counter() - self.started, 3)}
             if is_best:
-                best = line
-                task.save_best()
-            write_line(epochs_file, line)
-            epochs_file.flush()
-            bar.clear()
+                self.task.save_best()
+                progress.best = {**line, "monitor": value if config.monitor in RISING else -value}
+        if last:
+            line["update_ratio"] = progress.update_ratios
+            progress.epoch, progress.window = progress.epoch + 1, 0
+        progress.evaluated = 0 if last else progress.evaluated + 1
+        progress.since_best = 0 if gain > config.min_delta else progress.since_best + 1
+        progress.history.append(value)
+        progress.loss_sum, progress.n_seen = 0.0, 0
+        write_line(self.logs["epochs.jsonl"], line)
+        self.bar.clear()
+        if not self.quiet:
             print(epoch_line(line), flush=True)
+        if config.patience and progress.since_best >= config.patience and progress.epoch < config.epochs:
+            progress.stopped = "patience"
+            print(f"early stop: no better {config.monitor} in {config.patience} evaluations", flush=True)
+        self.save()
+
+    # ----------------------------------------------------------------------- the state
+
+    def random_state(self) -> dict[str, Tensor]:
+        state = {"cpu": torch.get_rng_state()}
+        if self.device.where.type == "cuda":
+            state["cuda"] = torch.cuda.get_rng_state(self.device.where)
+        return state
+
+    def set_random_state(self, state: dict[str, Tensor]) -> None:
+        torch.set_rng_state(state["cpu"])
+        if "cuda" in state:
+            torch.cuda.set_rng_state(state["cuda"], self.device.where)
+
+    def save(self, good: bool = True) -> None:
+        """The state of now, unless it has been saved already. Only a regular save of a calm run is `good`, one to roll
+        back to: a signal must not change where that is."""
+        stamp = (self.progress.step, len(self.progress.history), self.progress.rollbacks)
+        if not self.keep_states or self.saved == stamp:
+            return
+        values, tensors = split_tensors({
+            "model": self.task.model.state_dict(), "optimizer": self.optimizer.state_dict(),
+            "random": self.random_state(), "ema": self.ema, "progress": asdict(self.progress),
+            "logs": {name: file.tell() for name, file in self.logs.items()},
+        })
+        save_state(self.folder / "last", self.progress.step, tensors, values, good and self.is_calm())
+        self.saved = stamp
+
+    def is_calm(self) -> bool:
+        """No bad step just now, and the recent losses not above the first."""
+        progress = self.progress
+        return not progress.bad_in_a_row and not (
+            progress.recent and statistics.mean(progress.recent) > ABOVE * progress.first_loss)
+
+    def load(self, only_good: bool = False) -> None:
+        """Put everything back to the newest whole state in last/, and the logs to their length at that time."""
+        tensors, values, faults = load_state(self.folder / "last", only_good)
+        for fault in faults:
+            warn(fault)
+        state = join_tensors(values, tensors)
+        self.task.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        for mean, saved in zip(self.ema, state["ema"], strict=True):
+            mean.copy_(saved)
+        self.set_random_state(state["random"])
+        self.progress = Progress(**state["progress"])
+        for name, size in state["logs"].items():
+            if name in self.logs:
+                self.logs[name].truncate(size)
+                self.logs[name].seek(size)
+            else:
+                os.truncate(self.folder / name, size)
+        self.saved = (self.progress.step, len(self.progress.history), self.progress.rollbacks)
+
+
+# --------------------------------------------------------------------------- checks before a run
+
+
+@contextmanager
+def untouched(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Whatever happens inside, weights, gradients, optimizer, random states and mode are afterwards as they were."""
+    weights = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    state, was_training = copy.deepcopy(optimizer.state_dict()), model.training
+    cuda = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=cuda):
+        try:
+            yield
+        finally:
+            model.load_state_dict(weights)
+            optimizer.load_state_dict(state)
+            optimizer.zero_grad(set_to_none=True)
+            model.train(was_training)
+
+
+def check_gradients(loop: Loop) -> float:
+    """Is the gradient of one big batch that of its micro-batches, with a short last one too? Returns the largest
+    difference, relative to the gradient's largest number. In float32, dropout off.
+
+    Raises ValueError when it is above 1e-4 (rounding alone stays near 1e-6).
+    """
+    task, rows = loop.task, loop.task.order(0)[0][: 4 * loop.config.batch_size]
+    n = len(rows)
+    exact = replace(loop.device, dtype=torch.float32)
+    gradients = []
+    with untouched(task.model, loop.optimizer):
+        for micro in (n, max(1, n // 4), max(1, n // 2 - 1) if n > 3 else 1):  # whole, even, and with a short last one
+            task.model.eval()
+            loop.optimizer.zero_grad(set_to_none=True)
+            total = 0
+            for start in range(0, n, micro):
+                batch = exact.put(task.make_batch(rows[start : start + micro], 0))
+                (task.losses(batch).sum() / n).backward()
+                total += 1
+            gradients.append([p.grad.clone() for p in loop.parameters if p.grad is not None])
+    largest = max(float(g.abs().max()) for g in gradients[0])
+    difference = max(float((a - b).abs().max()) for other in gradients[1:]
+                     for a, b in zip(gradients[0], other, strict=True)) / largest
+    if difference > 1e-4:
+        raise ValueError(f"--check_gradients: micro-batches change the gradient by {difference:.1e} of its largest "
+                         "number")
+    return difference
+
+
+def overfit_batch(loop: Loop, steps: int = 100) -> tuple[float, float]:
+    """Train on one batch alone: the first and the last loss. A model and a rate that can learn bring it near 0."""
+    rows, losses = loop.task.order(0)[0], []
+
+    def after_step(step: int, lr: float, loss: float) -> bool:
+        losses.append(loss)
+        return step >= steps or loss < 0.05
+
+    config = replace(loop.config, epochs=1, guards="off", ema=0.0)
+    task = replace(loop.task, order=lambda epoch: [rows] * (steps + 1))
+    with untouched(loop.task.model, loop.optimizer), tempfile.TemporaryDirectory() as folder:
+        Loop(task, loop.optimizer, lambda step, history: 1.0, config, loop.device, Path(folder), after_step,
+             keep_states=False, quiet=True).run()
+    return losses[0], losses[-1]
+
+
+def memory_limit(device: Device) -> int | None:
+    """Bytes that are free for a batch; None where that cannot be told."""
+    if device.where.type == "cuda":
+        return torch.cuda.mem_get_info(device.where)[0]
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            return 1024 * next(int(line.split()[1]) for line in file if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return None
+
+
+def peak_memory(device: Device) -> int:
+    """The most bytes that were in use so far: of the GPU, or of the process."""
+    if device.where.type == "cuda":
+        return torch.cuda.max_memory_allocated(device.where)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def find_micro_batch(loop: Loop) -> int:
+    """The largest micro-batch, a power of two up to the effective batch, that trains on the longest sentences.
+
+    A GPU is filled until it refuses. A CPU's memory is not (the system would swap, or kill the run): there a size is
+    taken only if twice the last one's growth fits into what is free. Everything is left as it was.
+    """
+    task, longest = loop.task, np.argsort(-loop.lengths, kind="stable")
+    most, best, grown = max(len(rows) for rows in loop.task.order(0)), 1, 0
+    size = 1
+    with untouched(task.model, loop.optimizer):
+        task.model.train()
+        while size <= most:
+            before, free = peak_memory(loop.device), memory_limit(loop.device)
+            if loop.device.where.type == "cpu" and free is not None and 2 * grown > free:
+                break
+            try:
+                with loop.device.autocast():
+                    losses = task.losses(loop.device.put(task.make_batch(longest[:size], 0)))
+                losses.mean().backward()
+                del losses
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                break
+            grown, best = max(grown, peak_memory(loop.device) - before), size
+            size = most if size < most < 2 * size else 2 * size
+    if loop.device.where.type == "cuda":
+        torch.cuda.empty_cache()
     return best
 
 
+# --------------------------------------------------------------------------- what is printed and written
+
+
 def epoch_line(line: dict[str, Any]) -> str:
-    """The printed line of an epoch. People's scripts read it: its format stays."""
-    return (f"epoch {line['epoch']}: train loss :: {line['train_loss']:.3f}, train acc :: {line['train_acc']:.3f}, "
+    """The printed line of an epoch. People's scripts read it: its format stays; a collapse is said behind it."""
+    text = (f"epoch {line['epoch']}: train loss :: {line['train_loss']:.3f}, train acc :: {line['train_acc']:.3f}, "
             f"dev acc :: {line['dev_acc']:.3f}, lr :: {line['lr']:.2e}")
+    return text + (f", collapsed: every prediction is class {line['collapsed']}" if "collapsed" in line else "")
 
 
 def save_result(folder: Path, result: dict[str, Any]) -> None:

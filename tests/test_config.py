@@ -29,7 +29,10 @@ def test_the_defaults_are_the_teaching_scripts():
 
 @pytest.mark.parametrize("f", config.options(), ids=lambda f: f.name)
 def test_minus_and_underscore_are_interchangeable(f):
-    value = [] if f.type is bool else [str(f.metadata.get("choices", ["1"])[0]) if f.type is not float else "0.5"]
+    check = f.metadata.get("check")
+    fitting = next((v for v in ("0.5", "1", "2") if "float" in str(f.type) or "." not in v
+                    if not check or check.holds(float(v))), "1")
+    value = [] if f.type is bool else [str(f.metadata.get("choices", [fitting])[0])]
     spellings = {f"--{f.name}", "--" + f.name.replace("_", "-")}
     assert len({config.parse_args([s, *value]) for s in spellings}) == 1
     if value:

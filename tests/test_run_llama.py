@@ -32,20 +32,22 @@ def read_lines(path):
 
 
 def test_finetune_leaves_a_run_that_evaluate_and_predict_use(arguments, tiny_data, capsys):
-    finetune(arguments, "--output_dir", "run", "--dev_out", "out/dev.txt", "--epochs", "6")
+    finetune(arguments, "--output_dir", "run", "--dev_out", "out/dev.txt", "--epochs", "8", "--lr", "1e-2")
     out = capsys.readouterr().out
     lines = out.splitlines()
-    assert [int(m[1]) for m in re.finditer(f"^{EPOCH_LINE}$", out, re.M)] == list(range(6))
+    assert [int(m[1]) for m in re.finditer(f"^{EPOCH_LINE}$", out, re.M)] == list(range(8))
     assert re.fullmatch(r"baseline :: majority \d\.\d{3}, tf-idf \+ logistic regression \d\.\d{3}", lines[-3])
     assert lines[-2].startswith("dev acc :: ") and lines[-1].startswith("test acc :: ")
 
     run = Path("run")
     assert {p.name for p in run.iterdir()} == {
-        "args.json", "steps.jsonl", "epochs.jsonl", "result.json", "best", "test-predictions.txt"}
+        ".lock", "args.json", "steps.jsonl", "epochs.jsonl", "events.jsonl", "result.json", "best", "last",
+        "test-predictions.txt"}
     assert {p.name for p in (run / "best").iterdir()} == {
         "model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json"}
     args = json.loads((run / "args.json").read_text(encoding="utf-8"))
-    assert args["options"]["lr"] == 3e-3 and set(args["files"]) == {"train", "dev", "test", "label_names", "weights"}
+    assert args["options"]["lr"] == 1e-2 and set(args["files"]) == {
+        "train", "dev", "test", "label_names", "weights", "tokenizer"}
 
     # The printed accuracy is that of the best epoch, and that of the predictions, line by line with the input.
     result = json.loads((run / "result.json").read_text(encoding="utf-8"))

@@ -1,6 +1,8 @@
 """The loops: evaluation in file order, the same run twice, the best epoch, the run folder, the device."""
 
+import copy
 import json
+import math
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -12,9 +14,9 @@ from torch.nn.functional import nll_loss
 import checkpoint
 import dataset
 import trainer
-from classifier import LlamaEmbeddingClassifier
+from classifier import LlamaEmbeddingClassifier, classification_loss
 from config import parse_args
-from optimizer import AdamW
+from optimizer import AdamW, make_schedule
 from tokenizer import Tokenizer
 
 CPU = trainer.Device(torch.device("cpu"), torch.float32)
@@ -30,17 +32,27 @@ def parts(tiny_model, tiny_data):
     return model, splits, tokenizer
 
 
-def make_task(parts, evaluate=None, save_best=lambda: None):
+def make_task(parts, config, evaluate=None, save_best=lambda: None):
     model, splits, tokenizer = parts
-
-    def losses(batch):
-        return nll_loss(model(batch["tokens"], batch["lengths"]), batch["labels"], reduction="none")
+    train = splits["train"]
 
     def scores():
         on_dev = trainer.score(trainer.predict(model, splits["dev"], tokenizer.pad_id, CPU), splits["dev"].labels)
         return {"train_acc": 0.0, **{f"dev_{k}": v for k, v in on_dev.items()}}
 
-    return trainer.Task(model, splits["train"], tokenizer.pad_id, losses, evaluate or scores, save_best)
+    return trainer.Task(
+        model, train, n_classes=3, evaluate=evaluate or scores, save_best=save_best,
+        make_batch=lambda rows, epoch: dataset.make_batch(train, rows, tokenizer.pad_id),
+        losses=lambda batch: classification_loss(model, batch),
+        order=lambda epoch: dataset.epoch_order(
+            train.lengths, config.batch_size * config.grad_accum, config.seed, epoch))
+
+
+def make_loop(parts, folder, *options, optimizer=None, schedule=lambda step, history: 1.0, **more):
+    config = parse_args(["--max_grad_norm", "0", *options])
+    keep = {k: more.pop(k) for k in ("after_step", "keep_states") if k in more}
+    optimizer = optimizer or AdamW(parts[0].parameters(), lr=config.lr, eps=1e-8)
+    return trainer.Loop(make_task(parts, config, **more), optimizer, schedule, config, CPU, folder, **keep)
 
 
 def read_jsonl(path):
@@ -59,37 +71,83 @@ def test_predictions_are_in_file_order_and_equal_one_sentence_at_a_time(parts):
 
 
 def test_the_scores_are_scikit_learns():
-    from sklearn.metrics import accuracy_score, f1_score, log_loss
+    from sklearn.metrics import accuracy_score, cohen_kappa_score, f1_score, log_loss, mean_absolute_error
 
     log_probs = torch.log_softmax(torch.randn(50, 4, generator=torch.Generator().manual_seed(0)), 1)
     labels = np.random.default_rng(0).integers(0, 4, 50)
     scores, predicted = trainer.score(log_probs, labels), log_probs.argmax(1).numpy()
     assert scores["acc"] == pytest.approx(accuracy_score(labels, predicted))
     assert scores["f1"] == pytest.approx(f1_score(labels, predicted, average="macro"))
-    assert scores["loss"] == pytest.approx(log_loss(labels, log_probs.double().exp().numpy()), rel=1e-5)
+    probabilities = log_probs.double().softmax(1).numpy()
+    assert scores["loss"] == pytest.approx(log_loss(labels, probabilities), rel=1e-5)
+    ordinal = trainer.score(log_probs, labels, ordinal=True)
+    assert ordinal["mae"] == pytest.approx(mean_absolute_error(labels, predicted))
+    assert ordinal["qwk"] == pytest.approx(cohen_kappa_score(labels, predicted, weights="quadratic"))
+    assert ordinal["off_by_one"] == pytest.approx((abs(labels - predicted) <= 1).mean())
 
 
-def test_a_step_equals_the_loop_that_anyone_would_write(parts, tmp_path):
-    """Two epochs by `fit` end with the weights of a plain loop over the same batches with PyTorch's Adam."""
-    import copy
-
+@pytest.mark.parametrize("clip", [0.0, 0.05])
+def test_training_equals_the_loop_that_anyone_would_write(parts, tmp_path, clip):
+    """Two epochs end with the weights of a plain loop over the same batches with PyTorch's own parts."""
     model, splits, tokenizer = parts
     model.dropout.p = 0.0
     plain = copy.deepcopy(model)
-    config = replace(parse_args(["--epochs", "2", "--batch_size", "20", "--lr", "1e-3"]))
-    task = make_task(parts)
-    trainer.fit(task, AdamW(model.parameters(), lr=1e-3, eps=1e-30), config, CPU, tmp_path)
+    options = ["--epochs", "2", "--batch_size", "20", "--lr", "1e-3", "--max_grad_norm", str(clip)]
+    loop = make_loop(parts, tmp_path, *options, optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
+    loop.run()
 
-    optimizer = torch.optim.Adam(plain.parameters(), lr=1e-3, eps=1e-30)
-    train = splits["train"]
+    optimizer, train = torch.optim.SGD(plain.parameters(), lr=0.1), splits["train"]
     for epoch in range(2):
-        for rows in dataset.epoch_order(train.lengths, 20, config.seed, epoch):
+        for rows in dataset.epoch_order(train.lengths, 20, loop.config.seed, epoch):
             batch = dataset.make_batch(train, rows, tokenizer.pad_id)
             optimizer.zero_grad()
             nll_loss(plain(batch["tokens"], batch["lengths"]), batch["labels"]).backward()
+            if clip:
+                torch.nn.utils.clip_grad_norm_(plain.parameters(), clip)
             optimizer.step()
     for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-5)
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("n, micro", [(16, 4), (16, 5), (13, 4), (7, 7), (5, 1)])
+def test_micro_batches_give_the_gradient_of_the_one_big_batch(parts, tmp_path, n, micro):
+    model, splits, tokenizer = parts
+    model.dropout.p = 0.0
+    batch = dataset.make_batch(splits["train"], np.arange(n), tokenizer.pad_id)
+    nll_loss(model(batch["tokens"], batch["lengths"]), batch["labels"]).backward()
+    whole = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    loop = make_loop(parts, tmp_path, "--batch_size", str(micro))
+    loop.accumulate(np.arange(n))
+    for p, expected in zip(model.parameters(), whole, strict=True):
+        torch.testing.assert_close(p.grad, expected, rtol=0, atol=1e-6)
+
+
+def test_out_of_memory_halves_the_micro_batch_and_changes_nothing_else(parts, tmp_path, capsys):
+    model, _, _ = parts
+    initial = copy.deepcopy(model.state_dict())
+
+    def train(options, limit, folder):
+        model.load_state_dict(initial)
+        torch.manual_seed(3)
+        (tmp_path / folder).mkdir()
+        loop = make_loop(parts, tmp_path / folder, "--epochs", "1", "--lr", "1e-3", *options)
+        real = loop.task.make_batch
+
+        def make_batch(rows, epoch):
+            if len(rows) > limit:
+                raise torch.OutOfMemoryError("no room")
+            return real(rows, epoch)
+
+        loop.task = replace(loop.task, make_batch=make_batch)
+        loop.run()
+        return loop, [p.detach().clone() for p in model.parameters()]
+
+    loop, tight = train(["--batch_size", "24"], 7, "tight")
+    assert loop.progress.micro_batch == 6 and "out_of_memory" in capsys.readouterr().err
+    _, small = train(["--batch_size", "6", "--grad_accum", "4"], 99, "small")
+    for a, b in zip(tight, small, strict=True):
+        assert torch.equal(a, b)  # dropout's random numbers too: the window began anew from its random state
 
 
 def test_the_best_epoch_is_the_highest_accuracy_then_the_lowest_loss(parts, tmp_path, capsys):
@@ -100,10 +158,9 @@ def test_the_best_epoch_is_the_highest_accuracy_then_the_lowest_loss(parts, tmp_
         acc, loss = next(scores)
         return {"train_acc": 0.25, "dev_loss": loss, "dev_acc": acc, "dev_f1": acc}
 
-    config = parse_args(["--epochs", "5", "--batch_size", "96"])
-    task = make_task(parts, evaluate, lambda: saved.append(1))
-    best = trainer.fit(task, AdamW(parts[0].parameters(), lr=1e-5), config, CPU, tmp_path)
-    assert best["epoch"] == 2 and len(saved) == 3
+    loop = make_loop(parts, tmp_path, "--epochs", "5", "--batch_size", "96", evaluate=evaluate,
+                     save_best=lambda: saved.append(1))
+    assert loop.run()["epoch"] == 2 and len(saved) == 3
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("epoch")]
     assert len(lines) == 5
     assert lines[1].endswith("train acc :: 0.250, dev acc :: 0.600, lr :: 1.00e-05")
@@ -114,11 +171,172 @@ def test_the_best_epoch_is_the_highest_accuracy_then_the_lowest_loss(parts, tmp_
     assert all(s["tokens"] == parts[1]["train"].lengths.sum() for s in steps)
 
 
-def test_the_gradient_norm_is_torchs(parts):
-    model, splits, tokenizer = parts
-    make_task(parts).losses(dataset.make_batch(splits["train"], np.arange(8), 0)).mean().backward()
-    expected = torch.nn.utils.clip_grad_norm_(model.parameters(), 1e9)
-    torch.testing.assert_close(trainer.gradient_norm(model.parameters()), expected)
+@pytest.mark.parametrize("monitor, values, best, n_run", [
+    ("dev_acc", [0.1, 0.3, 0.2, 0.2, 0.9], 1, 4),  # patience 2 ends it before the last
+    ("dev_loss", [0.9, 0.4, 0.5, 0.6, 0.1], 1, 4),
+    ("dev_f1", [0.1, 0.2, 0.3, 0.4, 0.5], 4, 5),
+])
+def test_early_stopping_counts_evaluations_without_a_new_best(parts, tmp_path, monitor, values, best, n_run):
+    left = iter(values)
+    loop = make_loop(parts, tmp_path, "--epochs", "5", "--batch_size", "96", "--patience", "2", "--monitor", monitor,
+                     evaluate=lambda: {"train_acc": 0.0, "dev_loss": 1.0, "dev_acc": 0.0, monitor: next(left)})
+    assert loop.run()["epoch"] == best
+    assert len(loop.progress.history) == n_run and (loop.progress.stopped == "patience") == (n_run == 4)
+
+
+def test_evaluations_inside_an_epoch_stand_at_their_part_of_it(parts, tmp_path):
+    loop = make_loop(parts, tmp_path, "--epochs", "2", "--batch_size", "10", "--eval_every", "0.5")
+    loop.run()
+    lines = read_jsonl(tmp_path / "epochs.jsonl")
+    assert [line["epoch"] for line in lines] == [0.5, 1.0, 1.5, 2.0]
+    assert [line["step"] for line in lines] == [5, 10, 15, 20]
+
+
+def test_the_logged_rate_is_the_schedules_closed_form(parts, tmp_path):
+    loop = make_loop(parts, tmp_path, "--epochs", "3", "--batch_size", "10", "--lr", "3e-4",
+                     schedule=make_schedule("cosine", total_steps=30, steps_an_epoch=10, warmup_steps=4))
+    loop.run()
+    for i, line in enumerate(read_jsonl(tmp_path / "steps.jsonl")):
+        expected = (i + 1) / 4 if i < 4 else 1e-3 + (1 - 1e-3) * (1 + math.cos(math.pi * (i - 4) / 26)) / 2
+        assert line["lr"] == pytest.approx(3e-4 * expected, rel=1e-12)
+
+
+def test_the_moving_average_is_what_is_evaluated_and_the_raw_weights_go_on(parts, tmp_path):
+    model, _, _ = parts
+    seen = []
+
+    def evaluate():
+        seen.append(model.classifier_head.weight.detach().clone())
+        return {"train_acc": 0.0, "dev_loss": 1.0, "dev_acc": 0.0}
+
+    mean = model.classifier_head.weight.detach().clone()
+    raw = []
+    loop = make_loop(parts, tmp_path, "--epochs", "1", "--batch_size", "24", "--lr", "1e-2", "--ema", "0.7",
+                     evaluate=evaluate, after_step=lambda *_: raw.append(model.classifier_head.weight.detach().clone()))
+    loop.run()
+    for weight in raw:
+        mean = 0.7 * mean + 0.3 * weight
+    torch.testing.assert_close(seen[0], mean)
+    assert torch.equal(model.classifier_head.weight, raw[-1]) and not torch.equal(raw[-1], seen[0])
+
+
+def test_the_update_ratio_is_logged_for_each_layer(parts, tmp_path):
+    model, _, _ = parts
+    weights = [model.llama.layers[1].feed_forward.w1.weight.detach().clone()]
+    for p in model.parameters():
+        p.requires_grad_(p is model.llama.layers[1].feed_forward.w1.weight)
+    loop = make_loop(parts, tmp_path, "--epochs", "1", "--batch_size", "24", "--lr", "1e-2", after_step=lambda *_:
+                     weights.append(model.llama.layers[1].feed_forward.w1.weight.detach().clone()))
+    loop.run()
+    ratios = read_jsonl(tmp_path / "epochs.jsonl")[0]["update_ratio"]
+    expected = float((weights[-1] - weights[-2]).norm() / weights[-2].norm())
+    assert ratios == {"llama.layers.1": pytest.approx(expected, rel=1e-5)}
+
+
+# --------------------------------------------------------------------------- the guards
+
+
+def poison(loop, steps):
+    """Make the loss of these steps (from 1) not a number."""
+    real = loop.task.losses
+    loop.task = replace(loop.task, losses=lambda batch: real(batch) * (
+        math.nan if loop.progress.step + 1 in steps else 1.0))
+
+
+def test_a_loss_that_is_not_finite_skips_the_step(parts, tmp_path, capsys):
+    model, _, _ = parts
+    weights = []
+    loop = make_loop(parts, tmp_path, "--epochs", "1", "--batch_size", "24", "--lr", "1e-3",
+                     after_step=lambda *_: weights.append(model.classifier_head.weight.detach().clone()))
+    poison(loop, {2})
+    loop.run()
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[1], weights[2])
+    assert loop.progress.skipped == 1 and "the loss is not finite (the loss)" in capsys.readouterr().err
+    assert read_jsonl(tmp_path / "events.jsonl")[0]["event"] == "skipped"
+    assert math.isfinite(read_jsonl(tmp_path / "epochs.jsonl")[0]["train_loss"])
+
+
+def test_the_first_module_whose_output_is_not_finite_is_named(parts, tmp_path, capsys):
+    model, _, _ = parts
+    with torch.no_grad():
+        model.llama.layers[1].feed_forward.w3.weight[0, 0] = math.inf
+    make_loop(parts, tmp_path, "--epochs", "1", "--batch_size", "96", keep_states=False).run()
+    assert "the output of llama.layers.1.feed_forward.w3" in capsys.readouterr().err
+
+
+def test_three_bad_steps_roll_back_and_halve_the_rate_twice_then_stop(parts, tmp_path):
+    loop = make_loop(parts, tmp_path, "--epochs", "3", "--batch_size", "10", "--lr", "1e-3")
+    poison(loop, set(range(13, 100)))
+    after_epoch = []
+    real_evaluate = loop.task.evaluate
+
+    def evaluate():
+        after_epoch.append([p.detach().clone() for p in loop.parameters])
+        return real_evaluate()
+
+    loop.task = replace(loop.task, evaluate=evaluate)
+    best = loop.run()
+    events = [e["event"] for e in read_jsonl(tmp_path / "events.jsonl")]
+    assert events.count("rollback") == 2 and events[-1] == "diverged"
+    assert loop.progress.stopped == "diverged" and loop.progress.lr_factor == 0.25
+    assert best["epoch"] == 0, "the epoch before the trouble is the best one"
+    for p, good in zip(loop.parameters, after_epoch[0], strict=True):
+        assert torch.equal(p, good), "it ends with the weights of the last good state"
+    assert [s["step"] for s in read_jsonl(tmp_path / "steps.jsonl")] == list(range(1, 11)), "and their log"
+
+
+def test_a_loss_above_its_start_for_long_is_divergence(parts, tmp_path):
+    loop = make_loop(parts, tmp_path, "--epochs", "30", "--batch_size", "10", "--patience", "0",
+                     optimizer=torch.optim.SGD(parts[0].parameters(), lr=30.0))
+    loop.run()
+    assert loop.progress.rollbacks > 0
+    assert all(torch.isfinite(p).all() for p in loop.parameters)
+
+
+def test_with_the_guards_off_nothing_is_rolled_back(parts, tmp_path):
+    loop = make_loop(parts, tmp_path, "--epochs", "1", "--batch_size", "10", "--guards", "off")
+    poison(loop, {2, 3, 4, 5})
+    loop.run()
+    assert loop.progress.rollbacks == 0 and loop.progress.step == 10
+
+
+def test_a_spike_is_counted(parts, tmp_path):
+    loop = make_loop(parts, tmp_path, "--epochs", "3", "--batch_size", "10")
+    real = loop.task.losses
+    loop.task = replace(loop.task, losses=lambda batch: real(batch) * (9.0 if loop.progress.step + 1 == 20 else 1.0))
+    loop.run()
+    assert loop.progress.spikes == 1 and read_jsonl(tmp_path / "events.jsonl")[0]["event"] == "spike"
+
+
+# --------------------------------------------------------------------------- checks before a run
+
+
+def state_of(loop):
+    return [t.clone() for t in [*loop.task.model.state_dict().values(), torch.get_rng_state()]]
+
+
+@pytest.mark.parametrize("check", [trainer.check_gradients, trainer.overfit_batch, trainer.find_micro_batch])
+def test_a_check_leaves_no_trace(parts, tmp_path, check):
+    loop = make_loop(parts, tmp_path, "--batch_size", "8", "--lr", "1e-2")
+    before = state_of(loop)
+    check(loop)
+    assert all(torch.equal(a, b) for a, b in zip(before, state_of(loop), strict=True))
+    assert not loop.optimizer.state and all(p.grad is None for p in loop.parameters)
+    assert not (tmp_path / "steps.jsonl").exists()
+
+
+def test_the_gradient_check_sees_a_loss_that_depends_on_the_micro_batch(parts, tmp_path):
+    loop = make_loop(parts, tmp_path, "--batch_size", "8")
+    assert trainer.check_gradients(loop) < 1e-5
+    real = loop.task.losses
+    loop.task = replace(loop.task, losses=lambda batch: real(batch) * len(batch["labels"]))
+    with pytest.raises(ValueError, match="micro-batches change the gradient"):
+        trainer.check_gradients(loop)
+
+
+def test_one_batch_can_be_memorised(parts, tmp_path):
+    first, last = trainer.overfit_batch(make_loop(parts, tmp_path, "--batch_size", "8", "--lr", "1e-2"))
+    assert first > 0.8 and last < 0.3 * first
 
 
 # --------------------------------------------------------------------------- the run folder
@@ -141,7 +359,7 @@ def test_a_folder_with_a_run_is_refused_without_overwrite(tmp_path):
     with pytest.raises(FileExistsError, match="--overwrite"):
         trainer.open_run(config)
     trainer.open_run(replace(config, overwrite=True))
-    assert [p.name for p in folder.iterdir()] == ["mine.txt"]
+    assert {p.name for p in folder.iterdir()} == {"mine.txt", ".lock"}
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):

@@ -1,0 +1,106 @@
+"""How fast a step of AdamW is: ours, and PyTorch's fused and foreach, in turn, on SmolLM2-135M's shapes.
+
+    python benchmarks/optimizer.py [--layers 30] [--device cpu] [--rounds 21] [--threads N]
+
+Prints each one's median and the ratio of ours to it, with the quartiles of the ratio of the steps that stood next to
+each other, and writes benchmarks/results/optimizer-<cpu|cuda>.json. On a busy machine the medians wander; the ratios
+of neighbours do so less.
+"""
+
+import argparse
+import json
+import platform
+import sys
+import time
+from pathlib import Path
+from statistics import median, quantiles
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+sys.path = [p for p in sys.path if Path(p or ".").resolve() != Path(__file__).resolve().parent]  # it has this name
+from optimizer import AdamW, native_adamw  # noqa: E402
+
+VOCABULARY, DIM, KV, HIDDEN = 49152, 576, 192, 1536
+
+
+def shapes(layers: int) -> list[tuple[int, ...]]:
+    layer = [(DIM, DIM), (KV, DIM), (KV, DIM), (DIM, DIM), (HIDDEN, DIM), (HIDDEN, DIM), (DIM, HIDDEN), (DIM,), (DIM,)]
+    return [(VOCABULARY, DIM), *layer * layers, (DIM,)]
+
+
+def parameters(layers: int, device: str) -> list[torch.nn.Parameter]:
+    """The model's parameters, each with a random gradient."""
+    draw = torch.Generator(device).manual_seed(0)
+    found = [torch.nn.Parameter(torch.randn(s, generator=draw, device=device) * 0.02) for s in shapes(layers)]
+    for p in found:
+        p.grad = torch.randn(p.shape, generator=draw, device=device) * 1e-3
+    return found
+
+
+def seconds(optimizer: torch.optim.Optimizer, device: str) -> float:
+    synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
+    synchronize()
+    start = time.perf_counter()
+    optimizer.step()
+    synchronize()
+    return time.perf_counter() - start
+
+
+def machine(device: str) -> dict[str, object]:
+    """What the numbers were measured on."""
+    cpu = platform.processor()
+    information = Path("/proc/cpuinfo")
+    if information.exists():
+        lines = information.read_text(encoding="utf-8").splitlines()
+        cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), cpu)
+    return {"platform": platform.platform(), "python": platform.python_version(), "torch": torch.__version__,
+            "cpu": cpu, "cpu_capability": torch.backends.cpu.get_cpu_capability(), "threads": torch.get_num_threads(),
+            "gpu": torch.cuda.get_device_name() if device == "cuda" else None}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--layers", type=int, default=30)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--rounds", type=int, default=21, help="steps of each, after two that do not count")
+    parser.add_argument("--threads", type=int, help="default: PyTorch's")
+    parser.add_argument("--out", type=Path, help="default: benchmarks/results/optimizer-<device>.json")
+    options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    start = time.perf_counter()
+    native = options.device == "cpu" and native_adamw() is not None
+    compiling = time.perf_counter() - start
+    variants = {"ours": AdamW, "fused": lambda p, lr: torch.optim.AdamW(p, lr=lr, fused=True),
+                "foreach": lambda p, lr: torch.optim.AdamW(p, lr=lr, foreach=True)}
+    made = {name: make(parameters(options.layers, options.device), lr=1e-5) for name, make in variants.items()}
+    times: dict[str, list[float]] = {name: [] for name in made}
+    for _ in range(2 + options.rounds):
+        for name, optimizer in made.items():
+            times[name].append(seconds(optimizer, options.device))
+    times = {name: found[2:] for name, found in times.items()}
+    size = sum(p.numel() for p in made["ours"].param_groups[0]["params"])
+    how = f"C, compiled in {compiling:.2f} s" if native else "eager PyTorch"
+    print(f"{size / 1e6:.1f}M parameters on {options.device}, {torch.get_num_threads()} threads; ours: {how}")
+    result = {"machine": machine(options.device), "layers": options.layers, "parameters": size, "native": native,
+              "compile_seconds": compiling if native else None, "rounds": options.rounds, "optimizers": {}}
+    for name, found in times.items():
+        pairs = [mine / other for mine, other in zip(times["ours"], found, strict=True)]
+        low, _, high = quantiles(pairs, n=4)
+        ratio = median(times["ours"]) / median(found)
+        print(f"{name:8} {median(found) * 1e3:8.1f} ms ({min(found) * 1e3:.1f} to {max(found) * 1e3:.1f})   ours / it "
+              f"{ratio:.2f}, of neighbours {median(pairs):.2f} ({low:.2f} to {high:.2f})")
+        result["optimizers"][name] = {"median_seconds": median(found), "min_seconds": min(found),
+                                      "max_seconds": max(found), "ours_over_it": ratio,
+                                      "ours_over_it_neighbours": {"median": median(pairs), "quartiles": [low, high]},
+                                      "seconds": found}
+    out = options.out or ROOT / "benchmarks" / "results" / f"optimizer-{options.device}.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(f"wrote {out}")
+
+
+if __name__ == "__main__":
+    main()
