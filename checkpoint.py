@@ -5,6 +5,7 @@ Shapes are compared with the model's before anything is allocated, so a file who
 Nothing read from disk is ever executed: tensors come from safetensors, GGUF or torch.load(weights_only=True).
 """
 
+import errno
 import json
 import math
 import os
@@ -233,6 +234,8 @@ def read_gguf_weights(path: Path) -> Weights:
         match = re.fullmatch(r"blk\.(\d{1,9})\.(\w+)\.weight", name)
         if match and match[2] in _GGUF_NAMES:
             names[name] = f"layers.{int(match[1])}.{_GGUF_NAMES[match[2]]}.weight"
+        elif name.startswith("blk."):
+            raise ValueError(f"{path}: {name} is no part of the Llama that is supported here (a bias, or an expert?)")
     found = {names[name]: tensor for name, tensor in tensors.items() if name in names}
     config = _config(
         path, vocab_size=tensors["token_embd.weight"].shape[0], dim=value("embedding_length"),
@@ -314,9 +317,13 @@ def read_hf_folder(path: Path) -> Weights:
     for file in _safetensors_files(path):
         handle = open_safetensors(file)
         for key in handle.keys():
-            name = _from_hf_name(key)
+            name, dtype = _from_hf_name(key), handle.get_slice(key).get_dtype()
+            if name is None and key.startswith("model.layers.") and not key.endswith("rotary_emb.inv_freq"):
+                raise ValueError(f"{file}: {key} is no part of the Llama that is supported here (a bias, an adapter?)")
             if name is None or (name == "output.weight" and config.tie_embeddings):
                 continue
+            if dtype not in ("F64", "F32", "F16", "BF16"):
+                raise ValueError(f"{file}: {key} has the type {dtype}; only floating-point weights are read here")
             shapes[name] = tuple(handle.get_slice(key).get_shape())
             readers[name] = lambda handle=handle, key=key, name=name: _to_pairs(
                 handle.get_tensor(key).float(), name, config.head_dim)
@@ -456,7 +463,10 @@ def check_writable(path: Path, option: str) -> None:
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     """Call write(temporary path), flush it to disk and rename it: path is the old file or the new, never half. What a
-    symbolic link points to is replaced, not the link; a pipe or a device is written to."""
+    symbolic link points to is replaced, not the link; a pipe or a device is written to. Raises OSError, naming the path
+    and the bytes that are free, when the disk is full."""
+    from safetensors import SafetensorError
+
     path = path.resolve()
     if path.exists() and not path.is_file():
         write(path)
@@ -467,8 +477,31 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        _flush_folder(path.parent)  # else, after a power cut, a state could know of a best model that is not there
+    except (OSError, SafetensorError) as error:
+        raise disk_full(path, error) from None
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def disk_full(path: Path, error: Exception) -> Exception:
+    """What to raise for an error while writing: itself, or where it means that there is no room, an OSError that names
+    the path and the bytes."""
+    full = (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", None))
+    if isinstance(error, OSError) and error.errno not in full:
+        return error
+    free = shutil.disk_usage(path.parent).free
+    return OSError(f"{path}: it could not be written ({error}); {free} bytes are free there")
+
+
+def remove_litter(folder: Path) -> None:
+    """Remove what a killed process left half-written: ours are .NAME.tmp, safetensors' .tmpXXXXXX. The lock of the run
+    makes them nobody else's."""
+    for path in [*folder.glob(".*.tmp"), *folder.glob(".tmp??????")]:
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -577,8 +610,7 @@ def save_state(last: Path, step: int, tensors: dict[str, Tensor], values: dict[s
     from safetensors.torch import save_file
 
     last.mkdir(parents=True, exist_ok=True)
-    for litter in last.glob(".*.tmp"):  # of a process that was killed while it wrote; the lock makes it nobody else's
-        shutil.rmtree(litter, ignore_errors=True)
+    remove_litter(last)
     existing = _states(last)
     folder = last / f"step-{step}-{_number(existing[0]) + 1 if existing else 0}"
     temporary = last / f".{folder.name}.tmp"
@@ -604,10 +636,33 @@ def save_state(last: Path, step: int, tensors: dict[str, Tensor], values: dict[s
         free = shutil.disk_usage(last).free
         raise OSError(f"{folder}: the state could not be written ({error}): it takes {wanted} bytes, {free} are free; "
                       "the last whole state is kept") from None
-    keep_good = next((s for s in [folder, *existing] if read_json(s / MANIFEST).get("good")), None)
+    keep_good = next((s for s in [folder, *existing] if _is_good(s)), None)
     for old in existing[1:]:  # the one before stays too: it is what a damaged newest state falls back to
         if old != keep_good:
-            shutil.rmtree(old, ignore_errors=True)
+            _remove(old)
+
+
+def _remove(state: Path) -> None:
+    """First out of the way, so that a kill in the middle leaves litter and no half state."""
+    temporary = state.with_name(f".{state.name}.tmp")
+    try:
+        os.replace(state, temporary)
+    except OSError:
+        return  # somebody has it open (Windows); the next save tries again
+    shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _is_good(state: Path) -> bool:
+    """Does its manifest, which may be damaged, call it good?"""
+    try:
+        return read_json(state / MANIFEST).get("good") is True
+    except (ValueError, OSError):
+        return False
+
+
+def has_states(last: Path) -> bool:
+    """Has a state ever been committed here, whole or not?"""
+    return bool(_states(last))
 
 
 def _number(folder: Path) -> int:
@@ -615,8 +670,8 @@ def _number(folder: Path) -> int:
 
 
 def _states(last: Path) -> list[Path]:
-    """The committed states, newest first."""
-    found = [p for p in last.glob("step-*-*") if re.fullmatch(r"step-\d+-\d+", p.name) and (p / MANIFEST).is_file()]
+    """The committed states, newest first, damaged ones too."""
+    found = [p for p in last.glob("step-*-*") if re.fullmatch(r"step-\d+-\d+", p.name)]
     return sorted(found, key=_number, reverse=True)
 
 
@@ -638,18 +693,23 @@ def _fault(folder: Path) -> str | None:
 
 
 def load_state(last: Path, only_good: bool = False) -> tuple[dict[str, Tensor], dict[str, Any], list[str]]:
-    """Tensors and values of the newest state that is whole, and a line for each damaged one that was passed over.
+    """Tensors and values of the newest state that is whole, and a line for each damaged one that was passed over; those
+    are removed, so that the next save counts on whole ones only.
 
     Raises ValueError when there is none.
     """
-    faults = []
+    faults, damaged = [], []
     for folder in _states(last):
         fault = _fault(folder)
         if fault:
             faults.append(f"{folder}: {fault}; going back to the state before it")
-        elif not only_good or read_json(folder / MANIFEST)["good"]:
+            damaged.append(folder)
+        elif not only_good or _is_good(folder):
             handle = open_safetensors(folder / "tensors.safetensors")
-            return {k: handle.get_tensor(k) for k in handle.keys()}, read_json(folder / STATE), faults
+            tensors = {k: handle.get_tensor(k).clone() for k in handle.keys()}  # without, they would be the file itself
+            for state in damaged:
+                _remove(state)
+            return tensors, read_json(folder / STATE), faults
     raise ValueError("\n".join([*faults, f"{last}: there is no whole state to go on from; start the run again"]))
 
 

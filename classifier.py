@@ -39,13 +39,36 @@ def all_real(input_ids: Tensor) -> Tensor:
     return torch.full((len(input_ids),), input_ids.shape[1], device=input_ids.device)
 
 
+class OrdinalHead(nn.Linear):
+    """Vectors (B, D) to log-probabilities (B, C) of classes that have an order: one score and C - 1 rising cuts,
+    P(y <= k) = sigmoid(cut_k - score) (McCullagh 1980, proportional odds).
+
+    The cuts begin where all classes are equally likely at score 0; there is no bias, which they would undo.
+    """
+
+    def __init__(self, dim: int, n_classes: int):
+        super().__init__(dim, 1, bias=False)
+        cuts = torch.logit(torch.arange(1, n_classes) / n_classes)
+        self.first_cut = nn.Parameter(cuts[:1].clone())
+        self.gaps = nn.Parameter(torch.log(torch.expm1(cuts.diff())))  # softplus of them is what is added
+
+    def forward(self, x: Tensor) -> Tensor:
+        """log P(y = k) = log(P(y <= k) - P(y <= k - 1))"""
+        score, between = super().forward(x), F.softplus(self.gaps)
+        cuts = torch.cat((self.first_cut, self.first_cut + between.cumsum(0)))
+        edge = score.new_full((len(score), 1), torch.inf)
+        upper, lower = torch.cat((cuts - score, edge), 1), torch.cat((-edge, cuts - score), 1)
+        # sigmoid(u) - sigmoid(l) = sigmoid(u) sigmoid(-l) (1 - exp(l - u)): no difference of near equals.
+        gap = torch.cat((edge, between.expand(len(score), -1), edge), 1)
+        return F.logsigmoid(upper) + F.logsigmoid(-lower) + torch.log(-torch.expm1(-gap))
+
+
 class LlamaEmbeddingClassifier(nn.Module):
     """Pooling, dropout and one linear layer on a Llama's last hidden states.
 
     `config` has `num_labels`, `hidden_dropout_prob`, and if it likes `pooling` (default "last"), `option` ("pretrain"
-    freezes the Llama, as in the teaching scripts) and `loss`: "ordinal" puts one score and num_labels - 1 rising cuts
-    in place of the linear layer, P(y <= k) = sigmoid(cut_k - score) (McCullagh 1980, proportional odds). Without a
-    `llama`, `config.pretrained_model_path` is loaded.
+    freezes the Llama, as in the teaching scripts) and `loss`: "ordinal" puts an `OrdinalHead` in place of the linear
+    layer. Without a `llama`, `config.pretrained_model_path` is loaded.
     """
 
     def __init__(self, config: Any, llama: Llama | None = None):
@@ -57,16 +80,13 @@ class LlamaEmbeddingClassifier(nn.Module):
         self.llama.requires_grad_(getattr(config, "option", "finetune") != "pretrain")
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
         self.is_ordinal = getattr(config, "loss", "ce") == "ordinal"
-        self.classifier_head = nn.Linear(self.llama.config.dim, 1 if self.is_ordinal else self.num_labels)
-        if self.is_ordinal:
-            # Cuts that make the classes equally likely at score 0: the logits of 1/C, 2/C, ...
-            cuts = torch.logit(torch.arange(1, self.num_labels) / self.num_labels)
-            self.first_cut = nn.Parameter(cuts[:1].clone())
-            self.gaps = nn.Parameter(torch.log(torch.expm1(cuts.diff())))  # softplus of them is what is added
+        head = OrdinalHead if self.is_ordinal else nn.Linear
+        self.classifier_head = head(self.llama.config.dim, self.num_labels)
         # Small, so that the first loss is ln(num_labels) whatever the size of the model's hidden states.
         with torch.no_grad():
             self.classifier_head.weight.mul_(0.05)
-            self.classifier_head.bias.zero_()
+            if self.classifier_head.bias is not None:
+                self.classifier_head.bias.zero_()
 
     def forward(self, input_ids: Tensor, lengths: Tensor | None = None) -> Tensor:
         """Tokens (B, T), padded on the right, and lengths (B,) (None: no padding) to log-probabilities (B, C)."""
@@ -74,16 +94,7 @@ class LlamaEmbeddingClassifier(nn.Module):
         pooled = pool(self.llama.hidden(input_ids, lengths), lengths, self.pooling)
         with torch.autocast(pooled.device.type, enabled=False):  # a bfloat16 logit has three digits
             out = self.classifier_head(self.dropout(pooled.float()))
-        return self.ordinal_log_probabilities(out) if self.is_ordinal else F.log_softmax(out, dim=-1)
-
-    def ordinal_log_probabilities(self, score: Tensor) -> Tensor:
-        """A score (B, 1) to log P(y = k) = log(P(y <= k) - P(y <= k - 1)), (B, C)."""
-        cuts = torch.cat((self.first_cut, self.first_cut + F.softplus(self.gaps).cumsum(0)))
-        edge = score.new_full((len(score), 1), torch.inf)
-        upper, lower = torch.cat((cuts - score, edge), 1), torch.cat((-edge, cuts - score), 1)
-        # sigmoid(u) - sigmoid(l) = sigmoid(u) sigmoid(-l) (1 - exp(l - u)): no difference of near equals.
-        gap = torch.cat((edge, cuts.diff().expand(len(score), -1), edge), 1)
-        return F.logsigmoid(upper) + F.logsigmoid(-lower) + torch.log(-torch.expm1(-gap))
+        return out if self.is_ordinal else F.log_softmax(out, dim=-1)
 
 
 def classification_loss(model: nn.Module, batch: dict[str, Tensor], label_smoothing: float = 0.0, r_drop: float = 0.0,

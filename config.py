@@ -6,6 +6,7 @@ Nothing here imports torch, so `python run_llama.py --help` answers at once. An 
 
 import argparse
 import difflib
+import itertools
 import math
 import sys
 from collections.abc import Callable
@@ -80,9 +81,14 @@ POSITIVE = Check(lambda x: 0 < x < math.inf, "above 0")
 NOT_NEGATIVE = Check(lambda x: 0 <= x < math.inf, "0 or more")
 AT_LEAST_ONE = Check(lambda x: x >= 1, "1 or more")
 AT_LEAST_TWO = Check(lambda x: x >= 2, "2 or more")
+AT_LEAST_TEN = Check(lambda x: x >= 10, "10 or more")
 PROBABILITY = Check(lambda x: 0 <= x < 1, "at least 0 and below 1")
+INSIDE = Check(lambda x: 0 < x < 1, "above 0 and below 1")
 FRACTION = Check(lambda x: 0 < x <= 1, "above 0 and at most 1")
 FRACTION_OR_ZERO = Check(lambda x: 0 <= x <= 1, "between 0 and 1")
+FINITE_FROM_ONE = Check(lambda x: 1 <= x < math.inf, "1 or more")
+RISING = Check(lambda xs: xs[0] > 0 and all(a < b for a, b in itertools.pairwise(xs)),
+               "whole numbers from 1, each larger than the one before")
 
 # The names of optimizer.SCHEDULES, which cannot be imported here: that room imports torch.
 SCHEDULERS = (
@@ -159,6 +165,8 @@ class RunConfig:
         metavar="N", check=AT_LEAST_TWO)
     folds: int | None = _option(None, "Training", "cross-validate: train and dev together, cut into N", metavar="N",
         check=AT_LEAST_TWO)
+    fold: int | None = _option(None, "Training", "of the --folds N, run this one alone: 0 to N-1", metavar="I",
+        check=NOT_NEGATIVE)
 
     optimizer: str = _option("adamw", "Optimizer", "which one", choices=("adamw", "sgd", "lion", "adafactor"))
     lr: float = _option(1e-5, "Optimizer", "learning rate at its peak", check=POSITIVE)
@@ -192,18 +200,18 @@ class RunConfig:
         choices=("step", "epoch"))
     cycles: int | None = _option(None, "Schedule", "cosine_restarts, cyclic: how many", check=AT_LEAST_ONE)
     cycle_mult: float | None = _option(None, "Schedule", "cosine_restarts: each cycle is that much longer",
-        check=POSITIVE)
+        check=FINITE_FROM_ONE)
     cycle_decay: float | None = _option(None, "Schedule", "cosine_restarts: each cycle's peak, times that of the one "
         "before", check=FRACTION)
     cyclic_mode: str | None = _option(None, "Schedule", "cyclic", choices=("triangular", "triangular2"))
     step_size: int | None = _option(None, "Schedule", "step: how long between two cuts", check=AT_LEAST_ONE)
     milestones: tuple[int, ...] | None = _option(None, "Schedule", "multistep: where the cuts are, as 10,25,40",
-        parse=_integers, metavar="N,N,...")
+        parse=_integers, metavar="N,N,...", check=RISING)
     gamma: float | None = _option(None, "Schedule", "step, multistep, exponential, plateau: the factor of a cut",
         check=FRACTION)
     decay_rate: float | None = _option(None, "Schedule", "natural_exp, inverse_time: how fast", check=POSITIVE)
     power: float | None = _option(None, "Schedule", "polynomial", check=POSITIVE)
-    pct_start: float | None = _option(None, "Schedule", "one_cycle: the part of the run that rises", check=FRACTION)
+    pct_start: float | None = _option(None, "Schedule", "one_cycle: the part of the run that rises", check=INSIDE)
     decay_fraction: float | None = _option(None, "Schedule", "wsd: the part of the run that decays", check=FRACTION)
     plateau_patience: int | None = _option(None, "Schedule", "plateau: evaluations without a new best before a cut",
         check=NOT_NEGATIVE)
@@ -235,7 +243,7 @@ class RunConfig:
     min_delta: float = _option(0.0, "Stopping and guards", "what a new best must gain", check=NOT_NEGATIVE)
     eval_every: float = _option(1.0, "Stopping and guards", "evaluate every such part of an epoch", check=FRACTION)
     guards: str = _option("on", "Stopping and guards", "skip steps that are not finite, roll back when the loss "
-        "diverges",        choices=("on", "off"))
+        "diverges", choices=("on", "off"))
     detect_anomaly: bool = _option(False, "Stopping and guards", "name the operation whose gradient is not a number "
         "(slow)")
     overfit_batch: bool = _option(False, "Stopping and guards", "check first that the model can memorise one batch")
@@ -250,7 +258,7 @@ class RunConfig:
 
     lr_min: float = _option(1e-7, "Range test", "lr_find: the first rate", check=POSITIVE)
     lr_max: float = _option(1e-2, "Range test", "lr_find: the last rate", check=POSITIVE)
-    lr_steps: int = _option(100, "Range test", "lr_find: how many steps", check=AT_LEAST_TWO)
+    lr_steps: int = _option(100, "Range test", "lr_find: how many steps", check=AT_LEAST_TEN)
     lr_repeats: int = _option(1, "Range test", "lr_find: repeat over N seeds, for an interval", metavar="N",
         check=AT_LEAST_ONE)
     confirm: bool = _option(False, "Range test", "lr_find: follow with short training runs across the interval, ranked "
@@ -361,5 +369,32 @@ def parse_args(argv: list[str] | None = None) -> RunConfig:
     for f in options():
         check = f.metadata.get("check")
         if check and f.name in given and not check.holds(given[f.name]):
-            parser.error(f"--{f.name} {given[f.name]}: it must be {check.words}")
-    return RunConfig(**given, given=frozenset(given))
+            value = given[f.name]
+            text = ",".join(map(str, value)) if isinstance(value, tuple) else value
+            parser.error(f"--{f.name} {text}: it must be {check.words}")
+    config = RunConfig(**given, given=frozenset(given))
+    if fault := contradiction(config):
+        parser.error(fault)
+    return config
+
+
+def contradiction(c: RunConfig) -> str:
+    """What two of the given options have against each other, seen from the options alone; "" when it is nothing."""
+    warmups = [n for n in ("warmup_steps", "warmup_epochs", "warmup_ratio") if getattr(c, n) is not None]
+    several = "seeds" if c.seeds else "folds"
+    faults = {
+        "--seeds and --folds contradict each other; give one": c.seeds and c.folds,
+        f"--resume goes on with one run, and --{several} makes several; --resume the folder of one of them":
+            c.resume and (c.seeds or c.folds),
+        f"--resume goes on with a fine-tuning run, and --option is {c.option}; leave --option out":
+            c.resume and "option" in c.given and c.option != "finetune",
+        f"--plan is about --option finetune, and --option is {c.option}": c.plan and c.option != "finetune",
+        f"--{several} repeats --option finetune, and --option is {c.option}":
+            (c.seeds or c.folds) and c.option != "finetune",
+        f"--fold {c.fold} needs --folds above it, which is {c.folds or 'not given'}":
+            c.fold is not None and c.fold >= (c.folds or 0),
+        f"--{' and --'.join(warmups)} contradict each other; give one": len(warmups) > 1,
+        "--nesterov needs a --momentum above 0": c.nesterov and not c.momentum,
+        f"--lr_min {c.lr_min:g} must be below --lr_max {c.lr_max:g}": c.lr_min >= c.lr_max,
+    }
+    return next((fault for fault, holds in faults.items() if holds), "")

@@ -311,9 +311,16 @@ def class_weights(labels: np.ndarray) -> np.ndarray:
 
 
 def folds(labels: np.ndarray, n: int, seed: int) -> list[np.ndarray]:
-    """The rows 0 .. N - 1 cut at random into n parts of one size, each with its share of every class."""
+    """The rows 0 .. N - 1 cut at random into n parts of one size, each with its share of every class.
+
+    Raises ValueError for a class that has fewer rows than there are parts: some of them would go without it."""
     from sklearn.model_selection import StratifiedKFold
 
+    counts = np.bincount(labels)
+    rare = min(np.flatnonzero(counts), key=lambda label: counts[label])
+    if counts[rare] < n:
+        raise ValueError(f"--folds {n}: each needs a sentence of every class, and --train and --dev together have "
+                         f"{counts[rare]} of class {rare}")
     cut = StratifiedKFold(n, shuffle=True, random_state=seed)
     return [rows for _, rows in cut.split(np.zeros(len(labels)), labels)]
 
@@ -325,7 +332,7 @@ def folds(labels: np.ndarray, n: int, seed: int) -> list[np.ndarray]:
 class Augmentation:
     """Random changes to a training sentence's tokens (after Wei and Zou 2019, arXiv 1901.11196): each is deleted with
     probability `delete`; `swap` of them change places with the next; each is replaced with probability `replace` by
-    one of its `neighbours` (V, k). The first `keep` tokens (the begin token) stay."""
+    one of its `neighbours` (V, k). The first `keep` tokens (the begin token) stay, and at least one of the others."""
 
     delete: float
     swap: float
@@ -334,7 +341,7 @@ class Augmentation:
     keep: int
 
     def __call__(self, tokens: np.ndarray, random: np.random.Generator) -> np.ndarray:
-        """Another version of one sentence (T,), never empty."""
+        """Another version of one sentence (T,)."""
         start, rest = tokens[: self.keep], tokens[self.keep :].copy()
         if self.replace and self.neighbours is not None:
             chosen = random.random(len(rest)) < self.replace
@@ -343,7 +350,7 @@ class Augmentation:
         for place in np.flatnonzero(random.random(max(0, len(rest) - 1)) < self.swap):
             rest[[place, place + 1]] = rest[[place + 1, place]]
         kept = random.random(len(rest)) >= self.delete
-        if len(rest) and not kept.any() and not len(start):
+        if len(rest) and not kept.any():
             kept[random.integers(len(rest))] = True
         return np.concatenate((start, rest[kept]))
 

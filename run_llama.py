@@ -7,6 +7,8 @@
 import os
 import sys
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +22,37 @@ def notice(text: str) -> None:
     """A line for a person, on stderr; stdout is for results."""
     if text:
         print(text, file=sys.stderr, flush=True)
+
+
+class _GoOn:
+    """A stream that its reader may leave."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> None:
+        self._try(self.stream.write, text)
+
+    def flush(self) -> None:
+        self._try(self.stream.flush)
+
+    def _try(self, do, *arguments) -> None:
+        try:
+            do(*arguments)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+            notice("the reader of the output has left; the run goes on, its folder has everything")
+
+
+@contextmanager
+def without_readers() -> Iterator[None]:
+    """Inside, a closed stdout or stderr (`| head -1`) ends nothing: a training run's results are in its folder."""
+    with redirect_stdout(_GoOn(sys.stdout)), redirect_stderr(_GoOn(sys.stderr)):
+        yield
+        sys.stdout.flush()
 
 
 # --------------------------------------------------------------------------- what the options share
@@ -99,9 +132,18 @@ def report_splits(
         path = Path(getattr(config, f"{name}_out") or default_out[name])
         write_predictions(path, predicted, split)
         matrix = confusion_matrix(split.labels, predicted, labels=range(len(names))).tolist()
-        result[name] = {**score(log_probs, split.labels), "n": len(split), "confusion_matrix": matrix}
+        result[name] = {**score(log_probs, split.labels, is_ordinal(config)), "n": len(split),
+                        "confusion_matrix": matrix}
         print(f"{name} acc :: {result[name]['acc']:.3f}", flush=True)
+        if is_ordinal(config):
+            print("{} mae :: {mae:.3f}, qwk :: {qwk:.3f}, off by one :: {off_by_one:.3f}".format(name, **result[name]),
+                  flush=True)
     return result
+
+
+def is_ordinal(config: RunConfig) -> bool:
+    """Have the labels an order that the scores are to know of?"""
+    return config.ordinal or config.loss == "ordinal" or config.monitor in ("dev_mae", "dev_qwk")
 
 
 def check_outputs(config: RunConfig) -> None:
@@ -206,13 +248,16 @@ def start(config: RunConfig, inputs, folder: Path | None, device):
     import dataset
     import trainer
     from classifier import LlamaEmbeddingClassifier, classification_loss
-    from optimizer import OPTIMIZERS, lr_scale, make_schedule, parameter_groups
+    from optimizer import OPTIMIZERS, lr_scale, parameter_groups
 
+    set_switches(config)
     splits, names, tokenizer = inputs.splits, inputs.names, inputs.tokenizer
     train, dev = splits["train"], splits["dev"]
     random = np.random.default_rng(config.seed)
     torch.manual_seed(config.seed)
     llama = checkpoint.load_pretrained(inputs.weights, config.n_layers, config.dropout, config.attention)
+    for parameter in llama.parameters():  # they may share memory with the file's, from which the next run starts too
+        parameter.data = parameter.data.clone()
     llama.grad_checkpoint = config.grad_checkpoint
     settings = {"num_labels": len(names), "label_names": names, "pooling": config.pooling, "loss": config.loss,
                 "hidden_dropout_prob": config.hidden_dropout_prob, "max_sentence_len": config.max_sentence_len}
@@ -225,7 +270,8 @@ def start(config: RunConfig, inputs, folder: Path | None, device):
     if config.aug_delete or config.aug_swap or config.aug_replace:
         near = None
         if config.aug_replace:
-            near = dataset.near_neighbours(llama.tok_embeddings.weight, np.concatenate(train.tokens))
+            words = np.concatenate([tokens[int(tokenizer.add_bos):] for tokens in train.tokens])
+            near = dataset.near_neighbours(llama.tok_embeddings.weight, words)
         augment = dataset.Augmentation(config.aug_delete, config.aug_swap, config.aug_replace, near,
                                        int(tokenizer.add_bos))
     weights = None
@@ -233,13 +279,12 @@ def start(config: RunConfig, inputs, folder: Path | None, device):
         weights = torch.tensor(dataset.class_weights(train.labels), dtype=torch.float32, device=device.where)
     balance = train.labels if config.sampler else None
     lengths, effective = train.lengths, config.batch_size * config.grad_accum
-    is_ordinal = config.ordinal or config.loss == "ordinal" or config.monitor in ("dev_mae", "dev_qwk")
 
     def evaluate() -> dict[str, float]:
         on_train = trainer.score(trainer.predict(model, sample, tokenizer.pad_id, device, "train acc"), sample.labels)
         outputs = trainer.predict(model, dev, tokenizer.pad_id, device, "dev")
         scores = {"train_acc": on_train["acc"],
-                  **{f"dev_{k}": v for k, v in trainer.score(outputs, dev.labels, is_ordinal).items()}}
+                  **{f"dev_{k}": v for k, v in trainer.score(outputs, dev.labels, is_ordinal(config)).items()}}
         predicted = outputs.argmax(1)
         if len(dev) > 1 and bool((predicted == predicted[0]).all()):
             scores["collapsed"] = int(predicted[0])
@@ -255,17 +300,26 @@ def start(config: RunConfig, inputs, folder: Path | None, device):
     scale = lr_scale(config.lr_scaling, effective, config.base_batch_size) if config.lr_scaling else 1.0
     groups = parameter_groups(model, config.lr * scale, config.weight_decay, config.layerwise_lr_decay,
                               config.head_lr and config.head_lr * scale, config.decay_all)
-    more = {"momentum": config.momentum, "nesterov": config.nesterov} if config.optimizer == "sgd" else {}
+    more = {}
+    if config.optimizer == "sgd":
+        more = {"momentum": config.momentum, "nesterov": config.nesterov, "decoupled": True}
     optimizer = OPTIMIZERS[config.optimizer](groups, lr=config.lr * scale, **more)
     steps = len(task.order(0))
-    schedule = make_schedule(
-        config.scheduler, total_steps=config.epochs * steps, steps_an_epoch=steps,
-        warmup_steps=warmup_steps(config, steps), warmup_kind=config.warmup_kind, warmup_start=config.warmup_start,
-        schedule_every=config.schedule_every, **schedule_options(config))
-    return SimpleNamespace(model=model, task=task, optimizer=optimizer, schedule=schedule, settings=settings,
-                           lr=config.lr * scale, steps_an_epoch=steps)
+    return SimpleNamespace(model=model, task=task, optimizer=optimizer, schedule=schedule_of(config, steps),
+                           settings=settings, steps_an_epoch=steps)
 
 
+def set_switches(config: RunConfig) -> None:
+    """--deterministic and --detect_anomaly, which PyTorch keeps for the whole process."""
+    import torch
+
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the first product is computed
+    torch.use_deterministic_algorithms(config.deterministic)
+    torch.autograd.set_detect_anomaly(config.detect_anomaly)
+
+
+@without_readers()
 def finetune(config: RunConfig) -> int:
     """Train on train, choose the best evaluation on dev, evaluate that one on dev and test."""
     import trainer
@@ -276,12 +330,43 @@ def finetune(config: RunConfig) -> int:
     if config.pooling == "first" and config.attention == "causal":
         trainer.warn("--pooling first with causal attention: the first token sees no other; add --attention "
                      "bidirectional, or pool the last")
+    runs = runs_of(config, inputs)
+    for _, one, its in runs:
+        schedule_of(one, steps_an_epoch(one, its))  # what cannot be is refused here, before anything is written
     device = trainer.choose_device(config)
     if config.plan:
-        return show_plan(config, inputs, device)
-    if config.folds or config.seeds:
-        return repeat(config, inputs, device)
-    return train_one(config, inputs, device)[0]
+        return show_plan(config, runs, device)
+    if not config.resume:
+        for line in idle_options(config):
+            trainer.warn(f"no effect: {line}")
+    if len(runs) > 1:
+        return repeat(config, runs, device)
+    return train_one(*runs[0][1:], device)[0]
+
+
+def runs_of(config: RunConfig, inputs) -> list[tuple[str, RunConfig, SimpleNamespace]]:
+    """The runs that --seeds or --folds ask for, each with a name, its options and its inputs; without them, one."""
+    from dataclasses import replace
+
+    import dataset
+
+    def part(i: int) -> SimpleNamespace:
+        splits = dataset.fold(inputs.splits, config.folds, i, config.seed)
+        return SimpleNamespace(**{**vars(inputs), "splits": splits})
+
+    if config.folds and config.fold is None:
+        return [(f"fold-{i}", replace(config, fold=i), part(i)) for i in range(config.folds)]
+    if config.folds:
+        return [(f"fold-{config.fold}", config, part(config.fold))]
+    if config.seeds:
+        return [(f"seed-{seed}", replace(config, seed=seed, seeds=None), inputs)
+                for seed in range(config.seed, config.seed + config.seeds)]
+    return [("", config, inputs)]
+
+
+def steps_an_epoch(config: RunConfig, inputs) -> int:
+    """Optimizer steps in one pass over the training sentences; a last, short one counts."""
+    return -(-len(inputs.splits["train"]) // (config.batch_size * config.grad_accum))
 
 
 def train_one(config: RunConfig, inputs, device) -> tuple[int, dict]:
@@ -298,7 +383,13 @@ def train_one(config: RunConfig, inputs, device) -> tuple[int, dict]:
         run = start(config, inputs, folder, device)
         loop = trainer.Loop(run.task, run.optimizer, run.schedule, config, device, folder)
         if config.resume:
+            for place in (folder, folder / "best"):
+                checkpoint.remove_litter(place)
             loop.load()
+            before, now = checkpoint.read_json(folder / trainer.RUN_FILE), trainer.describe(config, device, {})
+            if (before["device"], before["versions"]) != (now["device"], now["versions"]):
+                trainer.warn("the device or the versions are others than when the run began (see its args.json); its "
+                             "last bits may come out otherwise")
             notice(f"resuming {folder} at step {loop.progress.step}")
         else:
             used = {n: getattr(inputs.files, n) for n in ("train", "dev", "test", "label_names")}
@@ -306,19 +397,23 @@ def train_one(config: RunConfig, inputs, device) -> tuple[int, dict]:
             weights = inputs.weights.path.resolve()
             described["weights"] = {"path": str(weights), **({"sha256": dataset.sha256(weights)}
                                                              if weights.is_file() else {})}
-            described["tokenizer"] = {"path": str(inputs.tokenizer.path.resolve())}
+            tokenizer = inputs.tokenizer.path.resolve()
+            described["tokenizer"] = {"path": str(tokenizer), "sha256": dataset.sha256(tokenizer)}
             checkpoint.write_json(folder / trainer.RUN_FILE, trainer.describe(config, device, described))
         n_parameters = sum(p.numel() for p in loop.parameters)
         print(f"model :: {inputs.weights.path}, {run.model.llama.config.n_layers} layers, "
               f"{n_parameters / 1e6:.1f}M trainable parameters")
         print(f"run :: {folder}, on {device}", flush=True)
-        checks_before(config, loop)
+        if loop.saved is None:  # a resumed run has had them, and its micro-batch stays
+            checks_before(config, loop)
         best = loop.run()
         train_seconds = time.perf_counter() - begin
 
         checkpoint.load_classifier_state(folder / "best", run.model)  # the best weights are what is evaluated
         held_out = {name: split for name, split in inputs.splits.items() if name != "train"}
-        outputs = {n: trainer.predict(run.model, s, inputs.tokenizer.pad_id, device, n) for n, s in held_out.items()}
+        with trainer.stoppable(folder):
+            outputs = {n: trainer.predict(run.model, s, inputs.tokenizer.pad_id, device, n)
+                       for n, s in held_out.items()}
         found = print_baselines(inputs.splits["train"], inputs.splits)
         default_out = {name: folder / f"{name}-predictions.txt" for name in outputs}
         scores = report_splits(config, inputs.splits, outputs, default_out, inputs.names)
@@ -334,15 +429,17 @@ def train_one(config: RunConfig, inputs, device) -> tuple[int, dict]:
     return 3 if progress.stopped == "diverged" else 0, result
 
 
-def show_plan(config: RunConfig, inputs, device) -> int:
-    """--plan: what the run would do, and which options would do nothing; see search.plan."""
+def show_plan(config: RunConfig, runs: list, device) -> int:
+    """--plan: what the run would do, and which options would do nothing; see search.plan. With --seeds or --folds it
+    is the first of the runs. No run's folder is opened: one that is there stays as it is."""
     import search
-    import trainer
 
-    folder = trainer.open_run(config)
-    run = start(config, inputs, None, device)
-    search.plan(run, config, device, folder, len(inputs.splits["train"]), idle_options(config),
-                warmup_steps(config, run.steps_an_epoch))
+    _, one, inputs = runs[0]
+    folder = Path(config.output_dir or "runs")
+    folder.mkdir(parents=True, exist_ok=True)
+    run = start(one, inputs, None, device)
+    search.plan(run, one, device, folder, len(inputs.splits["train"]), idle_options(config),
+                warmup_steps(one, run.steps_an_epoch), len(runs))
     return 0
 
 
@@ -350,27 +447,40 @@ def idle_options(config: RunConfig) -> list[str]:
     """A line for each option that is given but has no effect in this run."""
     from optimizer import SCHEDULE_OPTIONS
 
-    names = {"plateau_patience": "patience"}
     used = SCHEDULE_OPTIONS[config.scheduler]
-    lines = [f"--{name}: --scheduler {config.scheduler} does not use it" for name in sorted(config.given)
-             if name in (*schedule_options(config), "plateau_patience") and names.get(name, name) not in used]
-    needs = {
-        "momentum": config.optimizer == "sgd", "nesterov": config.optimizer == "sgd",
-        "base_batch_size": bool(config.lr_scaling), "min_delta": config.patience > 0 or config.min_delta == 0,
-        "warmup_kind": warmup_steps(config, 10**6) > 0, "warmup_start": warmup_steps(config, 10**6) > 0,
-        "decay_all": config.weight_decay > 0, "r_drop": config.dropout > 0 or config.hidden_dropout_prob > 0,
-        "run": False, "input": False, "prefix": False, "max_new_tokens": False, "question": False, "lr_min": False,
-        "lr_max": False, "lr_steps": False, "lr_repeats": False, "confirm": False,
-        "generated_sentence_low_temp_out": False, "generated_sentence_high_temp_out": False,
+    option_of = {"patience": "plateau_patience"}  # --patience itself is early stopping's
+    why = {option_of.get(name, name): f"--scheduler {config.scheduler} does not use it"
+           for name in schedule_options(config) if name not in used}
+    because = {
+        "there is one cycle only; give --cycles": ("cycle_mult", "cycle_decay") if (config.cycles or 1) == 1 else (),
+        f"--scheduler {config.scheduler} does not go by the step":
+            ("schedule_every",) if config.scheduler in ("constant", "plateau") else (),
+        f"--optimizer {config.optimizer} does not use it":
+            () if config.optimizer == "sgd" else ("momentum", "nesterov"),
+        "it needs --lr_scaling": () if config.lr_scaling else ("base_batch_size",),
+        "there is no warmup": () if warmup_steps(config, 10**6) else ("warmup_kind", "warmup_start"),
+        "it needs --weight_decay": () if config.weight_decay else ("decay_all",),
+        "without --dropout and --hidden_dropout_prob the two passes are the same":
+            () if config.dropout or config.hidden_dropout_prob else ("r_drop",),
+        "it needs --output_dir": () if config.output_dir else ("overwrite",),
+        "--device decides": ("use_gpu",) if config.device else (),
+        "each run has its predictions in its own folder": ("dev_out", "test_out") if config.seeds or (
+            config.folds and config.fold is None) else (),
+        "it belongs to another --option": (
+            "run", "input", "prefix", "max_new_tokens", "question", "lr_min", "lr_max", "lr_steps", "lr_repeats",
+            "confirm", "generated_sentence_low_temp_out", "generated_sentence_high_temp_out"),
     }
-    return lines + [f"--{name}: nothing in this run uses it" for name in sorted(config.given & needs.keys())
-                    if not needs[name]]
+    for reason, names in because.items():
+        why |= {name: why.get(name, reason) for name in names}
+    return [f"--{name}: {why[name]}" for name in sorted(config.given & why.keys())]
 
 
 def checks_before(config: RunConfig, loop) -> None:
     """--check_gradients, --overfit_batch and --auto_batch: each says what it found, and leaves no trace."""
     import trainer
 
+    if config.resume:
+        return  # they were made when the run began, and its micro-batch is part of its state
     if config.check_gradients:
         difference = trainer.check_gradients(loop)
         print(f"gradients :: one big batch, micro-batches and a short last one agree to {difference:.1e}", flush=True)
@@ -386,10 +496,14 @@ def checks_before(config: RunConfig, loop) -> None:
 
 
 def warmup_steps(config: RunConfig, steps_an_epoch: int) -> int:
-    """The warmup in optimizer steps, from whichever of the three options was given."""
-    given = [n for n in ("warmup_steps", "warmup_epochs", "warmup_ratio") if getattr(config, n) is not None]
-    if len(given) > 1:
-        raise ValueError(f"--{given[0]} and --{given[1]} contradict each other; give one")
+    """The warmup in optimizer steps, from whichever of the three options was given.
+
+    Raises ValueError when it is longer than the run."""
+    total = config.epochs * steps_an_epoch
+    for name, unit in (("warmup_steps", 1), ("warmup_epochs", steps_an_epoch)):
+        if (getattr(config, name) or 0) * unit > total:
+            raise ValueError(f"--{name} {getattr(config, name):g} is beyond the run's {total} steps, which come from "
+                             f"--epochs {config.epochs}")
     if config.warmup_steps is not None:
         return config.warmup_steps
     if config.warmup_epochs is not None:
@@ -401,6 +515,16 @@ def warmup_steps(config: RunConfig, steps_an_epoch: int) -> int:
 
 
 DEFAULT_WARMUP = 0.06  # of the run (Liu et al. 2019, RoBERTa, arXiv 1907.11692, table 10)
+
+
+def schedule_of(config: RunConfig, steps_an_epoch: int):
+    """The schedule of a run, see optimizer.make_schedule. Raises ValueError, naming the options, where none can be."""
+    from optimizer import make_schedule
+
+    return make_schedule(
+        config.scheduler, total_steps=config.epochs * steps_an_epoch, steps_an_epoch=steps_an_epoch,
+        warmup_steps=warmup_steps(config, steps_an_epoch), warmup_kind=config.warmup_kind,
+        warmup_start=config.warmup_start, schedule_every=config.schedule_every, **schedule_options(config))
 
 
 def schedule_options(config: RunConfig) -> dict:
@@ -418,15 +542,18 @@ def resumed(config: RunConfig) -> RunConfig:
 
     import checkpoint
     import dataset
-    from trainer import RUN_FILE
+    from trainer import RUN_FILE, lock
 
     folder = Path(config.resume)
     if not (folder / RUN_FILE).is_file():
         raise FileNotFoundError(f"{folder}: there is no run here (no {RUN_FILE})")
     if (folder / "result.json").exists():
         raise ValueError(f"{folder}: the run is finished; evaluate it with --option evaluate --run {folder}")
+    with lock(folder):  # is it still going? said at once, before everything is read
+        described = checkpoint.read_json(folder / RUN_FILE)
+    if not {"options", "given", "device", "versions"} <= described.keys():
+        raise ValueError(f"{folder / RUN_FILE}: this is not what a run writes")
     checkpoint.run_files(folder / RUN_FILE)
-    described = checkpoint.read_json(folder / RUN_FILE)
     saved = {f.name: described["options"].get(f.name, f.default) for f in fields(RunConfig) if f.metadata}
     saved["milestones"] = tuple(saved["milestones"]) if saved["milestones"] else None
     asked = config.given - {"resume", "option"}
@@ -445,27 +572,20 @@ def resumed(config: RunConfig) -> RunConfig:
                    given=frozenset(described["given"]))
 
 
-def repeat(config: RunConfig, inputs, device) -> int:
+def repeat(config: RunConfig, runs: list, device) -> int:
     """--seeds and --folds: the runs one after another, then mean and standard deviation of their accuracies."""
     import statistics
     from dataclasses import replace
 
-    import dataset
     import trainer
 
     folder = trainer.open_run(config)
-    if config.folds:
-        runs = [(f"fold-{i}", config, dataset.fold(inputs.splits, config.folds, i, config.seed))
-                for i in range(config.folds)]
-    else:
-        runs = [(f"seed-{config.seed + i}", replace(config, seed=config.seed + i), inputs.splits)
-                for i in range(config.seeds)]
     scores: dict[str, list[float]] = {}
     code = 0
-    for name, one, splits in runs:
+    for name, one, inputs in runs:
         print(f"{name}:", flush=True)
-        one = replace(one, output_dir=str(folder / name), dev_out=None, test_out=None, seeds=None, folds=None)
-        ended, result = train_one(one, SimpleNamespace(**{**vars(inputs), "splits": splits}), device)
+        one = replace(one, output_dir=str(folder / name), dev_out=None, test_out=None)
+        ended, result = train_one(one, inputs, device)
         code = max(code, ended)
         for split in ("dev", "test"):
             if split in result:
@@ -485,9 +605,17 @@ def lr_find(config: RunConfig) -> int:
     import trainer
 
     inputs = load_inputs(config, need=("train", "dev"))
+    schedule_of(config, steps_an_epoch(config, inputs))  # --confirm and the command that is printed use it
     device = trainer.choose_device(config)
     folder = trainer.open_run(config)
-    search.lr_find(lambda changed: start(changed, inputs, None, device), config, device, folder)
+    try:
+        search.lr_find(lambda changed: start(changed, inputs, None, device), config, device, folder)
+    except BaseException:
+        for name in ("lr_find.csv", "lr_find.png"):
+            (folder / name).unlink(missing_ok=True)
+        if not any(folder.iterdir()):
+            folder.rmdir()
+        raise
     return 0
 
 
@@ -532,13 +660,16 @@ def evaluate(config: RunConfig) -> None:
     from trainer import RUN_FILE, choose_device, predict, warn
 
     folder, model, tokenizer, settings = load_run(config)
-    names, config = settings["label_names"], replace(config, max_sentence_len=settings["max_sentence_len"])
+    names = settings["label_names"]
+    config = replace(config, max_sentence_len=settings["max_sentence_len"], loss=settings.get("loss", "ce"))
     is_own = not config.given & {"dataset", "train", "dev", "test"}
     if is_own:
         home = folder if (folder / RUN_FILE).is_file() else folder.parent
         used = checkpoint.run_files(home / RUN_FILE)
         files = dataset.DataFiles(home.name, *(Path(used[n]["path"]) if n in used else None for n in (
             "train", "dev", "test", "label_names")))
+        if checkpoint.read_json(home / RUN_FILE)["options"].get("folds"):
+            warn(f"{folder}: the run is one of several --folds: it was trained on a part of the dev file")
         for name in ("dev", "test"):
             if name in used and dataset.sha256(getattr(files, name)) != used[name]["sha256"]:
                 warn(f"{getattr(files, name)}: the file has changed since the run")

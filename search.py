@@ -6,7 +6,10 @@ All of them go through the one training loop (`trainer.Loop`).
 import csv
 import json
 import math
+import os
 import random
+import re
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -20,10 +23,10 @@ from typing import Any
 
 import numpy as np
 
-from checkpoint import write_json
+from checkpoint import write_atomically, write_json
 from config import RunConfig, options
 from dataset import sha256
-from trainer import Device, Loop, untouched, warn
+from trainer import Device, Loop, peak_memory, untouched, warn
 
 
 def _axes(title: str, x: str, y: str):
@@ -36,6 +39,10 @@ def _axes(title: str, x: str, y: str):
     return figure, axes
 
 
+def _draw(figure, path: Path) -> None:
+    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=110, format="png"))
+
+
 # --------------------------------------------------------------------------- the plan
 
 
@@ -46,10 +53,10 @@ def rates(run: SimpleNamespace, n_steps: int) -> list[float]:
 
 
 def plan(run: SimpleNamespace, config: RunConfig, device: Device, folder: Path, n_train: int,
-         idle: list[str], warmup: int) -> None:
+         idle: list[str], warmup: int, n_runs: int = 1) -> None:
     """Print what a run would do, time two of its steps, and draw its schedule to plan.png; nothing is trained.
 
-    `idle`: the options that were given and have no effect here.
+    `idle`: the options that were given and have no effect here. `n_runs`: how many such runs are asked for.
     """
     steps = run.steps_an_epoch * config.epochs
     lr = rates(run, steps)
@@ -60,26 +67,33 @@ def plan(run: SimpleNamespace, config: RunConfig, device: Device, folder: Path, 
     seconds = []
     with untouched(run.model, run.optimizer):
         run.model.train()
-        for rows in run.task.order(0)[:3]:
+        windows = run.task.order(0)
+        longest = max(windows, key=lambda rows: len(rows) * loop.lengths[rows].max())
+        for rows in [longest, *windows[:2]]:  # the longest warms up, and shows how much memory is needed
             begin = time.perf_counter()
             loop.accumulate(rows)
             run.optimizer.step()
             seconds.append(time.perf_counter() - begin)
-    step_seconds = sum(seconds[1:] or seconds) / len(seconds[1:] or seconds)  # the first one warms up
+    step_seconds = sum(seconds[1:]) / len(seconds[1:])
     memory = n * bytes_each * (2 + moments + (1 if config.ema else 0))
     print(f"plan :: {n_train} sentences, {config.batch_size * config.grad_accum} a step "
           f"({config.batch_size} x {config.grad_accum}), {run.steps_an_epoch} steps an epoch, {steps} in all")
     print(f"plan :: {config.scheduler}, warmup {warmup} steps, lr {lr[0]:.2e} at the start, {max(lr):.2e} at the peak, "
           f"{lr[-1]:.2e} at the end")
     print(f"plan :: {n / 1e6:.1f}M trainable parameters; weights, gradients and {config.optimizer}'s state take "
-          f"{memory / 2**30:.2f} GiB, activations come on top")
+          f"{memory / 2**30:.2f} GiB; with the longest batch, {peak_memory(device) / 2**30:.2f} GiB were in use")
     print(f"plan :: about {step_seconds:.2f} s a step on {device}: {step_seconds * run.steps_an_epoch / 60:.1f} min an "
           f"epoch, {step_seconds * steps / 60:.1f} min in all, evaluation not counted")
+    if n_runs > 1:
+        print(f"plan :: {n_runs} such runs, one after another: {n_runs * step_seconds * steps / 60:.1f} min")
+    if config.scheduler == "plateau":
+        print(f"plan :: plateau: the rate falls when {config.monitor} gets no better, which nobody knows beforehand; "
+              "the lr above and the picture are those of a run that always does")
     for line in idle:
         print(f"plan :: no effect: {line}")
     figure, axes = _axes(f"{config.scheduler}, warmup {warmup} of {steps} steps", "optimizer step", "learning rate")
     axes.plot(lr)
-    figure.savefig(folder / "plan.png", dpi=110)
+    _draw(figure, folder / "plan.png")
     print(f"plan :: {folder / 'plan.png'}", flush=True)
 
 
@@ -103,19 +117,19 @@ def range_test(run: SimpleNamespace, config: RunConfig, device: Device) -> list[
 
         lr_i = lr_min (lr_max / lr_min)^(i / (lr_steps - 1))
 
-    Ends early when the smoothed loss has exploded or is not finite. Weights, optimizer, random states and mode are
+    The rate is that of --lr: what --head_lr, --layerwise_lr_decay and --lr_scaling make of it grows in proportion. Ends
+    early when the smoothed loss has exploded or is not finite. Weights, optimizer, random states and mode are
     afterwards as they were.
     """
     points: list[tuple[float, float]] = []
-    top = max(group["lr"] for group in run.optimizer.param_groups)
 
-    def factor(step: int, history: list[float]) -> float:
-        return config.lr_min * (config.lr_max / config.lr_min) ** (step / (config.lr_steps - 1)) / top
+    def rate(step: int) -> float:
+        return config.lr_min * (config.lr_max / config.lr_min) ** (step / (config.lr_steps - 1))
 
-    def after_step(step: int, lr: float, loss: float) -> bool:
+    def after_step(step: int, _: float, loss: float) -> bool:
         if not math.isfinite(loss):
             return True
-        points.append((lr, loss))
+        points.append((rate(step - 1), loss))
         so_far = smooth([loss for _, loss in points])
         return step >= config.lr_steps or (step > 10 and so_far[-1] > EXPLODED * min(so_far))
 
@@ -124,7 +138,8 @@ def range_test(run: SimpleNamespace, config: RunConfig, device: Device) -> list[
     task = replace(run.task, evaluate=lambda: {"train_acc": 0.0, "dev_acc": 0.0, "dev_loss": 0.0, config.monitor: 0.0},
                    save_best=lambda: None)
     with untouched(run.model, run.optimizer), tempfile.TemporaryDirectory() as folder:
-        loop = Loop(task, run.optimizer, factor, one, device, Path(folder), after_step, keep_states=False, quiet=True)
+        loop = Loop(task, run.optimizer, lambda step, history: rate(step) / config.lr, one, device, Path(folder),
+                    after_step, keep_states=False, quiet=True)
         loop.run()
     return points
 
@@ -156,13 +171,20 @@ def lr_find(make_run: Callable[[RunConfig], SimpleNamespace], config: RunConfig,
         found.append(suggestion(points))
         print(f"range test {i + 1} of {config.lr_repeats}: {len(points)} steps, steepest at {found[-1][1]:.1e}",
               flush=True)
+        smoothed = smooth([loss for _, loss in points])
+        if min(smoothed) == smoothed[0]:
+            warn("the loss never fell: this says nothing about a good rate; try others, or more --lr_steps")
     low, best, high = (math.exp(float(np.median(np.log([f[k] for f in found])))) for k in range(3))
-    with open(folder / "lr_find.csv", "w", encoding="utf-8", newline="") as file:
-        rows = csv.writer(file)
-        rows.writerow(["seed", "lr", "loss", "smoothed"])
-        for i, points in enumerate(tests):
-            smoothed = smooth([loss for _, loss in points])
-            rows.writerows([config.seed + i, lr, loss, mean] for (lr, loss), mean in zip(points, smoothed, strict=True))
+    result: dict[str, Any] = {"low": low, "steepest": best, "high": high, "each": found}
+    spread = f"{min(f[1] for f in found):.1e} to {max(f[1] for f in found):.1e} over {config.lr_repeats} seeds"
+    print(f"lr range :: {low:.1e} to {high:.1e}, steepest {best:.1e}" + (f" ({spread})" if len(found) > 1 else ""))
+    choice = best
+    if config.confirm:
+        ranked = confirm(make_run, config, device, low, high)
+        result["confirmed"] = ranked
+        if ranked[0]["dev_loss"] is not None:
+            choice = ranked[0]["lr"]
+    write_atomically(folder / "lr_find.csv", lambda path: _write_tests(path, config.seed, tests))
     figure, axes = _axes("learning-rate range test", "learning rate", "training loss")
     for points in tests:
         losses = [loss for _, loss in points]
@@ -173,37 +195,52 @@ def lr_find(make_run: Callable[[RunConfig], SimpleNamespace], config: RunConfig,
     axes.set_xscale("log")
     axes.set_ylim(0, min(axes.get_ylim()[1], 2 * max(points[0][1] for points in tests)))
     axes.legend()
-    figure.savefig(folder / "lr_find.png", dpi=110)
-    result: dict[str, Any] = {"low": low, "steepest": best, "high": high, "each": found}
-    print(f"lr range :: {low:.1e} to {high:.1e}, steepest {best:.1e} ({folder / 'lr_find.png'})")
-    if config.confirm:
-        ranked = confirm(make_run, config, device, low, high)
-        result["confirmed"] = ranked
-        best = ranked[0]["lr"]
+    _draw(figure, folder / "lr_find.png")
     write_json(folder / "result.json", result)
-    print(f"use it :: {command(config, lr=f'{best:.1e}')}", flush=True)
+    print(f"written :: {folder / 'lr_find.csv'}, {folder / 'lr_find.png'}")
+    chosen = at_rate(config, choice)
+    words = {"lr": f"{chosen.lr:.1e}", **({"head_lr": f"{chosen.head_lr:.1e}"} if chosen.head_lr else {})}
+    print(f"use it :: {command(config, **words)}", flush=True)
+
+
+def _write_tests(path: Path, seed: int, tests: list[list[tuple[float, float]]]) -> None:
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["seed", "lr", "loss", "smoothed"])
+        for i, points in enumerate(tests):
+            smoothed = smooth([loss for _, loss in points])
+            rows.writerows([seed + i, lr, loss, mean] for (lr, loss), mean in zip(points, smoothed, strict=True))
+
+
+def at_rate(config: RunConfig, lr: float) -> RunConfig:
+    """The same options with another --lr, and --head_lr in the proportion that it had."""
+    return replace(config, lr=lr, head_lr=config.head_lr and config.head_lr * lr / config.lr)
 
 
 def confirm(make_run: Callable[[RunConfig], SimpleNamespace], config: RunConfig, device: Device, low: float,
-            high: float, n: int = 4) -> list[dict[str, float]]:
+            high: float, n: int = 5) -> list[dict[str, Any]]:
     """Train --lr_steps steps, with the run's own schedule squeezed into them, at n rates from a tenth of `low`, where
-    fine-tuning may want it, to `high`. Returns {lr, dev_loss, dev_acc}, the lowest dev loss first."""
-    ranked = []
-    for lr in np.geomspace(low, high, n):
-        run = make_run(replace(config, lr=float(lr), epochs=1))
+    fine-tuning may want it, to `high`. Returns {lr, dev_loss, dev_acc}, the lowest dev loss first; where the training
+    diverged they are None, and come last."""
+    ranked: list[dict[str, Any]] = []
+    for lr in map(float, np.geomspace(low / 10, high, n)):
+        run = make_run(at_rate(config, lr))
         windows = run.task.order(0)[: config.lr_steps]
         task = replace(run.task, order=lambda epoch, windows=windows: windows)
-        short = replace(config, lr=float(lr), epochs=1, patience=0, eval_every=1.0)
+        short = replace(at_rate(config, lr), epochs=1, patience=0, eval_every=1.0)
         with tempfile.TemporaryDirectory() as folder:
-            stretch = run.steps_an_epoch / len(windows)
+            stretch = run.steps_an_epoch * config.epochs / len(windows)
             loop = Loop(task, run.optimizer, partial(_stretched, run.schedule, stretch), short, device, Path(folder),
                         keep_states=False, quiet=True)
-            best = loop.run()
-        scores = best or {"dev_loss": math.inf, "dev_acc": 0.0}
-        ranked.append({"lr": float(lr), "dev_loss": scores["dev_loss"], "dev_acc": scores["dev_acc"]})
-        print(f"confirm :: lr {lr:.1e}: dev loss {scores['dev_loss']:.3f}, dev acc {scores['dev_acc']:.3f} after "
-              f"{len(windows)} steps", flush=True)
-    return sorted(ranked, key=lambda r: r["dev_loss"])
+            scores = loop.run()
+        if math.isfinite(scores.get("dev_loss", math.nan)):
+            ranked.append({"lr": lr, "dev_loss": scores["dev_loss"], "dev_acc": scores["dev_acc"]})
+            said = f"dev loss {scores['dev_loss']:.3f}, dev acc {scores['dev_acc']:.3f} after {len(windows)} steps"
+        else:
+            ranked.append({"lr": lr, "dev_loss": None, "dev_acc": None})
+            said = "it diverged"
+        print(f"confirm :: lr {lr:.1e}: {said}", flush=True)
+    return sorted(ranked, key=lambda r: math.inf if r["dev_loss"] is None else r["dev_loss"])
 
 
 def _stretched(schedule: Callable, stretch: float, step: int, history: list[float]) -> float:
@@ -218,7 +255,9 @@ def command(config: RunConfig, **changed: Any) -> str:
         value = changed.get(f.name, getattr(config, f.name) if f.name in config.given - skip else None)
         if value is not None and value is not False:
             text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
-            words.append(f"--{f.name}" + ("" if value is True else f' "{text}"' if " " in text else f" {text}"))
+            if not re.fullmatch(r"[\w./,:+-]+", text):  # the shell would read something into it
+                text = subprocess.list2cmdline([text]) if os.name == "nt" else shlex.quote(text)
+            words.append(f"--{f.name}" + ("" if value is True else f" {text}"))
     return " ".join(words)
 
 
@@ -226,9 +265,10 @@ def command(config: RunConfig, **changed: Any) -> str:
 
 
 def verify_resume(config: RunConfig, folder: Path, program: Path, kills: int = 3) -> int:
-    """Run once straight, once killed at `kills` random moments and resumed; compare the weights and steps.jsonl.
+    """Run once straight, once killed at `kills` random moments and resumed; compare the best weights, the last state
+    (weights, optimizer, random numbers), and steps.jsonl.
 
-    Returns 0 when they are the same to the bit, 1 when not.
+    Returns 0 when they are the same to the bit, 1 when not. Raises ValueError when the run fails by itself.
     """
     given = {name: getattr(config, name) for name in config.given - {"option", "output_dir", "overwrite", "resume"}}
     words = []
@@ -240,17 +280,22 @@ def verify_resume(config: RunConfig, folder: Path, program: Path, kills: int = 3
 
     def run(*arguments: str, kill_at: int | None = None) -> bool:
         """One process; killed once its steps.jsonl has kill_at lines. Did it reach its end?"""
-        process = subprocess.Popen([*base, *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-        while kill_at is not None and process.poll() is None:
-            log = stopped / "steps.jsonl"
-            if log.exists() and log.read_bytes().count(b"\n") >= kill_at:
-                process.kill()
-                break
-            time.sleep(0.02)
-        errors = process.communicate()[1].decode("utf-8", errors="replace")
-        if process.returncode not in (0, 3) and kill_at is None:
-            raise ValueError(f"the run itself failed:\n{errors.strip().splitlines()[-1] if errors.strip() else ''}")
-        return process.returncode in (0, 3)
+        with tempfile.TemporaryFile() as errors:  # a pipe that nobody reads would fill up and stop the process
+            process = subprocess.Popen([*base, *arguments], stdout=subprocess.DEVNULL, stderr=errors)
+            killed = False
+            while kill_at is not None and process.poll() is None:
+                log = stopped / "steps.jsonl"
+                if log.exists() and log.read_bytes().count(b"\n") >= kill_at:
+                    process.kill()
+                    killed = True
+                    break
+                time.sleep(0.02)
+            code = process.wait()
+            errors.seek(0)
+            said = errors.read().decode("utf-8", errors="replace").strip()
+        if code not in (0, 3) and not killed:
+            raise ValueError(f"the run itself failed:\n{said.splitlines()[-1] if said else f'exit code {code}'}")
+        return code in (0, 3)
 
     print("verify :: the straight run", flush=True)
     run("--option", "finetune", *words, "--output_dir", str(straight))
@@ -263,15 +308,20 @@ def verify_resume(config: RunConfig, folder: Path, program: Path, kills: int = 3
             warn("it was finished before it could be killed")
             break
     if not (stopped / "result.json").exists():
-        started = (stopped / "last").is_dir()
-        run(*(["--resume", str(stopped)] if started else
-              ["--option", "finetune", *words, "--output_dir", str(stopped), "--overwrite"]))
-    same_weights = sha256(straight / "best/model.safetensors") == sha256(stopped / "best/model.safetensors")
-    same_steps = _steps(straight) == _steps(stopped)
-    print(f"verify :: best weights {'identical' if same_weights else 'DIFFER'}, steps.jsonl "
-          f"{'identical' if same_steps else 'DIFFERS'} ({n_steps} steps)", flush=True)
-    write_json(folder / "result.json", {"same_weights": same_weights, "same_steps": same_steps, "killed_at": moments})
-    return 0 if same_weights and same_steps else 1
+        run("--resume", str(stopped))
+    same = {"weights": sha256(straight / "best/model.safetensors") == sha256(stopped / "best/model.safetensors"),
+            "state": _state(straight) == _state(stopped), "steps": _steps(straight) == _steps(stopped)}
+    said = {name: "identical" if is_same else "DIFFERENT" for name, is_same in same.items()}
+    print(f"verify :: best weights {said['weights']}, last state {said['state']}, steps.jsonl {said['steps']} "
+          f"({n_steps} steps)", flush=True)
+    write_json(folder / "result.json", {**{f"same_{name}": is_same for name, is_same in same.items()},
+                                        "killed_at": moments})
+    return 0 if all(same.values()) else 1
+
+
+def _state(run: Path) -> list[str]:
+    """The checksum of the tensors in the state that a finished run leaves."""
+    return [sha256(path) for path in (run / "last").glob("step-*/tensors.safetensors")]
 
 
 def _steps(run: Path) -> list[dict[str, Any]]:

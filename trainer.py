@@ -9,6 +9,7 @@ import json
 import math
 import os
 import platform
+import shlex
 import shutil
 import signal
 import statistics
@@ -18,17 +19,17 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from checkpoint import join_tensors, load_state, save_state, split_tensors, write_json
+from checkpoint import disk_full, has_states, join_tensors, load_state, save_state, split_tensors, write_json
 from config import RunConfig
 from dataset import Split, length_order, make_batch
 
@@ -106,23 +107,26 @@ class Stop(Exception):
 
 class Signals:
     """While active, SIGINT and SIGTERM (and SIGHUP where there is one) are noted, to be acted on between two steps.
-    A second one falls through to the handler that was there before: it stops at once."""
+    A second one falls through to the handler that was there before: it stops at once. One that is ignored (nohup's
+    SIGHUP) stays ignored."""
 
     def __init__(self) -> None:
         self.got: int | None = None
         self.before: dict[int, Any] = {}
 
     def __enter__(self) -> "Signals":
+        self.got, self.before = None, {}
         if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
-            for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-                if hasattr(signal, name):
-                    self.before[getattr(signal, name)] = signal.signal(getattr(signal, name), self._note)
+            for number in (getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, n)):
+                if signal.getsignal(number) not in (signal.SIG_IGN, None):
+                    self.before[number] = signal.signal(number, self._note)
         return self
 
     def _note(self, number: int, frame: Any) -> None:
         self.got = number
         self._restore()
-        print("\nstopping after this step (once more: at once)", file=sys.stderr, flush=True)
+        with suppress(OSError):  # past sys.stderr: it may be in the middle of a line, and cannot be entered twice
+            os.write(2, b"\nstopping after this step (once more: at once)\n")
 
     def _restore(self) -> None:
         for number, handler in self.before.items():
@@ -137,6 +141,22 @@ class Signals:
 
 
 SIGNALS = Signals()
+
+
+@contextmanager
+def stoppable(folder: Path | None, save: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """Inside, a signal ends the program between two steps or evaluation batches: `save()`, the command that resumes the
+    run in `folder`, and the exit code that a shell gives a signal's end."""
+    with SIGNALS:
+        try:
+            yield
+            SIGNALS.check()
+        except Stop:
+            save()
+            resume = f"; go on with: python run_llama.py --resume {shlex.quote(str(folder))}" if folder else ""
+            print(f"stopped{resume}", file=sys.stderr, flush=True)
+            raise SystemExit(128 + SIGNALS.got) from None
+
 
 # --------------------------------------------------------------------------- the run folder
 
@@ -227,10 +247,15 @@ def describe(config: RunConfig, device: Device, files: dict[str, Any]) -> dict[s
     }
 
 
-def write_line(file: TextIO, values: dict[str, Any]) -> None:
-    """One JSON object a line, there for a reader at once."""
-    file.write(json.dumps(values) + "\n")
-    file.flush()
+def write_line(file: BinaryIO, values: dict[str, Any]) -> None:
+    """One JSON object a line, there for a reader at once, in an unbuffered file: a line that failed is not tried again
+    when the file is closed. Raises OSError, naming the file and the bytes, when the disk is full."""
+    line = (json.dumps(values) + "\n").encode()
+    try:
+        while line:
+            line = line[file.write(line):]
+    except OSError as error:
+        raise disk_full(Path(file.name), error) from None
 
 
 # --------------------------------------------------------------------------- evaluation
@@ -323,7 +348,7 @@ class Progress:
     best: dict[str, Any] = field(default_factory=dict)
     since_best: int = 0
     history: list[float] = field(default_factory=list)  # --monitor at each evaluation
-    update_ratios: dict[str, float] = field(default_factory=dict)  # of each layer group, at an epoch's last step
+    update_ratios: dict[str, float] = field(default_factory=dict)  # of each layer group, at the middle of the epoch
     stopped: str = ""  # why training ended before its last epoch
 
 
@@ -381,6 +406,7 @@ RECENT = 50  # steps that the guards look back on
 RISING = ("dev_acc", "dev_f1", "dev_qwk")  # the monitors of which more is better
 SPIKE = 3.0  # a loss this many times the median of those is a spike
 ABOVE = 1.1  # a mean of the recent losses this many times the first one means that training goes backwards
+WILD = 3e-3  # an update of a layer this large against its weights, with a collapse: the rate is far too high
 BAD_IN_A_ROW = 3
 ROLLBACKS = 2
 
@@ -408,7 +434,7 @@ class Loop:
         self.ema = [p.detach().clone() for p in self.parameters] if config.ema else []
         self.started = time.perf_counter()
         self.saved: tuple | None = None
-        self.logs: dict[str, TextIO] = {}
+        self.logs: dict[str, BinaryIO] = {}
 
     # ----------------------------------------------------------------------- the course of a run
 
@@ -419,22 +445,14 @@ class Loop:
                         mininterval=0.5)
         with ExitStack() as stack:
             for name in LOGS:
-                path = self.folder / name
-                self.logs[name] = stack.enter_context(open(path, "a", encoding="utf-8", newline="\n"))
+                self.logs[name] = stack.enter_context(open(self.folder / name, "ab", buffering=0))
             stack.enter_context(self.bar)
-            stack.enter_context(SIGNALS)
-            try:
-                self.save()
-                while self.progress.epoch < config.epochs and not self.progress.stopped:
-                    self.train_epoch()
-                if self.keep_states and not self.progress.best:
-                    self.evaluate(n_marks=1)  # diverged before the first evaluation: the weights of the last good state
-            except Stop:
-                self.save(good=False)
-                self.bar.close()
-                print(f"stopped at step {self.progress.step}; go on with: python run_llama.py --resume {self.folder}",
-                      file=sys.stderr, flush=True)
-                raise SystemExit(128 + SIGNALS.got) from None
+            stack.enter_context(stoppable(self.folder if self.keep_states else None, lambda: self.save(good=False)))
+            self.save()
+            while self.progress.epoch < config.epochs and not self.progress.stopped:
+                self.train_epoch()
+            if self.keep_states and not self.progress.best:
+                self.evaluate(n_marks=1)  # diverged before the first evaluation: the weights of the last good state
         return self.progress.best
 
     def train_epoch(self) -> None:
@@ -443,17 +461,17 @@ class Loop:
         marks = self.evaluation_marks(len(windows))
         rollbacks = self.progress.rollbacks
         while not self.progress.stopped:
+            SIGNALS.check()
             if self.progress.window == marks[self.progress.evaluated]:
                 self.evaluate(n_marks=len(marks))
-                if self.progress.window == 0:
+                if self.progress.window == 0 or self.progress.rollbacks != rollbacks:
                     return
                 continue
-            self.step(windows[self.progress.window], last=self.progress.window + 1 == len(windows))
+            self.step(windows[self.progress.window], measure=self.progress.window == len(windows) // 2)
             if self.progress.rollbacks != rollbacks:
                 return
             if self.config.save_every and self.progress.step % self.config.save_every == 0:
                 self.save()
-            SIGNALS.check()
 
     def evaluation_marks(self, n_windows: int) -> list[int]:
         """After which windows of an epoch there is an evaluation: every --eval_every of it, and at its end."""
@@ -462,8 +480,9 @@ class Loop:
 
     # ----------------------------------------------------------------------- one optimizer step
 
-    def step(self, rows: np.ndarray, last: bool) -> None:
-        """One window: gradients of the mean loss of its sentences, checked, clipped, applied, logged."""
+    def step(self, rows: np.ndarray, measure: bool) -> None:
+        """One window: gradients of the mean loss of its sentences, checked, clipped, applied, logged.
+        `measure` also takes the ratio of update to weight."""
         progress, config = self.progress, self.config
         self.task.model.train()
         lr = self.set_lr()
@@ -472,7 +491,7 @@ class Loop:
         loss, norm_value = torch.stack((losses.mean().float(), norm.float())).tolist()  # one wait for the device
         finite = math.isfinite(loss) and math.isfinite(norm_value)
         if finite or config.guards == "off":
-            before = [p.detach().clone() for p in self.parameters] if last else None
+            before = [p.detach().clone() for p in self.parameters] if measure else None
             self.optimizer.step()
             if before:
                 progress.update_ratios = self.ratios(before)
@@ -576,12 +595,14 @@ class Loop:
             self.diverged(f"the mean loss of {RECENT} steps, {mean:.3f}, is above the first, {progress.first_loss:.3f}")
 
     def diverged(self, why: str) -> None:
-        """Back to the last good state with half the rate, twice; then the training ends there."""
+        """Back to the last good state with half the rate, twice; then the training ends there. events.jsonl keeps what
+        led here; the other logs are cut last: a kill before finds a state that they reach up to."""
         at, keep = self.progress.step, self.progress
         if not self.keep_states:
             keep.stopped = "diverged"
             return
-        self.load(only_good=True)
+        sizes = self.put_back(only_good=True)
+        sizes.pop("events.jsonl")
         for name in ("rollbacks", "lr_factor", "skipped", "spikes"):
             setattr(self.progress, name, getattr(keep, name))
         if keep.rollbacks < ROLLBACKS:
@@ -595,7 +616,8 @@ class Loop:
                                    f"step {self.progress.step}. Try a --lr ten times lower, or a longer --warmup_ratio")
         self.bar.reset(self.bar.total)
         self.bar.update(self.progress.step)
-        self.save()
+        self.save(sizes=sizes)
+        self.cut_logs(sizes)
 
     def event(self, kind: str, detail: str) -> None:
         """Something that the user should know: a line on stderr and in events.jsonl."""
@@ -631,7 +653,7 @@ class Loop:
             epoch = progress.epoch
             if n_marks > 1:
                 epoch = round(epoch + (progress.evaluated + 1) / n_marks, 3)
-            train_loss = progress.loss_sum / max(1, progress.n_seen)
+            train_loss = progress.loss_sum / progress.n_seen if progress.n_seen else progress.first_loss or 0.0
             line = {"epoch": epoch, "step": progress.step, "train_loss": train_loss, **scores,
                     "lr": max(group["lr"] for group in self.optimizer.param_groups),
                     "seconds": round(time.perf_counter() - self.started, 3)}
@@ -649,6 +671,11 @@ class Loop:
         self.bar.clear()
         if not self.quiet:
             print(epoch_line(line), flush=True)
+        ratio = max((r for name, r in progress.update_ratios.items() if ".layers." in name), default=0.0)
+        if "collapsed" in scores and ratio > WILD and config.guards == "on" and progress.rollbacks < ROLLBACKS:
+            self.diverged(f"every prediction is one class, and a step changes the weights by {ratio:.0e} of their size "
+                          "(1e-3 is healthy)")
+            return
         if config.patience and progress.since_best >= config.patience and progress.epoch < config.epochs:
             progress.stopped = "patience"
             print(f"early stop: no better {config.monitor} in {config.patience} evaluations", flush=True)
@@ -667,16 +694,18 @@ class Loop:
         if "cuda" in state:
             torch.cuda.set_rng_state(state["cuda"], self.device.where)
 
-    def save(self, good: bool = True) -> None:
+    def save(self, good: bool = True, sizes: dict[str, int] | None = None) -> None:
         """The state of now, unless it has been saved already. Only a regular save of a calm run is `good`, one to roll
-        back to: a signal must not change where that is."""
+        back to: a signal must not change where that is. `sizes`: of the logs that are about to be cut."""
         stamp = (self.progress.step, len(self.progress.history), self.progress.rollbacks)
-        if not self.keep_states or self.saved == stamp:
+        if not self.keep_states or (self.saved == stamp and not sizes):
             return
+        for file in self.logs.values():
+            os.fsync(file.fileno())  # the state on disk must not know of lines that are not
         values, tensors = split_tensors({
             "model": self.task.model.state_dict(), "optimizer": self.optimizer.state_dict(),
             "random": self.random_state(), "ema": self.ema, "progress": asdict(self.progress),
-            "logs": {name: file.tell() for name, file in self.logs.items()},
+            "logs": {**{name: file.tell() for name, file in self.logs.items()}, **(sizes or {})},
         })
         save_state(self.folder / "last", self.progress.step, tensors, values, good and self.is_calm())
         self.saved = stamp
@@ -687,8 +716,15 @@ class Loop:
         return not progress.bad_in_a_row and not (
             progress.recent and statistics.mean(progress.recent) > ABOVE * progress.first_loss)
 
-    def load(self, only_good: bool = False) -> None:
-        """Put everything back to the newest whole state in last/, and the logs to their length at that time."""
+    def load(self) -> None:
+        """Put everything back to the newest whole state in last/, and the logs to their length at that time. Of a run
+        that was killed before its first state, there is nothing to put back: it begins."""
+        logs = [self.folder / name for name in LOGS]
+        if has_states(self.folder / "last") or any(log.exists() and log.stat().st_size for log in logs):
+            self.cut_logs(self.put_back())
+
+    def put_back(self, only_good: bool = False) -> dict[str, int]:
+        """Everything but the logs; returns the length of each log."""
         tensors, values, faults = load_state(self.folder / "last", only_good)
         for fault in faults:
             warn(fault)
@@ -699,13 +735,21 @@ class Loop:
             mean.copy_(saved)
         self.set_random_state(state["random"])
         self.progress = Progress(**state["progress"])
-        for name, size in state["logs"].items():
-            if name in self.logs:
+        self.saved = (self.progress.step, len(self.progress.history), self.progress.rollbacks)
+        return state["logs"]
+
+    def cut_logs(self, sizes: dict[str, int]) -> None:
+        """Drop what the logs say of the time behind a state."""
+        for name, size in sizes.items():
+            path = self.folder / name
+            has = path.stat().st_size if path.exists() else 0
+            if has < size:  # os.truncate would fill it up with zeros
+                warn(f"{path}: it has {has} bytes and had {size}; lines of it are lost")
+            elif name in self.logs:
                 self.logs[name].truncate(size)
                 self.logs[name].seek(size)
             else:
-                os.truncate(self.folder / name, size)
-        self.saved = (self.progress.step, len(self.progress.history), self.progress.rollbacks)
+                os.truncate(path, size)
 
 
 # --------------------------------------------------------------------------- checks before a run

@@ -509,7 +509,8 @@ def test_json_comes_back_as_it_was_written(tmp_path_factory, value):
     assert checkpoint.read_json(path) == value
 
 
-SETTINGS = {"num_labels": 3, "hidden_dropout_prob": 0.1, "pooling": "mean", "option": "finetune"}
+SETTINGS = {"num_labels": 3, "label_names": ["a", "b", "c"], "max_sentence_len": None, "hidden_dropout_prob": 0.1,
+            "pooling": "mean", "option": "finetune"}
 
 
 class NoTokenizer:
@@ -526,13 +527,13 @@ def test_a_saved_classifier_comes_back_with_equal_weights_and_can_be_read_by_eve
 
     saved = checkpoint.read_json(tmp_path / "best" / "config.json")
     back = empty_classifier(saved, tmp_path / "best" / "config.json").eval()
-    checkpoint.load_state(tmp_path / "best", back)
+    checkpoint.load_classifier_state(tmp_path / "best", back)
     ids, lengths = tiny.tokens(4, 9), torch.tensor([9, 1, 4, 7])
     assert torch.equal(back(ids, lengths), model(ids, lengths))
 
     other = LlamaEmbeddingClassifier(SimpleNamespace(**SETTINGS), tiny.llama(tie_embeddings=tied, seed=9)).eval()
     assert not torch.allclose(other(ids, lengths), model(ids, lengths))
-    checkpoint.load_state(tmp_path / "best", other)  # in place
+    checkpoint.load_classifier_state(tmp_path / "best", other)  # in place
     assert torch.equal(other(ids, lengths), model(ids, lengths))
 
 
@@ -541,10 +542,10 @@ def test_weights_of_another_shape_or_a_damaged_file_are_no_state(tmp_path):
     checkpoint.save_classifier(tmp_path, model, NoTokenizer(), SETTINGS)
     deeper = LlamaEmbeddingClassifier(SimpleNamespace(**SETTINGS), tiny.llama(n_layers=3))
     with refused(tmp_path, "do not belong together"):
-        checkpoint.load_state(tmp_path, deeper)
+        checkpoint.load_classifier_state(tmp_path, deeper)
     (tmp_path / "model.safetensors").write_bytes((tmp_path / "model.safetensors").read_bytes()[:-9])
     with refused(tmp_path, "damaged"):
-        checkpoint.load_state(tmp_path, model)
+        checkpoint.load_classifier_state(tmp_path, model)
 
 
 @pytest.mark.parametrize("fault", [{"llama": None}, {"llama": {"dim": "x"}}, {"llama": {"n_layers": 0}},

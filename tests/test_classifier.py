@@ -8,8 +8,9 @@ import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.functional import cross_entropy, kl_div
 
-from classifier import LlamaEmbeddingClassifier, LlamaZeroShotClassifier, pool
+from classifier import LlamaEmbeddingClassifier, LlamaZeroShotClassifier, OrdinalHead, classification_loss, pool
 from llama import load_pretrained
 
 POOLINGS = ("last", "mean", "max", "first")
@@ -142,3 +143,125 @@ def test_label_scores_equal_transformers_whatever_else_is_in_the_batch(folder, p
 def test_a_label_without_a_token_is_refused():
     with pytest.raises(ValueError, match=r"\[' '\]"):
         LlamaZeroShotClassifier(None, Words(), ["3", " "], tiny.llama())
+
+
+# --------------------------------------------------------------------------- losses
+
+
+def scores_model(scores, again=None):
+    """A stand-in for a classifier: fixed scores, other ones at its second call."""
+    left = [scores, scores if again is None else again]
+    return lambda tokens, lengths: left.pop(0).log_softmax(1)
+
+
+def drawn(n=40, classes=5, seed=0):
+    draw = torch.Generator().manual_seed(seed)
+    scores = torch.randn(n, classes, generator=draw) * 3
+    return scores, {"tokens": None, "lengths": None, "labels": torch.randint(classes, (n,), generator=draw)}
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.7])
+def test_the_loss_is_pytorchs_cross_entropy_smoothed_too(smoothing):
+    scores, batch = drawn()
+    ours = classification_loss(scores_model(scores), batch, label_smoothing=smoothing)
+    want = cross_entropy(scores, batch["labels"], label_smoothing=smoothing, reduction="none")
+    torch.testing.assert_close(ours, want)
+
+
+def test_class_weights_multiply_each_loss_as_pytorchs_do():
+    scores, batch = drawn()
+    weights = torch.tensor([0.5, 2.0, 1.0, 0.0, 3.0])
+    ours = classification_loss(scores_model(scores), batch, class_weights=weights)
+    torch.testing.assert_close(ours, cross_entropy(scores, batch["labels"], weight=weights, reduction="none"))
+
+
+def test_r_drop_is_the_papers_formula():
+    """Two passes: the mean of their losses, and alpha times half of KL(p || q) + KL(q || p), by PyTorch's kl_div."""
+    (scores, batch), (again, _) = drawn(), drawn(seed=1)
+    ours = classification_loss(scores_model(scores, again), batch, label_smoothing=0.1, r_drop=0.7)
+    p, q = scores.log_softmax(1), again.log_softmax(1)
+    both = [cross_entropy(s, batch["labels"], label_smoothing=0.1, reduction="none") for s in (scores, again)]
+    divergence = sum(kl_div(a, b, log_target=True, reduction="none").sum(1) for a, b in ((p, q), (q, p)))
+    torch.testing.assert_close(ours, (both[0] + both[1]) / 2 + 0.7 * divergence / 2)
+
+
+def test_r_drop_adds_nothing_without_dropout_and_something_with_it():
+    model = classifier()
+    batch = {"tokens": tiny.tokens(6, 9), "lengths": torch.full((6,), 9), "labels": torch.arange(6) % 5}
+    plain, twice = (classification_loss(model, batch, r_drop=a) for a in (0.0, 5.0))
+    torch.testing.assert_close(plain, twice)
+    model.train()
+    assert (classification_loss(model, batch, r_drop=50.0) > plain + 1e-3).all()
+
+
+# --------------------------------------------------------------------------- ordered classes
+
+
+def ordinal_head(first, gaps, weight=((1.0,),), dtype=torch.float64):
+    head = OrdinalHead(len(weight[0]), len(gaps) + 2).to(dtype)
+    with torch.no_grad():
+        head.weight.copy_(torch.tensor(weight))
+        head.first_cut.fill_(first)
+        head.gaps.copy_(torch.tensor(gaps, dtype=dtype))
+    return head
+
+
+finite = st.floats(-8, 8)
+
+
+@settings(max_examples=80, deadline=None)
+@given(finite, st.lists(finite, max_size=5), st.lists(st.floats(-12, 12), min_size=1, max_size=6))
+def test_ordinal_probabilities_are_differences_of_sigmoids_and_sum_to_one(first, gaps, scores):
+    head, scores = ordinal_head(first, gaps), torch.tensor(scores, dtype=torch.float64)[:, None]
+    cuts = [first]
+    for gap in gaps:
+        cuts.append(cuts[-1] + math.log1p(math.exp(gap)))
+    below = torch.sigmoid(torch.tensor(cuts, dtype=torch.float64) - scores)
+    below = torch.cat((torch.zeros(len(scores), 1), below, torch.ones(len(scores), 1)), 1)
+    probabilities = head(scores).exp()
+    torch.testing.assert_close(probabilities, below.diff(dim=1), rtol=1e-6, atol=1e-12)
+    torch.testing.assert_close(probabilities.sum(1), torch.ones(len(scores), dtype=torch.float64))
+
+
+@pytest.mark.parametrize("n", [2, 3, 7])
+def test_an_ordinal_head_begins_with_all_classes_equally_likely(n):
+    torch.testing.assert_close(OrdinalHead(4, n)(torch.zeros(1, 4)).exp(), torch.full((1, n), 1 / n))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.floats(-1e4, 1e4), st.lists(st.floats(-60, 1e3), max_size=4), st.floats(-100, 100))
+def test_gradients_of_an_ordinal_head_are_finite_however_extreme_its_score(score, gaps, first):
+    head = ordinal_head(first, gaps, dtype=torch.float32)
+    x = torch.full((len(gaps) + 2, 1), score, requires_grad=True)
+    out = head(x)
+    torch.nn.functional.nll_loss(out, torch.arange(len(out))).backward()
+    for tensor in (out, x.grad, *(p.grad for p in head.parameters())):
+        assert torch.isfinite(tensor).all()
+
+
+def test_an_ordinal_head_learns_an_order():
+    """y = the number of thresholds below x: one score is enough, and its sign and cuts are what was put in."""
+    torch.manual_seed(0)
+    x = torch.linspace(-3, 3, 400)[:, None]
+    labels = (x > torch.tensor([-1.5, 0.0, 0.5])).sum(1)
+    head = OrdinalHead(1, 4)
+    optimizer = torch.optim.Adam(head.parameters(), lr=0.1)
+    for _ in range(400):
+        optimizer.zero_grad()
+        torch.nn.functional.nll_loss(head(x), labels).backward()
+        optimizer.step()
+    assert (head(x).argmax(1) == labels).float().mean() > 0.97
+    cuts = torch.cat((head.first_cut, head.first_cut + torch.nn.functional.softplus(head.gaps).cumsum(0)))
+    torch.testing.assert_close((cuts / head.weight[0]).detach(), torch.tensor([-1.5, 0.0, 0.5]), rtol=0, atol=0.05)
+
+
+def test_the_cuts_have_the_heads_rate():
+    from optimizer import parameter_groups
+
+    config = SimpleNamespace(num_labels=4, hidden_dropout_prob=0.0, loss="ordinal")
+    model = LlamaEmbeddingClassifier(config, tiny.llama())
+    rates = {id(p): group["lr"] for group in parameter_groups(model, 1e-5, 0.1, head_lr=1e-3)
+             for p in group["params"]}
+    assert {name.partition(".")[0] for name, p in model.named_parameters() if rates[id(p)] == 1e-3} == {
+        "classifier_head"}
+    assert len([r for r in rates.values() if r == 1e-3]) == 3

@@ -30,13 +30,18 @@ def test_the_defaults_are_the_teaching_scripts():
 @pytest.mark.parametrize("f", config.options(), ids=lambda f: f.name)
 def test_minus_and_underscore_are_interchangeable(f):
     check = f.metadata.get("check")
-    fitting = next((v for v in ("0.5", "1", "2") if "float" in str(f.type) or "." not in v
-                    if not check or check.holds(float(v))), "1")
+    read = f.metadata.get("parse", float)
+    fitting = next((v for v in ("0.5", "1", "2", "10") if "float" in str(f.type) or "." not in v
+                    if not check or check.holds(read(v))), "1")
     value = [] if f.type is bool else [str(f.metadata.get("choices", [fitting])[0])]
+    finetune = ["--option", "finetune"]
+    partners = {"plan": finetune, "seeds": finetune, "folds": finetune, "fold": [*finetune, "--folds", "2"],
+                "lr_min": ["--lr_max", "1"]}.get(f.name, [])  # what some options are refused without
     spellings = {f"--{f.name}", "--" + f.name.replace("_", "-")}
-    assert len({config.parse_args([s, *value]) for s in spellings}) == 1
+    assert len({config.parse_args([s, *value, *partners]) for s in spellings}) == 1
     if value:
-        assert config.parse_args([f"--{f.name.replace('_', '-')}={value[0]}"]).given == {f.name}
+        given = config.parse_args([f"--{f.name.replace('_', '-')}={value[0]}", *partners]).given
+        assert given == {f.name, *(word[2:] for word in partners if word.startswith("--"))}
 
 
 def test_values_keep_their_underscores_and_minuses():
@@ -52,6 +57,12 @@ def test_values_keep_their_underscores_and_minuses():
     (["--hidden_dropout_prob", "1"], "at least 0 and below 1"),
     (["--option", "train"], "invalid choice"),
     (["--epoch", "3"], "did you mean --epochs?"),
+    (["--milestones", "30,10"], "--milestones 30,10: it must be whole numbers from 1, each larger than the one before"),
+    (["--milestones", "0,10"], "--milestones 0,10: it must be whole numbers from 1"),
+    (["--milestones", "3,x"], "invalid list of whole numbers"),
+    (["--lr_steps", "9"], "--lr_steps 9: it must be 10 or more"),
+    (["--cycle_mult", "0.5"], "--cycle_mult 0.5: it must be 1 or more"),
+    (["--pct_start", "1"], "--pct_start 1.0: it must be above 0 and below 1"),
     (["finetune"], "unknown option finetune"),
 ])
 def test_a_bad_value_is_one_line_and_exit_code_2(argv, words, capsys):
@@ -59,6 +70,41 @@ def test_a_bad_value_is_one_line_and_exit_code_2(argv, words, capsys):
         config.parse_args(argv)
     err = capsys.readouterr().err
     assert stop.value.code == 2 and words in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("line, words", [
+    ("--option finetune --seeds 2 --folds 3", "--seeds and --folds contradict each other; give one"),
+    ("--resume x --seeds 2", "--resume goes on with one run, and --seeds makes several"),
+    ("--resume x --folds 2", "--resume goes on with one run, and --folds makes several"),
+    ("--resume x --option lr_find", "--resume goes on with a fine-tuning run, and --option is lr_find"),
+    ("--plan", "--plan is about --option finetune, and --option is generate"),
+    ("--option lr_find --seeds 2", "--seeds repeats --option finetune, and --option is lr_find"),
+    ("--option finetune --fold 1", "--fold 1 needs --folds above it, which is not given"),
+    ("--option finetune --folds 3 --fold 3", "--fold 3 needs --folds above it, which is 3"),
+    ("--warmup_steps 3 --warmup_ratio 0.1", "--warmup_steps and --warmup_ratio contradict each other; give one"),
+    ("--warmup_epochs 0 --warmup_ratio 0", "--warmup_epochs and --warmup_ratio contradict each other; give one"),
+    ("--nesterov --momentum 0 --optimizer sgd", "--nesterov needs a --momentum above 0"),
+    ("--lr_min 0.1 --option lr_find", "--lr_min 0.1 must be below --lr_max 0.01"),
+    ("--lr_min 1e-3 --lr_max 1e-3", "--lr_min 0.001 must be below --lr_max 0.001"),
+])
+def test_options_that_contradict_each_other_are_both_named(line, words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        config.parse_args(line.split())
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and words in err and err.count("\n") == 1
+
+
+def test_what_fits_together_is_accepted():
+    for line in ("--resume x", "--resume x --option finetune", "--option finetune --plan --seeds 2",
+                 "--option finetune --folds 3 --fold 2", "--warmup_steps 0", "--nesterov --optimizer sgd",
+                 "--monitor dev_loss", "--option lr_find --confirm --lr_min 1e-5 --lr_max 1e-4"):
+        config.parse_args(line.split())
+
+
+def test_the_schedulers_are_those_that_there_are():
+    from optimizer import SCHEDULES
+
+    assert config.SCHEDULERS == tuple(SCHEDULES)
 
 
 def test_help_has_every_option_in_groups_and_does_not_import_torch():

@@ -10,6 +10,7 @@ import pytest
 from conftest import ROOT, tiny_sentences
 
 import run_llama
+from config import SCHEDULERS, parse_args
 
 EPOCH_LINE = (r"epoch (\d+): train loss :: \d+\.\d{3}, train acc :: \d\.\d{3}, dev acc :: \d\.\d{3}, "
               r"lr :: \d\.\d\de-\d\d")
@@ -203,3 +204,232 @@ def test_predict_reads_stdin_and_keeps_stdout_clean(arguments):
     assert done.returncode == 0 and len(done.stdout.decode().splitlines()) == 4
     empty = subprocess.run(command, input=b"", capture_output=True, timeout=120)
     assert empty.returncode == 2 and b"Traceback" not in empty.stderr and empty.stdout == b""
+
+
+# --------------------------------------------------------------------------- the controls of a training
+
+
+def steps_of(run):
+    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in read_lines(f"{run}/steps.jsonl")]
+
+
+def rates_of(run):
+    return [step["lr"] for step in steps_of(run)]
+
+
+def result_of(run):
+    return json.loads(Path(f"{run}/result.json").read_text(encoding="utf-8"))
+
+
+SCHEDULES = {
+    "constant": "", "linear": "--min_lr_ratio 0.1", "cosine": "--warmup_ratio 0.3", "linear_cosine": "",
+    "cosine_restarts": "--cycles 2 --cycle_mult 2 --cycle_decay 0.5", "step": "--step_size 5",
+    "multistep": "--milestones 3,7 --gamma 0.5", "exponential": "--gamma 0.9", "natural_exp": "--decay_rate 0.1",
+    "inverse_time": "--decay_rate 0.1", "polynomial": "--power 2", "inverse_sqrt": "--warmup_steps 4",
+    "cyclic": "--cycles 2 --cyclic_mode triangular2", "one_cycle": "--pct_start 0.4", "wsd": "--decay_fraction 0.5",
+    "plateau": "--plateau_patience 0 --gamma 0.5",
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_every_schedule_is_what_a_run_follows(arguments, name, capsys):
+    from optimizer import make_schedule
+
+    options = SCHEDULES[name].split()
+    finetune(arguments, "--epochs", "2", "--scheduler", name, *options, "--output_dir", "run")
+    config = parse_args(options)
+    schedule = make_schedule(name, total_steps=12, steps_an_epoch=6, warmup_steps=run_llama.warmup_steps(
+        parse_args(["--epochs", "2", "--scheduler", name, *options]), 6),
+        **{k: getattr(config, k) for k in config.given if not k.startswith(("warmup", "plateau"))},
+        patience=config.plateau_patience)
+    dev = [json.loads(line)["dev_acc"] for line in read_lines("run/epochs.jsonl")]
+    want = [3e-3 * schedule(i, dev[: i // 6]) for i in range(12)]
+    assert rates_of("run") == pytest.approx(want, rel=1e-12)
+    assert (len(set(want)) > 1 or name in ("constant", "plateau")) and "no effect" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind, factor", [("linear", 4.0), ("sqrt", 2.0)])
+def test_the_rates_scale_with_the_effective_batch(arguments, kind, factor):
+    finetune(arguments, "--epochs", "1", "--scheduler", "constant", "--lr_scaling", kind, "--base_batch_size", "8",
+             "--grad_accum", "2", "--output_dir", "run")
+    assert rates_of("run") == pytest.approx([factor * 3e-3] * 3)
+
+
+def test_the_logged_rate_is_the_largest_and_layers_below_have_less(arguments):
+    base = [*arguments, "--epochs", "1", "--scheduler", "constant"]
+    finetune(base, "--output_dir", "head", "--head_lr", "2e-2")
+    assert rates_of("head") == pytest.approx([2e-2] * 6)
+    finetune(base, "--output_dir", "decay", "--layerwise_lr_decay", "0.5")
+    finetune(base, "--output_dir", "plain")
+    assert rates_of("decay") == rates_of("plain") == pytest.approx([3e-3] * 6)
+    ratios = [json.loads(read_lines(f"{run}/epochs.jsonl")[0])["update_ratio"] for run in ("decay", "plain")]
+    below = [r["llama.layers.0"] / r["llama.layers.1"] for r in ratios]
+    assert below[0] == pytest.approx(below[1] / 2, rel=0.2)
+
+
+def test_checkpointing_changes_no_number(arguments):
+    finetune(arguments, "--epochs", "1", "--dropout", "0.1", "--output_dir", "a")
+    finetune(arguments, "--epochs", "1", "--dropout", "0.1", "--output_dir", "b", "--grad_checkpoint")
+    assert steps_of("a") == steps_of("b")
+
+
+def test_accumulation_is_one_big_batch(arguments):
+    base = [*arguments, "--epochs", "1", "--hidden_dropout_prob", "0", "--dtype", "float32"]
+    finetune(base, "--output_dir", "a")
+    finetune(base, "--output_dir", "b", "--batch_size", "4", "--grad_accum", "4")
+    a, b = steps_of("a"), steps_of("b")
+    assert [s["loss"] for s in a] == pytest.approx([s["loss"] for s in b], rel=1e-4)
+    assert [s["tokens"] for s in a] == [s["tokens"] for s in b]
+
+
+def test_the_checks_print_their_lines_and_leave_the_training_as_it_is(arguments, capsys):
+    finetune(arguments, "--epochs", "1", "--dropout", "0.1", "--output_dir", "a")
+    capsys.readouterr()
+    finetune(arguments, "--epochs", "1", "--dropout", "0.1", "--output_dir", "b", "--check_gradients",
+             "--overfit_batch", "--auto_batch")
+    out = capsys.readouterr().out
+    assert re.search(r"^gradients :: one big batch, .* agree to \de-\d\d$|agree to \d\.\de-\d\d$", out, re.M)
+    assert re.search(r"^overfit :: one batch, loss \d\.\d{3} to \d\.\d{3}: it can memorise it$", out, re.M)
+    assert re.search(r"^batch :: 16 sentences a forward pass, 16 an optimizer step$", out, re.M)
+    assert steps_of("a") == steps_of("b")
+
+
+def test_the_switches_of_pytorch_are_set_and_set_back(arguments):
+    import torch
+
+    finetune(arguments, "--epochs", "1", "--output_dir", "a", "--detect_anomaly", "--deterministic")
+    assert torch.is_anomaly_enabled() and torch.are_deterministic_algorithms_enabled()
+    finetune(arguments, "--epochs", "1", "--output_dir", "b")
+    assert not torch.is_anomaly_enabled() and not torch.are_deterministic_algorithms_enabled()
+    assert steps_of("a") == steps_of("b")
+
+
+def test_the_decay_of_every_optimizer_is_decoupled(arguments):
+    config = parse_args(["--option", "finetune", *arguments, "--optimizer", "sgd", "--weight_decay", "0.1"])
+    import trainer
+
+    run = run_llama.start(config, run_llama.load_inputs(config, ("train",)), None, trainer.choose_device(config))
+    assert all(group["decoupled"] for group in run.optimizer.param_groups)
+
+
+@pytest.mark.parametrize("monitor, best", [("dev_mae", min), ("dev_qwk", max), ("dev_loss", min)])
+def test_an_ordinal_run_reports_its_scores_and_survives_saving(arguments, monitor, best, capsys):
+    finetune(arguments, "--loss", "ordinal", "--monitor", monitor, "--output_dir", "run", "--epochs", "3")
+    out = capsys.readouterr().out
+    epochs = [json.loads(line) for line in read_lines("run/epochs.jsonl")]
+    assert {"dev_mae", "dev_qwk", "dev_off_by_one"} <= epochs[0].keys()
+    result = result_of("run")
+    chosen = next(e for e in epochs if e["epoch"] == result["best_epoch"])
+    assert chosen[monitor] == best(e[monitor] for e in epochs)
+    assert result["dev"][monitor[4:]] == pytest.approx(chosen[monitor])
+    assert (f"dev mae :: {result['dev']['mae']:.3f}, qwk :: {result['dev']['qwk']:.3f}, "
+            f"off by one :: {result['dev']['off_by_one']:.3f}") in out.splitlines()
+    predictions = read_lines("run/dev-predictions.txt")
+    assert run_llama.main(["--option", "evaluate", "--run", "run"]) == 0
+    assert capsys.readouterr().out.splitlines()[-4:] == out.splitlines()[-4:]
+    assert read_lines("run/dev-predictions.txt") == predictions
+    Path("in.txt").write_text("\n".join(p.partition(" ||| ")[2] for p in predictions), encoding="utf-8")
+    assert run_llama.main(["--option", "predict", "--run", "run", "--input", "in.txt"]) == 0
+    assert [x[0] for x in capsys.readouterr().out.splitlines()] == [p[0] for p in predictions]
+
+
+def test_dev_is_never_augmented_and_train_is(arguments, monkeypatch):
+    """The rows that the model sees while it evaluates are the files' own; in training they are not."""
+    import dataset
+    import trainer
+
+    seen = {"train": 0, "eval": 0}
+    real = dataset.make_batch
+
+    def watch(split, rows, pad_id, augment=None, seed=()):
+        batch = real(split, rows, pad_id, augment, seed)
+        own = real(split, rows, pad_id)
+        same = batch["tokens"].shape == own["tokens"].shape and bool((batch["tokens"] == own["tokens"]).all())
+        seen["train" if augment else "eval"] += 1
+        assert same is (augment is None)
+        return batch
+
+    monkeypatch.setattr(dataset, "make_batch", watch)
+    monkeypatch.setattr(trainer, "make_batch", watch)
+    finetune(arguments, "--epochs", "1", "--aug_delete", "0.3", "--aug_swap", "0.2", "--aug_replace", "0.3",
+             "--class_weights", "balanced", "--sampler", "balanced", "--r_drop", "1", "--label_smoothing", "0.1")
+    assert seen["train"] == 6 and seen["eval"] >= 4
+
+
+# --------------------------------------------------------------------------- several runs
+
+
+@pytest.mark.parametrize("options, names", [(["--seeds", "2"], ["seed-1337", "seed-1338"]),
+                                            (["--folds", "2"], ["fold-0", "fold-1"])])
+def test_several_runs_print_the_mean_and_deviation_of_their_results(arguments, options, names, capsys):
+    import statistics
+
+    finetune(arguments, "--epochs", "1", *options, "--output_dir", "runs/all")
+    out, summary = capsys.readouterr().out.splitlines(), result_of("runs/all")
+    assert sorted(p.name for p in Path("runs/all").iterdir() if p.is_dir()) == names
+    for split, line in zip(("dev", "test"), out[-2:], strict=True):
+        each = [result_of(f"runs/all/{name}")[split]["acc"] for name in names]
+        assert summary[split] == {"acc": each, "mean": statistics.mean(each), "std": statistics.stdev(each)}
+        assert line == (f"{split} acc :: {statistics.mean(each):.3f} +- {statistics.stdev(each):.3f} over 2 "
+                        f"{options[0][2:]}")
+    assert steps_of(f"runs/all/{names[0]}") != steps_of(f"runs/all/{names[1]}")
+
+
+def test_every_start_in_a_process_begins_with_the_files_weights(arguments):
+    import torch
+
+    import trainer
+
+    config = parse_args(["--option", "finetune", *arguments])
+    inputs, device = run_llama.load_inputs(config, ("train", "dev")), trainer.choose_device(config)
+    first = run_llama.start(config, inputs, None, device).model
+    before = {name: tensor.clone() for name, tensor in first.state_dict().items()}
+    with torch.no_grad():
+        for parameter in first.parameters():
+            parameter.add_(1)  # as a training does, in place
+    torch.testing.assert_close(dict(run_llama.start(config, inputs, None, device).model.state_dict()), before,
+                               rtol=0, atol=0)
+
+
+def test_a_fold_alone_is_the_fold_among_the_others_so_that_it_can_be_resumed(arguments, capsys):
+    finetune(arguments, "--epochs", "1", "--folds", "2", "--output_dir", "all")
+    finetune(arguments, "--epochs", "1", "--folds", "2", "--fold", "1", "--output_dir", "one")
+    assert steps_of("one") == steps_of("all/fold-1") != steps_of("all/fold-0")
+    described = json.loads(Path("all/fold-1/args.json").read_text(encoding="utf-8"))
+    assert (described["options"]["folds"], described["options"]["fold"]) == (2, 1)
+    assert run_llama.main(["--option", "evaluate", "--run", "one"]) == 0
+    assert "it was trained on a part of the dev file" in capsys.readouterr().err
+    finetune(arguments, "--epochs", "1", "--seeds", "2", "--output_dir", "seeds")
+    finetune(arguments, "--epochs", "1", "--seed", "1338", "--output_dir", "seed")
+    assert steps_of("seed") == steps_of("seeds/seed-1338")
+
+
+# --------------------------------------------------------------------------- contradictions
+
+
+@pytest.mark.parametrize("options, words", [
+    ("--warmup_steps 19", "--warmup_steps 19 is beyond the run's 18 steps, which come from --epochs 3"),
+    ("--warmup_epochs 3.5", "--warmup_epochs 3.5 is beyond the run's 18 steps, which come from --epochs 3"),
+    ("--scheduler step", "--scheduler step needs --step_size"),
+    ("--scheduler multistep", "--scheduler multistep needs --milestones"),
+    ("--scheduler exponential", "--scheduler exponential needs --gamma"),
+    ("--warmup_kind constant", "--warmup_kind constant needs a --warmup_start"),
+    ("--folds 60", "--folds 60: each needs a sentence of every class, and --train and --dev together have 42 of"),
+    ("--folds 2 --warmup_steps 13", "--warmup_steps 13 is beyond the run's 12 steps"),  # 63 sentences in a fold
+    ("--seeds 2 --warmup_steps 19", "--warmup_steps 19 is beyond the run's 18 steps"),
+    ("--option lr_find --warmup_steps 19", "--warmup_steps 19 is beyond the run's 18 steps"),
+])
+def test_a_contradiction_is_one_line_before_a_run_folder_is_made(arguments, options, words, capsys):
+    err = refused(capsys, "--option", "finetune", *arguments, *options.split())
+    assert words in err and err.count("\n") == 1 + err.count("no test file")
+    assert not Path("runs").exists()
+
+
+def test_a_warmup_as_long_as_the_run_is_none(arguments):
+    finetune(arguments, "--epochs", "1", "--warmup_steps", "6", "--output_dir", "run")
+    assert rates_of("run") == pytest.approx([3e-3 * (i + 1) / 6 for i in range(6)])
+
+
+def test_an_option_without_effect_is_said_before_the_training(arguments, capsys):
+    finetune(arguments, "--epochs", "1", "--milestones", "2,4")
+    assert "no effect: --milestones: --scheduler linear does not use it" in capsys.readouterr().err

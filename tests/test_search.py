@@ -1,0 +1,368 @@
+"""What comes before a run: the plan and the range test. Both leave everything as it was."""
+
+import copy
+import csv
+import json
+import math
+import shlex
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import run_llama
+import search
+import trainer
+from config import parse_args
+
+CPU = trainer.Device(torch.device("cpu"), torch.float32)
+
+
+@pytest.fixture
+def arguments(tiny_model, tiny_data, tmp_path, monkeypatch):
+    """The options of a tiny run, in a folder of its own."""
+    monkeypatch.chdir(tmp_path)
+    return ["--pretrained-model-path", str(tiny_model), "--batch_size", "16", "--lr", "3e-3", "--epochs", "2",
+            "--device", "cpu", "--dtype", "float32",
+            "--train", str(tiny_data["train"]), "--dev", str(tiny_data["dev"]), "--test", str(tiny_data["test"])]
+
+
+def made(arguments, *more):
+    """(run, config): a run as the program wires it."""
+    config = parse_args(["--option", "lr_find", *arguments, *more])
+    return run_llama.start(config, run_llama.load_inputs(config, ("train", "dev")), None, CPU), config
+
+
+def main(*argv):
+    return run_llama.main(list(argv))
+
+
+def state_of(run):
+    """Everything that a later training depends on; none of it a view of what is there now."""
+    optimizer = run.optimizer.state_dict()
+    groups = [{k: v for k, v in group.items() if k != "name"} for group in optimizer["param_groups"]]
+    assert all(p.grad is None for p in run.model.parameters())
+    return copy.deepcopy((dict(run.model.state_dict()), optimizer["state"], groups, torch.get_rng_state(),
+                          run.model.training, [rows.tolist() for rows in run.task.order(0)]))
+
+
+def assert_same(a, b):
+    torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+# --------------------------------------------------------------------------- the curve
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.floats(-1e3, 1e3), min_size=1, max_size=60))
+def test_smoothing_is_the_weighted_mean_of_the_past(losses):
+    """pandas' ewm(alpha=0.1, adjust=True).mean(): weights 0.9^age, which sum to 1."""
+    for i, value in enumerate(search.smooth(losses)):
+        weights = 0.9 ** np.arange(i, -1, -1)
+        assert value == pytest.approx(np.average(losses[: i + 1], weights=weights), rel=1e-9, abs=1e-9)
+
+
+@pytest.mark.parametrize("middle", [1e-5, 1e-4, 1e-3])
+def test_the_steepest_point_of_a_known_curve_is_found(monkeypatch, middle):
+    """A logistic curve in log lr is steepest at its middle; behind the end of its fall the loss explodes."""
+    monkeypatch.setattr(search, "smooth", list)  # smoothing only shifts it, see below
+    rates = np.geomspace(1e-7, 1e-1, 241)
+    losses = 1 - 1 / (1 + np.exp(-3 * np.log(rates / middle))) + np.where(rates > 30 * middle, rates / middle, 0)
+    low, steepest, high = search.suggestion(list(zip(rates, losses, strict=True)))
+    assert steepest == pytest.approx(middle, rel=0.06)  # one step of the grid
+    assert low == pytest.approx(steepest / 10)
+    assert high == pytest.approx(10 * middle, rel=0.06)  # a third of 30 x middle, where the loss is lowest
+
+
+def test_smoothing_shifts_the_steepest_point_by_less_than_its_window():
+    rates = np.geomspace(1e-7, 1e-1, 241)
+    losses = 1 - 1 / (1 + np.exp(-3 * np.log(rates / 1e-4)))
+    steepest = search.suggestion(list(zip(rates, losses, strict=True)))[1]
+    assert 1e-4 <= steepest <= 1e-4 * 10 ** (6 / 240 * 10)  # 1 / (1 - 0.9) = 10 steps later at most
+
+
+def test_the_range_never_ends_below_the_steepest_point():
+    points = [(10.0 ** (i / 10 - 6), loss) for i, loss in enumerate([1.0] * 20 + [0.5] + [9.0] * 20)]
+    low, steepest, high = search.suggestion(points)
+    assert low < steepest <= high
+
+
+# --------------------------------------------------------------------------- the range test
+
+
+def test_the_rate_grows_exponentially_from_the_first_to_the_last(arguments, monkeypatch):
+    run, config = made(arguments, "--lr_min", "1e-6", "--lr_max", "1e-3", "--lr_steps", "31")
+    used, step = [], run.optimizer.step
+    monkeypatch.setattr(run.optimizer, "step", lambda: (used.append(run.optimizer.param_groups[0]["lr"]), step()))
+    rates = [lr for lr, _ in search.range_test(run, config, CPU)]
+    assert rates[0] == 1e-6 and len(rates) == 31  # two epochs of 6 steps are not enough: it goes on into more
+    assert rates == pytest.approx(np.geomspace(1e-6, 1e-3, 31), rel=1e-12)
+    assert used == pytest.approx(rates, rel=1e-12)
+
+
+def test_the_rate_is_that_of_the_option_whatever_is_made_of_it(arguments, monkeypatch):
+    run, config = made(arguments, "--lr_steps", "10", "--lr_scaling", "linear", "--base_batch_size", "4",
+                       "--head_lr", "3e-2")
+    used, step = [], run.optimizer.step
+    groups = run.optimizer.param_groups
+    monkeypatch.setattr(run.optimizer, "step", lambda: (used.append((groups[0]["lr"], groups[-1]["lr"])), step()))
+    for (lr, _), (body, head) in zip(search.range_test(run, config, CPU), used, strict=True):
+        assert body == pytest.approx(4 * lr) and head == pytest.approx(40 * lr)
+
+
+@pytest.mark.parametrize("bad, n_points", [(math.nan, 14), (math.inf, 14), (50.0, 15)])
+def test_it_ends_when_the_loss_is_not_finite_or_has_exploded(arguments, bad, n_points):
+    run, config = made(arguments, "--lr_steps", "40", "--lr_max", "1e-4")
+    seen = []
+
+    def losses(batch, real=run.task.losses):
+        seen.append(1)
+        return real(batch) * (bad if len(seen) >= 15 else 1.0)
+
+    run.task = replace(run.task, losses=losses)
+    points = search.range_test(run, config, CPU)
+    assert len(points) == n_points and len(seen) == 15
+    assert all(math.isfinite(loss) for _, loss in points[:14])
+
+
+def test_training_after_a_range_test_is_that_without_one(arguments, tmp_path):
+    """Weights, optimizer, random states, mode and order; and then a whole training, to the bit."""
+    options = ["--dropout", "0.2", "--aug_delete", "0.2", "--lr_max", "1", "--lr_steps", "25"]
+    results = []
+    for name in ("without", "with"):
+        run, config = made(arguments, *options)
+        run.optimizer.zero_grad(set_to_none=True)
+        if name == "with":
+            before = state_of(run)
+            search.range_test(run, config, CPU)
+            assert_same(state_of(run), before)
+        (tmp_path / name).mkdir()
+        trainer.Loop(run.task, run.optimizer, run.schedule, config, CPU, tmp_path / name, keep_states=False).run()
+        lines = [json.loads(x) for x in (tmp_path / name / "steps.jsonl").read_text(encoding="utf-8").splitlines()]
+        results.append((state_of(run), [{k: v for k, v in x.items() if k != "seconds"} for x in lines]))
+    assert_same(results[0], results[1])
+
+
+def test_a_range_test_in_the_middle_of_a_training_leaves_the_optimizers_moments(arguments, tmp_path):
+    run, config = made(arguments)
+    trainer.Loop(run.task, run.optimizer, run.schedule, config, CPU, tmp_path, keep_states=False).run()
+    run.model.eval()
+    before = state_of(run)
+    assert before[1]
+    search.range_test(run, config, CPU)
+    assert_same(state_of(run), before)
+
+
+# --------------------------------------------------------------------------- lr_find
+
+
+FIND = ("--option", "lr_find", "--lr_steps", "30", "--lr_min", "1e-4", "--lr_max", "1", "--output_dir", "find")
+
+
+def test_lr_find_writes_its_curve_and_says_which_command_uses_it(arguments, capsys):
+    assert main(*FIND, *arguments, "--dev_out", "a file.txt") == 0
+    out = capsys.readouterr().out
+    assert sorted(p.name for p in Path("find").iterdir()) == ["lr_find.csv", "lr_find.png", "result.json"]
+    with open("find/lr_find.csv", encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    points = [(float(row["lr"]), float(row["loss"])) for row in rows]
+    assert points[0][0] == 1e-4 and {row["seed"] for row in rows} == {"1337"}
+    assert [float(row["smoothed"]) for row in rows] == search.smooth([loss for _, loss in points])
+    result = json.loads(Path("find/result.json").read_text(encoding="utf-8"))
+    assert (result["low"], result["steepest"], result["high"]) == pytest.approx(search.suggestion(points))
+    assert Path("find/lr_find.png").read_bytes().startswith(b"\x89PNG\r\n")
+    assert f"lr range :: {result['low']:.1e} to {result['high']:.1e}, steepest {result['steepest']:.1e}\n" in out
+
+    # The command is one that the program understands, with what was given and the rate.
+    line = out.splitlines()[-1].removeprefix("use it :: python run_llama.py ")
+    config, asked = parse_args(shlex.split(line)), parse_args([*FIND, *arguments, "--dev_out", "a file.txt"])
+    assert config.option == "finetune" and config.lr == float(f"{result['steepest']:.1e}")
+    assert config.given == asked.given - {"lr_steps", "lr_min", "lr_max", "output_dir"}
+    same = config.given - {"option", "lr"}
+    assert {n: getattr(config, n) for n in same} == {n: getattr(asked, n) for n in same}
+
+
+def test_repeats_give_an_interval_and_confirm_ranks_by_dev_loss(arguments, capsys):
+    # A warmup longer than an epoch: the short runs squeeze the whole run's schedule, not an epoch's.
+    assert main(*FIND, *arguments, "--lr_repeats", "3", "--confirm", "--warmup_steps", "8", "--head_lr", "6e-3") == 0
+    out = capsys.readouterr().out
+    result = json.loads(Path("find/result.json").read_text(encoding="utf-8"))
+    each = np.array(result["each"])
+    assert each.shape == (3, 3) and len(set(each[:, 1])) > 1, "each repeat has its seed"
+    assert [result["low"], result["steepest"], result["high"]] == pytest.approx(np.median(each, axis=0))
+    assert f"({each[:, 1].min():.1e} to {each[:, 1].max():.1e} over 3 seeds)" in out
+    with open("find/lr_find.csv", encoding="utf-8", newline="") as file:
+        assert {row["seed"] for row in csv.DictReader(file)} == {"1337", "1338", "1339"}
+
+    losses = [row["dev_loss"] for row in result["confirmed"]]
+    rates = sorted(row["lr"] for row in result["confirmed"])
+    assert losses == sorted(losses) and len(set(losses)) > 1
+    assert rates == pytest.approx(np.geomspace(result["low"] / 10, result["high"], 5))
+    config = parse_args(shlex.split(out.splitlines()[-1])[5:])  # use it :: python run_llama.py
+    assert config.lr == pytest.approx(result["confirmed"][0]["lr"], rel=0.05)
+    assert config.head_lr == pytest.approx(2 * config.lr, rel=0.1), "it keeps its proportion to the rate"
+
+
+def test_a_rate_at_which_the_training_diverges_is_ranked_last(arguments, capsys):
+    _, config = made(arguments)
+    inputs = run_llama.load_inputs(config, ("train", "dev"))
+
+    def make_run(changed):
+        run = run_llama.start(changed, inputs, None, CPU)
+        if changed.lr < 1e-2:
+            run.task = replace(run.task, losses=lambda batch, real=run.task.losses: real(batch) * math.nan)
+        return run
+
+    ranked = search.confirm(make_run, replace(config, lr_steps=10), CPU, 1e-2, 1e-1, n=3)
+    assert [row["dev_loss"] is None for row in ranked] == [False, False, True]
+    assert "it diverged" in capsys.readouterr().out
+
+
+def test_the_short_runs_of_confirm_go_through_the_whole_runs_schedule(arguments):
+    _, config = made(arguments, "--epochs", "4", "--lr_steps", "10")
+    inputs, seen = run_llama.load_inputs(config, ("train", "dev")), []
+
+    def make_run(changed):
+        run = run_llama.start(changed, inputs, None, CPU)
+        run.schedule = lambda step, history: seen.append(step) or 1.0
+        return run
+
+    search.confirm(make_run, config, CPU, 1e-3, 1e-2, n=1)
+    assert seen == [0, 4, 8, 12, 16, 20]  # 6 steps (no more are in an epoch) for 4 epochs of 6
+
+
+def test_a_range_that_begins_too_high_is_refused_and_leaves_no_folder(arguments, capsys, monkeypatch):
+    monkeypatch.setattr(search, "range_test", lambda *_: [(1e-4, 1.0)] * 3)
+    assert main(*FIND, *arguments) == 2
+    assert "--lr_min 0.0001: the loss was finite for 3 steps only" in capsys.readouterr().err
+    assert not Path("find").exists()
+
+
+def test_what_cannot_be_written_leaves_no_folder(arguments, capsys, monkeypatch):
+    def full(path, value):
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(search, "write_json", full)
+    assert main(*FIND, *arguments) == 2
+    assert "No space left" in capsys.readouterr().err and not Path("find").exists()
+
+
+def test_a_loss_that_never_falls_is_said(arguments, capsys, monkeypatch):
+    monkeypatch.setattr(search, "range_test", lambda *_: [(10.0 ** (i / 5 - 4), 1.0 + i) for i in range(20)])
+    assert main(*FIND, *arguments) == 0
+    assert "the loss never fell" in capsys.readouterr().err
+
+
+# --------------------------------------------------------------------------- the plan
+
+
+PLAN = ("--option", "finetune", "--plan")
+
+
+def plan_of(capsys, *argv):
+    assert main(*PLAN, *argv) == 0
+    return [line.removeprefix("plan :: ") for line in capsys.readouterr().out.splitlines() if line.startswith("plan")]
+
+
+def test_a_plan_says_what_a_run_does(arguments, capsys):
+    """Every number of it is compared with the run itself."""
+    options = [*arguments, "--grad_accum", "2", "--batch_size", "8", "--scheduler", "cosine", "--warmup_steps", "3",
+               "--epochs", "3", "--output_dir", "out"]
+    lines = plan_of(capsys, *options)
+    assert [p.name for p in Path("out").iterdir()] == ["plan.png"]
+    assert Path("out/plan.png").read_bytes().startswith(b"\x89PNG\r\n")
+    assert main("--option", "finetune", *options) == 0
+    rates = [json.loads(x)["lr"] for x in Path("out/steps.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert lines[0] == f"96 sentences, 16 a step (8 x 2), 6 steps an epoch, {len(rates)} in all"
+    assert lines[1] == (f"cosine, warmup 3 steps, lr {rates[0]:.2e} at the start, {max(rates):.2e} at the peak, "
+                        f"{rates[-1]:.2e} at the end")
+    assert max(rates) == 3e-3
+    run = capsys.readouterr().out
+    million = next(word for word in run.split() if word.endswith("M"))
+    assert lines[2].startswith(f"{million} trainable parameters") and "GiB" in lines[2]
+    assert " s a step on cpu" in lines[3] and "min an epoch" in lines[3]
+    assert not [line for line in lines if line.startswith("no effect")]
+
+
+def test_a_plan_touches_neither_weights_nor_a_run_that_is_there(arguments, capsys, tmp_path):
+    run, config = made(arguments)
+    run.optimizer.zero_grad(set_to_none=True)
+    before = state_of(run)
+    search.plan(run, config, CPU, tmp_path, 96, [], 0)
+    assert_same(state_of(run), before)
+
+    assert main("--option", "finetune", *arguments, "--output_dir", "run", "--epochs", "1") == 0
+
+    def contents():
+        return {p: p.read_bytes() for p in Path("run").rglob("*") if p.is_file() and p.name != "plan.png"}
+
+    there = contents()
+    plan_of(capsys, *arguments, "--output_dir", "run", "--overwrite")
+    assert contents() == there
+    plan_of(capsys, *arguments)
+    assert [p.name for p in Path("runs").iterdir()] == ["plan.png"], "the run that follows has the plain name"
+
+
+@pytest.mark.parametrize("options, name", [
+    ("--min_lr_ratio 0.1 --scheduler constant", "min_lr_ratio"),
+    ("--milestones 2,3 --scheduler cosine", "milestones"),
+    ("--plateau_patience 2 --scheduler cosine", "plateau_patience"),
+    ("--cycle_mult 2 --scheduler cosine_restarts", "cycle_mult"),
+    ("--schedule_every epoch --scheduler constant", "schedule_every"),
+    ("--momentum 0.8", "momentum"),
+    ("--nesterov", "nesterov"),
+    ("--base_batch_size 9", "base_batch_size"),
+    ("--warmup_start 0.1 --warmup_steps 0", "warmup_start"),
+    ("--decay_all", "decay_all"),
+    ("--r_drop 1 --hidden_dropout_prob 0", "r_drop"),
+    ("--overwrite", "overwrite"),
+    ("--use_gpu", "use_gpu"),  # beside --device cpu
+    ("--test_out x.txt --seeds 2", "test_out"),
+    ("--confirm", "confirm"),
+    ("--lr_steps 50", "lr_steps"),
+    ("--input x", "input"),
+])
+def test_an_option_without_effect_is_named(options, name):
+    config = parse_args(["--option", "finetune", "--device", "cpu", *options.split()])
+    lines = run_llama.idle_options(config)
+    assert [line.partition(":")[0] for line in lines] == [f"--{name}"]
+
+
+@pytest.mark.parametrize("options", [
+    "--patience 5 --min_delta 0.1 --scheduler cosine --min_lr_ratio 0.1", "--optimizer sgd --momentum 0.8 --nesterov",
+    "--lr_scaling sqrt --base_batch_size 9", "--warmup_start 0.1", "--weight_decay 0.1 --decay_all", "--r_drop 1",
+    "--scheduler plateau --plateau_patience 2 --gamma 0.3 --patience 0", "--scheduler step --step_size 3 --gamma 0.5",
+    "--scheduler cosine_restarts --cycles 2 --cycle_mult 2 --cycle_decay 0.5 --schedule_every epoch",
+    "--save_every 3 --eval_every 0.5 --ema 0.9 --overwrite --output_dir x", "--folds 3 --fold 1 --dev_out x.txt"])
+def test_an_option_with_an_effect_is_not(options):
+    assert run_llama.idle_options(parse_args(["--option", "finetune", *options.split()])) == []
+
+
+def test_a_plan_names_idle_options_says_how_many_runs_and_what_plateau_depends_on(arguments, capsys):
+    lines = plan_of(capsys, *arguments, "--scheduler", "plateau", "--monitor", "dev_f1", "--seeds", "3",
+                    "--milestones", "3,5")
+    assert any(line.startswith("3 such runs, one after another: ") for line in lines)
+    assert any(line.startswith("plateau: the rate falls when dev_f1 gets no better") for line in lines)
+    assert "no effect: --milestones: --scheduler plateau does not use it" in lines
+    # Two of three parts of 96 + 30 sentences.
+    assert plan_of(capsys, *arguments, "--folds", "3")[0].startswith("84 sentences, ")
+
+
+def test_the_command_quotes_what_a_shell_would_read():
+    config = parse_args(["--train", "a b$c.txt", "--milestones", "2,3", "--nesterov", "--lr", "1e-3"])
+    words = shlex.split(search.command(config, lr="2e-3"))
+    assert words[:4] == ["python", "run_llama.py", "--option", "finetune"]
+    assert parse_args(words[2:]) == parse_args(
+        ["--option", "finetune", "--train", "a b$c.txt", "--milestones", "2,3", "--nesterov", "--lr", "2e-3"])
+
+
+def test_the_rates_of_a_plan_are_those_of_its_largest_group():
+    run = SimpleNamespace(optimizer=torch.optim.SGD([{"params": [torch.zeros(1)], "lr": 1.0},
+                                                     {"params": [torch.zeros(1)], "lr": 3.0}]),
+                          schedule=lambda step, history: 1 / (1 + step))
+    assert search.rates(run, 3) == [3.0, 1.5, 1.0]
