@@ -326,7 +326,7 @@ def read_hf_folder(path: Path) -> Weights:
                 raise ValueError(f"{file}: {key} has the type {dtype}; only floating-point weights are read here")
             shapes[name] = tuple(handle.get_slice(key).get_shape())
             readers[name] = lambda handle=handle, key=key, name=name: _to_pairs(
-                handle.get_tensor(key).float(), name, config.head_dim)
+                handle.get_tensor(key).to(torch.float32, copy=True), name, config.head_dim)  # not the file's own memory
     return Weights(path, config, shapes, readers)
 
 

@@ -256,8 +256,6 @@ def start(config: RunConfig, inputs, folder: Path | None, device):
     random = np.random.default_rng(config.seed)
     torch.manual_seed(config.seed)
     llama = checkpoint.load_pretrained(inputs.weights, config.n_layers, config.dropout, config.attention)
-    for parameter in llama.parameters():  # they may share memory with the file's, from which the next run starts too
-        parameter.data = parameter.data.clone()
     llama.grad_checkpoint = config.grad_checkpoint
     settings = {"num_labels": len(names), "label_names": names, "pooling": config.pooling, "loss": config.loss,
                 "hidden_dropout_prob": config.hidden_dropout_prob, "max_sentence_len": config.max_sentence_len}
@@ -479,8 +477,6 @@ def checks_before(config: RunConfig, loop) -> None:
     """--check_gradients, --overfit_batch and --auto_batch: each says what it found, and leaves no trace."""
     import trainer
 
-    if config.resume:
-        return  # they were made when the run began, and its micro-batch is part of its state
     if config.check_gradients:
         difference = trainer.check_gradients(loop)
         print(f"gradients :: one big batch, micro-batches and a short last one agree to {difference:.1e}", flush=True)

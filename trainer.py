@@ -435,6 +435,7 @@ class Loop:
         self.started = time.perf_counter()
         self.saved: tuple | None = None
         self.logs: dict[str, BinaryIO] = {}
+        self.bar = tqdm(disable=True)  # `run` has a real one
 
     # ----------------------------------------------------------------------- the course of a run
 
@@ -549,6 +550,8 @@ class Loop:
                     parts.append(losses.detach())
                 return torch.cat(parts)
             except (RuntimeError, MemoryError) as error:
+                if self.config.detect_anomaly and "returned nan" in str(error):
+                    raise ValueError(f"--detect_anomaly: {error}") from None
                 if not is_out_of_memory(error) or self.progress.micro_batch == 1:
                     raise
             # Outside the handler: the error holds the tensors of the pass that failed.
@@ -623,7 +626,8 @@ class Loop:
         """Something that the user should know: a line on stderr and in events.jsonl."""
         self.bar.clear()
         warn(f"step {self.progress.step}: {kind}: {detail}")
-        write_line(self.logs["events.jsonl"], {"step": self.progress.step, "event": kind, "detail": detail})
+        if self.logs:
+            write_line(self.logs["events.jsonl"], {"step": self.progress.step, "event": kind, "detail": detail})
 
     # ----------------------------------------------------------------------- evaluation and stopping
 
@@ -808,8 +812,8 @@ def overfit_batch(loop: Loop, steps: int = 100) -> tuple[float, float]:
         losses.append(loss)
         return step >= steps or loss < 0.05
 
-    config = replace(loop.config, epochs=1, guards="off", ema=0.0)
-    task = replace(loop.task, order=lambda epoch: [rows] * (steps + 1))
+    config = replace(loop.config, epochs=1, guards="off", ema=0.0, eval_every=1.0, patience=0)
+    task = replace(loop.task, order=lambda epoch: [rows] * (steps + 1), save_best=lambda: None)
     with untouched(loop.task.model, loop.optimizer), tempfile.TemporaryDirectory() as folder:
         Loop(task, loop.optimizer, lambda step, history: 1.0, config, loop.device, Path(folder), after_step,
              keep_states=False, quiet=True).run()

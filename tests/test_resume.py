@@ -132,7 +132,7 @@ def test_a_run_that_is_stopped_anywhere_ends_as_if_it_had_not_been(inputs, strai
     last one; and within evaluations, of which the last two are those at the very end."""
     options = [*HARD, "--optimizer", optimizer, "--lr", "3e-4" if optimizer == "lion" else "3e-3"]
     expected = straight(*options)
-    steps = range(1, 19) if optimizer == "adamw" else (1, 3, 4, 6, 17, 18)
+    steps = range(1, 19) if optimizer == "adamw" else (1, 6, 18)
     batches = (2, 5, 14, 15, 16, 17, 18) if optimizer == "adamw" else (4,)
     stop_at(monkeypatch, steps, batches)
     assert run_and_resume(tmp_path / "run", *inputs, *options) >= len(steps)
@@ -311,11 +311,11 @@ def test_a_damaged_state_falls_back_to_the_one_before(stopped, straight, damage,
     (run / "last/.step-9-9.tmp").mkdir()  # the litter of a killed write: never used, and removed
     (run / "last/.step-9-9.tmp/tensors.safetensors").write_bytes(b"half")
     (run / "best/.tmpAbCdEf").write_bytes(b"half")
-    stop_at(monkeypatch, (9,))
+    stop_at(monkeypatch, (8,))
     assert main("--resume", run) == 143
     err = capsys.readouterr().err
     assert f"{newest}: " in err and "going back to the state before it" in err and f"resuming {run} at step 7" in err
-    assert all(checkpoint._fault(s) is None for s in checkpoint._states(run / "last")), "two whole ones again"
+    assert [checkpoint._fault(s) for s in checkpoint._states(run / "last")] == [None, None], "two whole ones again"
     assert main("--resume", run) == 0
     assert_same_end(run, straight(*HARD))
 
