@@ -606,7 +606,7 @@ class Loop:
             return
         sizes = self.put_back(only_good=True)
         sizes.pop("events.jsonl")
-        for name in ("rollbacks", "lr_factor", "skipped", "spikes"):
+        for name in ("rollbacks", "lr_factor", "skipped", "spikes", "best"):
             setattr(self.progress, name, getattr(keep, name))
         if keep.rollbacks < ROLLBACKS:
             self.progress.rollbacks += 1
