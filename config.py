@@ -129,8 +129,8 @@ class RunConfig:
     test: str | None = _option(None, "Data", "test sentences: looked at once, at the end", metavar="FILE")
     label_names: str | None = _option(None, "Data", "JSON list of the labels' names (default: beside --train, "
         "else the numbers)", metavar="FILE")
-    max_sentence_len: int | None = _option(None, "Data", "cut sentences after this many tokens (default: the "
-        "model's context)", check=AT_LEAST_ONE)
+    max_sentence_len: int | None = _option(None, "Data", "cut sentences after this many tokens; also "
+        "--max_length (default: the model's context)", check=AT_LEAST_ONE)
     train_limit: int | None = _option(None, "Data", "train on a random N of the training sentences", metavar="N",
         check=AT_LEAST_ONE)
 
@@ -339,12 +339,19 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+# What other programs call these options.
+MEANT = {"learning_rate": "lr", "num_epochs": "epochs", "num_train_epochs": "epochs", "dropout_prob": "dropout",
+         "model": "pretrained_model_path", "warmup": "warmup_ratio", "gradient_accumulation_steps": "grad_accum"}
+ALIASES = {"max_length": "max_sentence_len"}
+
+
 def _underscores(argument: str) -> str:
     """`--label-names=x` to `--label_names=x`; values are left alone."""
     if not argument.startswith("--"):
         return argument
     name, equals, value = argument[2:].partition("=")
-    return "--" + name.replace("-", "_") + equals + value
+    name = name.replace("-", "_")
+    return "--" + ALIASES.get(name, name) + equals + value
 
 
 def parse_args(argv: list[str] | None = None) -> RunConfig:
@@ -355,7 +362,8 @@ def parse_args(argv: list[str] | None = None) -> RunConfig:
     namespace, unknown = parser.parse_known_args([_underscores(a) for a in argv])
     if unknown:
         name = unknown[0].partition("=")[0]
-        near = difflib.get_close_matches(name.lstrip("-"), known, n=1)
+        meant = MEANT.get(name.lstrip("-").replace("-", "_"))
+        near = [meant] if meant else difflib.get_close_matches(name.lstrip("-"), known, n=1)
         hint = f"did you mean --{near[0]}?" if near else "see --help"
         parser.error(f"unknown option {name}: {hint}")
     given = vars(namespace)
@@ -394,6 +402,7 @@ def contradiction(c: RunConfig) -> str:
         f"--fold {c.fold} needs --folds above it, which is {c.folds or 'not given'}":
             c.fold is not None and c.fold >= (c.folds or 0),
         f"--{' and --'.join(warmups)} contradict each other; give one": len(warmups) > 1,
+        "--dataset and --train contradict each other; give one": c.dataset and c.train,
         "--nesterov needs a --momentum above 0": c.nesterov and not c.momentum,
         f"--lr_min {c.lr_min:g} must be below --lr_max {c.lr_max:g}": c.lr_min >= c.lr_max,
     }

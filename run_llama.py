@@ -219,19 +219,21 @@ def prompt(config: RunConfig) -> None:
     report_splits(config, inputs.splits, outputs, default_out, inputs.names)
 
 
-def print_baselines(train, splits: dict) -> dict:
+def print_baselines(train, splits: dict, known: dict | None = None) -> dict:
     """The baselines on the test split (on dev where there is no test), as one line; all of them returned.
 
-    `train`: the training split, or the path of its file, or None where the run has none.
+    `train`: the training split, or the path of its file, or None where the run has none. `known`: those that the run
+    itself found.
     """
     import dataset
 
-    if train is None:
+    if train is None and not known:
         return {}
-    labels, sentences = dataset.read_examples(train, None) if isinstance(train, Path) else (
-        train.labels, train.sentences)
-    held_out = {name: split for name, split in splits.items() if name != "train"}
-    found = dataset.baselines(labels, sentences, held_out)
+    found = known
+    if not found:
+        labels, sentences = dataset.read_examples(train, None) if isinstance(train, Path) else (
+            train.labels, train.sentences)
+        found = dataset.baselines(labels, sentences, {n: split for n, split in splits.items() if n != "train"})
     name = "test" if "test" in found else "dev"
     print(f"baseline :: majority {found[name]['majority']:.3f}, "
           f"tf-idf + logistic regression {found[name]['tfidf']:.3f}", flush=True)
@@ -400,7 +402,7 @@ def train_one(config: RunConfig, inputs, device) -> tuple[int, dict]:
             checkpoint.write_json(folder / trainer.RUN_FILE, trainer.describe(config, device, described))
         n_parameters = sum(p.numel() for p in loop.parameters)
         print(f"model :: {inputs.weights.path}, {run.model.llama.config.n_layers} layers, "
-              f"{n_parameters / 1e6:.1f}M trainable parameters")
+              f"{n_parameters / 1e6:.1f}M trainable parameters, {len(inputs.names)} classes")
         print(f"run :: {folder}, on {device}", flush=True)
         if loop.saved is None:  # a resumed run has had them, and its micro-batch stays
             checks_before(config, loop)
@@ -678,7 +680,10 @@ def evaluate(config: RunConfig) -> None:
                          model.llama.config.max_seq_len)
     if not splits:
         raise ValueError("there is neither a --dev nor a --test file to evaluate")
-    print_baselines(files.train if files.train and files.train.is_file() else None, splits)
+    known = None
+    if is_own and (home / "result.json").is_file():
+        known = checkpoint.read_json(home / "result.json").get("baselines")
+    print_baselines(files.train if files.train and files.train.is_file() else None, splits, known)
     device = choose_device(config)
     model.to(device.where)
     outputs = {n: predict(model, s, tokenizer.pad_id, device, n) for n, s in splits.items()}

@@ -646,14 +646,14 @@ class Loop:
                 p.data, mean.data = mean.data, p.data
 
     def evaluate(self, n_marks: int) -> None:
-        """The scores, their line in epochs.jsonl and on stdout, the best weights, the patience."""
+        """The scores, their line in epochs.jsonl and on stdout, the best weights, the patience.
+
+        A collapse at a wild rate is printed and rolled back, and leaves no line: it is never the best evaluation.
+        """
         progress, config = self.progress, self.config
         last = progress.evaluated + 1 == n_marks
         with self.averaged():
             scores = self.task.evaluate()
-            value = scores[config.monitor]
-            gain = (value if config.monitor in RISING else -value) - progress.best.get("monitor", -math.inf)
-            is_best = gain > config.min_delta or (gain == 0 and scores["dev_loss"] < progress.best["dev_loss"])
             epoch = progress.epoch
             if n_marks > 1:
                 epoch = round(epoch + (progress.evaluated + 1) / n_marks, 3)
@@ -661,25 +661,30 @@ class Loop:
             line = {"epoch": epoch, "step": progress.step, "train_loss": train_loss, **scores,
                     "lr": max(group["lr"] for group in self.optimizer.param_groups),
                     "seconds": round(time.perf_counter() - self.started, 3)}
-            if is_best:
+            self.bar.clear()
+            if not self.quiet:
+                print(epoch_line(line), flush=True)
+            ratio = max((r for name, r in progress.update_ratios.items() if ".layers." in name), default=0.0)
+            is_wild = ("collapsed" in scores and ratio > WILD and config.guards == "on"
+                       and progress.rollbacks < ROLLBACKS)
+            value = scores[config.monitor] if config.monitor in RISING else -scores[config.monitor]
+            gain = value - progress.best.get("monitor", -math.inf)
+            if not is_wild and (gain > config.min_delta or (
+                    gain == 0 and scores["dev_loss"] < progress.best["dev_loss"])):
                 self.task.save_best()
-                progress.best = {**line, "monitor": value if config.monitor in RISING else -value}
+                progress.best = {**line, "monitor": value}
+        if is_wild:
+            self.diverged(f"every prediction is one class, and a step changes the weights by {ratio:.0e} of their size "
+                          "(1e-3 is healthy)")
+            return
         if last:
             line["update_ratio"] = progress.update_ratios
             progress.epoch, progress.window = progress.epoch + 1, 0
         progress.evaluated = 0 if last else progress.evaluated + 1
         progress.since_best = 0 if gain > config.min_delta else progress.since_best + 1
-        progress.history.append(value)
+        progress.history.append(scores[config.monitor])
         progress.loss_sum, progress.n_seen = 0.0, 0
         write_line(self.logs["epochs.jsonl"], line)
-        self.bar.clear()
-        if not self.quiet:
-            print(epoch_line(line), flush=True)
-        ratio = max((r for name, r in progress.update_ratios.items() if ".layers." in name), default=0.0)
-        if "collapsed" in scores and ratio > WILD and config.guards == "on" and progress.rollbacks < ROLLBACKS:
-            self.diverged(f"every prediction is one class, and a step changes the weights by {ratio:.0e} of their size "
-                          "(1e-3 is healthy)")
-            return
         if config.patience and progress.since_best >= config.patience and progress.epoch < config.epochs:
             progress.stopped = "patience"
             print(f"early stop: no better {config.monitor} in {config.patience} evaluations", flush=True)

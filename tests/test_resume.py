@@ -219,6 +219,16 @@ def test_a_resumed_run_keeps_its_micro_batch(inputs, straight, tmp_path, monkeyp
 # --------------------------------------------------------------------------- signals
 
 
+@pytest.fixture(autouse=True)
+def usual_handlers():
+    """The tests may run in the background or under nohup, where ^C and the end of the terminal are ignored."""
+    usual = {"SIGINT": signal.default_int_handler, "SIGTERM": signal.SIG_DFL, "SIGHUP": signal.SIG_DFL}
+    before = {getattr(signal, n): signal.signal(getattr(signal, n), h) for n, h in usual.items() if hasattr(signal, n)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @posix
 @pytest.mark.parametrize("name, code", [("SIGTERM", 143), ("SIGINT", 130), ("SIGHUP", 129)])
 def test_a_signal_saves_and_says_how_to_go_on(inputs, straight, tmp_path, monkeypatch, capfd, name, code):
