@@ -527,11 +527,13 @@ def schedule_of(config: RunConfig, steps_an_epoch: int):
 
 def schedule_options(config: RunConfig) -> dict:
     """The schedule's own options, under the names that optimizer.make_schedule has for them."""
+    from trainer import RISING
+
     names = ("min_lr_ratio", "cycles", "cycle_mult", "cycle_decay", "cyclic_mode", "step_size", "milestones", "gamma",
              "decay_rate", "power", "pct_start", "decay_fraction")
     options = {name: getattr(config, name) for name in names}
-    rising = config.monitor in ("dev_acc", "dev_f1", "dev_qwk")
-    return {**options, "patience": config.plateau_patience, "plateau_mode": "max" if rising else "min"}
+    mode = "max" if config.monitor in RISING else "min"
+    return {**options, "patience": config.plateau_patience, "plateau_mode": mode}
 
 
 def resumed(config: RunConfig) -> RunConfig:

@@ -788,18 +788,18 @@ def check_gradients(loop: Loop) -> float:
     """
     task, rows = loop.task, loop.task.order(0)[0][: 4 * loop.config.batch_size]
     n = len(rows)
-    exact = replace(loop.device, dtype=torch.float32)
-    gradients = []
+    device, micro_batch, gradients = loop.device, loop.progress.micro_batch, []
     with untouched(task.model, loop.optimizer):
-        for micro in (n, max(1, n // 4), max(1, n // 2 - 1) if n > 3 else 1):  # whole, even, and with a short last one
-            task.model.eval()
-            loop.optimizer.zero_grad(set_to_none=True)
-            total = 0
-            for start in range(0, n, micro):
-                batch = exact.put(task.make_batch(rows[start : start + micro], 0))
-                (task.losses(batch).sum() / n).backward()
-                total += 1
-            gradients.append([p.grad.clone() for p in loop.parameters if p.grad is not None])
+        task.model.eval()
+        loop.device = replace(device, dtype=torch.float32)
+        try:
+            for micro in (n, max(1, n // 4), max(1, n // 2 - 1)):  # whole, even, and with a short last one
+                loop.progress.micro_batch = micro
+                loop.optimizer.zero_grad(set_to_none=True)
+                loop.accumulate(rows)
+                gradients.append([p.grad.clone() for p in loop.parameters if p.grad is not None])
+        finally:
+            loop.device, loop.progress.micro_batch = device, micro_batch
     largest = max(float(g.abs().max()) for g in gradients[0])
     difference = max(float((a - b).abs().max()) for other in gradients[1:]
                      for a, b in zip(gradients[0], other, strict=True)) / largest
