@@ -13,6 +13,7 @@ import pickle
 import re
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -429,7 +430,9 @@ def load_pretrained(checkpoint: str | Path | Weights, n_layers: int | None = Non
         if weights.shapes.get(name) != tuple(parameter.shape):
             raise ValueError(f"{weights.path}: {name} has the shape {weights.shapes.get(name)}, the model it describes "
                              f"wants {tuple(parameter.shape)}")
-    state = {name: weights.readers[name]().contiguous() for name, _ in model.named_parameters()}
+    names = [name for name, _ in model.named_parameters()]
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        state = dict(zip(names, pool.map(lambda name: weights.readers[name]().contiguous(), names), strict=True))
     model.load_state_dict(state, assign=True, strict=False)
     if config.tie_embeddings:
         model.output.weight = model.tok_embeddings.weight

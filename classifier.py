@@ -91,7 +91,11 @@ class LlamaEmbeddingClassifier(nn.Module):
     def forward(self, input_ids: Tensor, lengths: Tensor | None = None) -> Tensor:
         """Tokens (B, T), padded on the right, and lengths (B,) (None: no padding) to log-probabilities (B, C)."""
         lengths = all_real(input_ids) if lengths is None else lengths
-        pooled = pool(self.llama.hidden(input_ids, lengths), lengths, self.pooling)
+        if self.pooling in ("last", "first"):  # the one state that is wanted spares most of the last layer
+            at = lengths - 1 if self.pooling == "last" else torch.zeros_like(lengths)
+            pooled = self.llama.hidden(input_ids, lengths, at=at)[:, 0]
+        else:
+            pooled = pool(self.llama.hidden(input_ids, lengths), lengths, self.pooling)
         with torch.autocast(pooled.device.type, enabled=False):  # a bfloat16 logit has three digits
             out = self.classifier_head(self.dropout(pooled.float()))
         return out if self.is_ordinal else F.log_softmax(out, dim=-1)

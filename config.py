@@ -268,6 +268,8 @@ class RunConfig:
     device: str | None = _option(None, "Device", "cpu, cuda, cuda:1 or mps (default: cpu)")
     dtype: str = _option("auto", "Device", "precision of the matrix products; auto is bfloat16 where the device is "
         "fast at it", choices=("auto", "float32", "bfloat16"))
+    kernels: str = _option("auto", "Device", "auto: on a CPU the norms, positions, SwiGLU and AdamW of a large model "
+        "run in C (kernels.c), compiled in a second; off: all in PyTorch", choices=("auto", "off"))
 
     output_dir: str | None = _option(None, "Output", "the run folder (default: runs/<option>-<epochs>-<lr>, with -2, "
         "-3 behind it when it exists)", metavar="DIR")

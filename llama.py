@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+import kernels
 from config import LlamaConfig
 
 
@@ -28,6 +29,8 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
+        if kernels.suits(x) and (x.dtype == torch.float32 or not torch.is_grad_enabled()):
+            return kernels.RMSNorm.apply(x, self.weight, self.eps)
         wide = x.float()
         return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)).type_as(x) * self.weight
 
@@ -43,9 +46,12 @@ def rotary_table(head_dim: int, max_seq_len: int, theta: float, device: torch.de
 
 
 def rotate(x: Tensor, table: Tensor) -> Tensor:
-    """Turn adjacent pairs of x (B, T, heads, head_dim) by the table's (T, head_dim / 2) angles. Keeps x's type."""
+    """Turn adjacent pairs of x (B, T, heads, head_dim) by the table's angles: (T, head_dim / 2), or (B, T, ...) where
+    each row has positions of its own. Keeps x's type."""
+    if kernels.suits(x) and table.dim() == 2:
+        return kernels.Rotate.apply(x, table)
     pairs = torch.view_as_complex(x.float().reshape(*x.shape[:-1], -1, 2))
-    return torch.view_as_real(pairs * table[:, None, :]).flatten(-2).type_as(x)
+    return torch.view_as_real(pairs * table[..., None, :]).flatten(-2).type_as(x)
 
 
 def apply_rotary_emb(
@@ -59,6 +65,19 @@ def apply_rotary_emb(
         raise ValueError(f"{query.shape[1]} tokens do not fit into a context of {max_seq_len}")
     table = rotary_table(head_dim, max_seq_len, theta, query.device)[: query.shape[1]]
     return rotate(query, table), rotate(key, table)
+
+
+class Linear(nn.Linear):
+    """A matrix product without a bias. For one token, in `generate`, it is bound by reading the weight."""
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__(in_features, out_features, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.numel() == self.in_features and torch.is_inference_mode_enabled() and x.dtype == self.weight.dtype and (
+                self.in_features % 2 == 0 and kernels.suits(x)):
+            return kernels.times(self.weight, x)
+        return F.linear(x, self.weight)
 
 
 class KVCache:
@@ -75,6 +94,11 @@ class KVCache:
         return self.keys[:, :, :end], self.values[:, :, :end]
 
 
+def take(x: Tensor, at: Tensor) -> Tensor:
+    """Of each row of x (B, T, D) the position at (B,): (B, 1, D)."""
+    return x[torch.arange(len(x), device=x.device), at][:, None]
+
+
 class Attention(nn.Module):
     """Grouped-query attention (Ainslie et al. 2023, arXiv 2305.13245) with rotary positions, no biases."""
 
@@ -82,21 +106,25 @@ class Attention(nn.Module):
         super().__init__()
         self.config = config
         kv_dim = config.n_kv_heads * config.head_dim
-        self.wq = nn.Linear(config.dim, config.dim, bias=False)
-        self.wk = nn.Linear(config.dim, kv_dim, bias=False)
-        self.wv = nn.Linear(config.dim, kv_dim, bias=False)
-        self.wo = nn.Linear(config.dim, config.dim, bias=False)
+        self.wq = Linear(config.dim, config.dim)
+        self.wk = Linear(config.dim, kv_dim)
+        self.wv = Linear(config.dim, kv_dim)
+        self.wo = Linear(config.dim, config.dim)
         self.resid_dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, table: Tensor, mask: Tensor | None = None, cache: KVCache | None = None,
-                start: int = 0) -> Tensor:
-        """x (B, T, D) to (B, T, D). `mask` (B, 1, 1, T), True at real tokens, is for the bidirectional kind only:
-        with padding on the right, no real token of a causal model ever sees any."""
+                start: int = 0, at: Tensor | None = None) -> Tensor:
+        """x (B, T, D) to (B, T, D), or with `at` (B,) to (B, 1, D), what comes out at that position of each row.
+
+        `mask` (B, 1, 1, T), True at the tokens that may be seen, is needed with `at` and for the bidirectional kind
+        only: with padding on the right, no real token of a causal model ever sees any."""
         batch, length, _ = x.shape
         heads = (batch, length, -1, self.config.head_dim)
-        query = rotate(self.wq(x).view(heads), table).transpose(1, 2)
         key = rotate(self.wk(x).view(heads), table).transpose(1, 2)
         value = self.wv(x).view(heads).transpose(1, 2)
+        if at is not None:
+            x, table, length = take(x, at), table[at][:, None], 1
+        query = rotate(self.wq(x).view(batch, length, -1, self.config.head_dim), table).transpose(1, 2)
         if cache is not None:
             key, value = cache.add(start, key, value)
         causal = self.config.attention == "causal" and length > 1  # one token may look at all that came before it
@@ -112,13 +140,15 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
-        self.w1 = nn.Linear(config.dim, config.hidden_dim, bias=False)
-        self.w2 = nn.Linear(config.hidden_dim, config.dim, bias=False)
-        self.w3 = nn.Linear(config.dim, config.hidden_dim, bias=False)
+        self.w1 = Linear(config.dim, config.hidden_dim)
+        self.w2 = Linear(config.hidden_dim, config.dim)
+        self.w3 = Linear(config.dim, config.hidden_dim)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.dropout(self.w2(F.silu(self.w1(x)) * self.w3(x)))
+        gate, up = self.w1(x), self.w3(x)
+        inner = kernels.SwiGLU.apply(gate, up) if kernels.suits(gate, up) else F.silu(gate) * up
+        return self.dropout(self.w2(inner))
 
 
 class LlamaLayer(nn.Module):
@@ -131,8 +161,11 @@ class LlamaLayer(nn.Module):
         self.attention_norm = RMSNorm(config.dim, config.layer_norm_eps)
         self.ffn_norm = RMSNorm(config.dim, config.layer_norm_eps)
 
-    def forward(self, x: Tensor, *attention_arguments) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), *attention_arguments)
+    def forward(self, x: Tensor, table: Tensor, mask: Tensor | None = None, cache: KVCache | None = None,
+                start: int = 0, at: Tensor | None = None) -> Tensor:
+        """As `Attention.forward`."""
+        stream = x if at is None else take(x, at)
+        x = stream + self.attention(self.attention_norm(x), table, mask, cache, start, at)
         return x + self.feed_forward(self.ffn_norm(x))
 
 
@@ -153,7 +186,7 @@ class Llama(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.layers = nn.ModuleList(LlamaLayer(config) for _ in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.layer_norm_eps)
-        self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.output = Linear(config.dim, config.vocab_size)
         if config.tie_embeddings:
             self.output.weight = self.tok_embeddings.weight
         for name, parameter in self.named_parameters():
@@ -162,30 +195,39 @@ class Llama(nn.Module):
                 nn.init.normal_(parameter, std=0.02 / (2 * config.n_layers) ** 0.5 if into_stream else 0.02)
 
     def hidden(self, tokens: Tensor, lengths: Tensor | None = None, caches: list[KVCache] | None = None,
-               start: int = 0) -> Tensor:
+               start: int = 0, at: Tensor | None = None) -> Tensor:
         """tokens (B, T) int64, padded on the right, to hidden states (B, T, D) after the last norm.
 
         `lengths` (B,), the number of real tokens, matters to bidirectional attention only (None: all are real).
-        With `caches`, the tokens stand at positions start, start + 1, ... Raises ValueError beyond max_seq_len.
+        With `caches`, the tokens stand at positions start, start + 1, ... With `at` (B,), only the states at these
+        positions are wanted, (B, 1, D): the last layer computes keys and values for all tokens and the rest, nine
+        tenths of its work, for those alone. Raises ValueError beyond max_seq_len.
         """
         end = start + tokens.shape[1]
         if end > self.config.max_seq_len:
             raise ValueError(f"{end} tokens do not fit into the model's context of {self.config.max_seq_len}; "
                              "cut them with --max_sentence_len")
-        # Built for the next 1,024 positions and not for the whole context, which may be a million.
-        reach = min(self.config.max_seq_len, -(-end // 1024) * 1024)
-        table = rotary_table(self.config.head_dim, reach, self.config.rope_theta, tokens.device)
+        table = self.angles(end, tokens.device)
         mask = None
         if lengths is not None and self.config.attention == "bidirectional":
             mask = (torch.arange(end, device=tokens.device) < lengths[:, None])[:, None, None, :]
         x = self.dropout(self.tok_embeddings(tokens))
         for i, layer in enumerate(self.layers):
-            arguments = (x, table[start:end], mask, caches[i] if caches else None, start)
+            only = at if i + 1 == len(self.layers) else None
+            if only is not None and self.config.attention == "causal":
+                mask = (torch.arange(end, device=tokens.device) <= only[:, None])[:, None, None, :]
+            arguments = (x, table[start:end], mask, caches[i] if caches else None, start, only)
             if self.grad_checkpoint and self.training:
                 x = checkpoint(layer, *arguments, use_reentrant=False)
             else:
                 x = layer(*arguments)
         return self.norm(x)
+
+    def angles(self, end: int, device: torch.device) -> Tensor:
+        """The rotary table of `end` positions or more: of the next 1,024, and not of the whole context, which may be a
+        million."""
+        reach = min(self.config.max_seq_len, -(-end // 1024) * 1024)
+        return rotary_table(self.config.head_dim, reach, self.config.rope_theta, device)
 
     def forward(self, tokens: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """tokens (B, T) to logits (B, T, V) and hidden states (B, T, D)."""
@@ -203,7 +245,7 @@ class Llama(nn.Module):
         if temperature < 0 or idx.shape[1] == 0 or self.config.attention != "causal":
             raise ValueError("generate wants a temperature of 0 or more, at least one token, and causal attention")
         context = self.config.max_seq_len
-        caches, seen = None, 0
+        caches, decoder, seen = None, None, 0
         for _ in range(max_new_tokens):
             if caches is None or idx.shape[1] > context:
                 # At the start, and at each step beyond the context, where every token's position has changed.
@@ -211,10 +253,16 @@ class Llama(nn.Module):
                 length = min(context, window.shape[1] + max_new_tokens)
                 precision = self.layers[0].attention.wk(self.tok_embeddings(idx[:, :0])).dtype  # autocast's, if on
                 caches = [KVCache(len(idx), length, self.config, precision, idx.device) for _ in self.layers]
+                suits = len(idx) == 1 and kernels.Decoder.suits(self, caches)
+                decoder = kernels.Decoder(self, caches) if suits else None
                 seen = 0
             else:
                 window = idx[:, seen:]
-            last = self.hidden(window, caches=caches, start=seen)[:, -1]
+            if decoder and window.shape[1] == 1:
+                x = decoder.step(self.tok_embeddings(window), seen, self.angles(seen + 1, idx.device)[seen])
+                last = self.norm(x)[:, -1]
+            else:
+                last = self.hidden(window, caches=caches, start=seen)[:, -1]
             seen += window.shape[1]
             logits = self.output(last)
             if temperature == 0:

@@ -4,23 +4,18 @@ A schedule is a pure function of the optimizer step, so a resumed run has the ra
 """
 
 import ctypes
-import functools
 import inspect
 import itertools
 import math
-import os
 import re
-import shlex
-import subprocess
-import sys
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+import kernels
 
 # --------------------------------------------------------------------------- learning-rate schedules
 #
@@ -385,8 +380,19 @@ class _Moments(NamedTuple):
     m: Tensor
     v: Tensor
     step_size: float
+    active: Tensor | None = None  # (rows,) bool: which have had a gradient, where that is sparse
 
 
+def _without_compiler(optimizer: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
+    """PyTorch wraps these methods so that torch.compile leaves them alone, and the wrapper imports the compiler at its
+    first call: two seconds of every run. Nothing here compiles an optimizer."""
+    for name in ("add_param_group", "zero_grad", "state_dict", "load_state_dict"):
+        method = getattr(torch.optim.Optimizer, name)
+        setattr(optimizer, name, getattr(method, "__wrapped__", method))
+    return optimizer
+
+
+@_without_compiler
 class AdamW(torch.optim.Optimizer):
     """Adam (Kingma and Ba 2015, arXiv 1412.6980) with decoupled weight decay (Loshchilov and Hutter 2019, 1711.05101).
 
@@ -395,13 +401,14 @@ class AdamW(torch.optim.Optimizer):
         p = p - lr weight_decay p
 
     The decay comes after the update and is scaled by lr alone. `correct_bias=False` leaves out the two factors
-    1 - b^t. Raises ValueError for a value out of range and for a sparse gradient.
+    1 - b^t. Raises ValueError for a value out of range.
 
-    From `native_from` parameters on, float32 on the CPU is updated by ten lines of C (`native_adamw`), in one pass
-    over memory where PyTorch makes seven; everything else by `eager_adamw`. The two agree to rounding.
+    After `kernels.switch(True)`, float32 on the CPU is updated by ten lines of C (`kernels.c`), in one pass over memory
+    where PyTorch makes seven; everything else by `eager_adamw`. The two agree to rounding.
+
+    A sparse gradient, an embedding's, is the dense one of mostly zeros: rows that had a gradient at an earlier step
+    move on with their moments. Only those that never had one are passed over, which without weight decay is exact.
     """
-
-    native_from = 1_000_000  # below, compiling (0.2 s) is not worth it
 
     def __init__(
         self,
@@ -421,20 +428,20 @@ class AdamW(torch.optim.Optimizer):
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
         """One update of every parameter that has a gradient."""
         loss = _loss(closure)
-        size = sum(p.numel() for group in self.param_groups for p in group["params"])
-        native = native_adamw() if size >= self.native_from else None
         calls = []
         for group in self.param_groups:
             eager = []
-            for p in _with_gradient(self, group):
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
                 moments = self._count(p, group)
-                if native and _suits_native(moments):
+                if _suits_native(moments):
                     calls.append((moments, group))
                 else:
-                    eager.append(moments)
+                    eager.append(moments._replace(g=moments.g.to_dense()))
             eager_adamw(eager, group)
         if calls:
-            _run_native(native, calls)
+            _run_native(kernels.library(), calls)
         return loss
 
     def _count(self, p: nn.Parameter, group: dict[str, Any]) -> _Moments:
@@ -447,7 +454,15 @@ class AdamW(torch.optim.Optimizer):
         if group["correct_bias"]:
             beta1, beta2 = group["betas"]
             step_size *= (1 - beta2 ** state["step"]) ** 0.5 / (1 - beta1 ** state["step"])
-        return _Moments(p, p.grad, state["exp_avg"], state["exp_avg_sq"], step_size)
+        g = p.grad
+        if g.is_sparse and group["weight_decay"]:
+            g = g.to_dense()  # every row decays
+        elif g.is_sparse:
+            g = g.coalesce()
+            if "active" not in state:
+                state["active"] = ((state["exp_avg"] != 0) | (state["exp_avg_sq"] != 0)).any(1)
+            state["active"][g._indices()[0]] = True
+        return _Moments(p, g, state["exp_avg"], state["exp_avg_sq"], step_size, state.get("active"))
 
 
 def eager_adamw(moments: list[_Moments], group: dict[str, Any]) -> None:
@@ -459,7 +474,7 @@ def eager_adamw(moments: list[_Moments], group: dict[str, Any]) -> None:
     beta1, beta2 = group["betas"]
     on_gpu = all(one.p.is_cuda for one in moments)
     for part in [moments] if on_gpu and moments else [[one] for one in moments]:
-        p, g, m, v, step_sizes = (list(column) for column in zip(*part, strict=True))
+        p, g, m, v, step_sizes, _ = (list(column) for column in zip(*part, strict=True))
         torch._foreach_lerp_(m, g, 1 - beta1)
         torch._foreach_mul_(v, beta2)
         torch._foreach_addcmul_(v, g, g, 1 - beta2)
@@ -470,61 +485,36 @@ def eager_adamw(moments: list[_Moments], group: dict[str, Any]) -> None:
             torch._foreach_mul_(p, 1 - group["lr"] * group["weight_decay"])
 
 
-_ADAMW_C = """
-#include <math.h>
-void adamw(long long n, float *restrict p, const float *restrict g, float *restrict m, float *restrict v,
-           float one_less_beta1, float beta2, float one_less_beta2, float step_size, float eps, float keep) {
-    for (long long i = 0; i < n; i++) {
-        m[i] += one_less_beta1 * (g[i] - m[i]);
-        v[i] = beta2 * v[i] + one_less_beta2 * g[i] * g[i];
-        p[i] = (p[i] - step_size * m[i] / (sqrtf(v[i]) + eps)) * keep;
-    }
-}
-"""
-
-
-@functools.cache
-def native_adamw() -> Callable[..., None] | None:
-    """AdamW's formula in C, as a function of a count, four addresses and six numbers; None without a C compiler.
-
-    Compiled once a process (0.2 s) by $CC or cc, for this machine's vector width. Without fused multiply-adds
-    (-ffp-contract=off) each operation is rounded as IEEE 754 has it, so that neither the compiler nor how the work
-    is divided among threads can change a bit.
-    """
-    flags = ["-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-shared", "-fPIC"]
-    try:
-        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-            source, library = Path(folder, "adamw.c"), Path(folder, "adamw.so")
-            source.write_text(_ADAMW_C, encoding="ascii")
-            command = [*shlex.split(os.environ.get("CC") or "cc"), *flags, str(source), "-o", str(library), "-lm"]
-            subprocess.run(command, check=True, capture_output=True, timeout=60)
-            function = ctypes.CDLL(str(library)).adamw
-    except (OSError, AttributeError, ValueError, subprocess.SubprocessError) as error:
-        print(f"warning: no C compiler that works ({error}); AdamW takes its slower way", file=sys.stderr, flush=True)
-        return None
-    function.argtypes = [ctypes.c_longlong] + [ctypes.c_void_p] * 4 + [ctypes.c_float] * 6
-    function.restype = None
-    return function
-
-
 def _suits_native(moments: _Moments) -> bool:
-    tensors = moments[:4]
-    return all(t.device.type == "cpu" and t.dtype == torch.float32 and t.is_contiguous() for t in tensors)
+    """Is C switched on, and all of it float32 on the CPU without holes?"""
+    g = moments.g._values() if moments.g.is_sparse else moments.g
+    tensors = (moments.p, g, moments.m, moments.v)
+    return kernels.suits(*tensors) and all(t.dtype == torch.float32 and t.is_contiguous() for t in tensors)
 
 
-def _run_native(native: Callable[..., None], calls: list[tuple[_Moments, dict[str, Any]]]) -> None:
+def _run_native(library: ctypes.CDLL, calls: list[tuple[_Moments, dict[str, Any]]]) -> None:
     """Each of PyTorch's number of threads does its equal part of every tensor; C runs outside Python's lock."""
     threads = torch.get_num_threads()
+    rows = {id(moments): _rows(moments) for moments, _ in calls if moments.g.is_sparse}
 
     def work(thread: int) -> None:
-        for (p, g, m, v, step_size), group in calls:
-            n = p.numel()
-            part = max(-(-n // threads), 1 << 14)  # no part so small that calling costs more than computing
+        for moments, group in calls:
+            p, g, m, v, step_size = moments[:5]
+            (beta1, beta2), keep = group["betas"], 1 - group["lr"] * group["weight_decay"]
+            numbers = (1 - beta1, beta2, 1 - beta2, step_size, group["eps"], keep)
+            n = len(rows[id(moments)][0]) if g.is_sparse else p.numel()
+            dim = p.shape[-1] if g.is_sparse else 1
+            part = max(-(-n // threads), (1 << 14) // dim)  # no part so small that calling costs more than computing
             begin, end = min(n, thread * part), min(n, (thread + 1) * part)
-            if begin < end:
-                (beta1, beta2), keep = group["betas"], 1 - group["lr"] * group["weight_decay"]
-                native(end - begin, *(t.data_ptr() + begin * t.element_size() for t in (p, g, m, v)),
-                       1 - beta1, beta2, 1 - beta2, step_size, group["eps"], keep)
+            if begin == end:
+                continue
+            if g.is_sparse:
+                active, places, zeros = rows[id(moments)]
+                library.adamw_rows(end - begin, dim, *(t.data_ptr() + begin * 8 for t in (active, places)),
+                                   p.data_ptr(), g._values().data_ptr(), m.data_ptr(), v.data_ptr(), zeros.data_ptr(),
+                                   *numbers)
+            else:
+                library.adamw(end - begin, *(t.data_ptr() + begin * 4 for t in (p, g, m, v)), *numbers)
 
     if threads == 1:
         work(0)
@@ -534,6 +524,17 @@ def _run_native(native: Callable[..., None], calls: list[tuple[_Moments, dict[st
     torch.autograd.graph.increment_version([moments.p for moments, _ in calls])  # autograd did not see the writing
 
 
+def _rows(moments: _Moments) -> tuple[Tensor, Tensor, Tensor]:
+    """The rows that have had a gradient at any step (N,), where in the present gradient each is, or -1 (N,), and a row
+    of zeros. All other rows have moments of 0, and without decay they stay as they are."""
+    touched = moments.g._indices()[0]
+    places = torch.full((len(moments.active),), -1)
+    places[touched] = torch.arange(len(touched))
+    rows = moments.active.nonzero()[:, 0]
+    return rows, places[rows], moments.p.new_zeros(moments.p.shape[-1])
+
+
+@_without_compiler
 class SGD(torch.optim.Optimizer):
     """Stochastic gradient descent with momentum mu (Sutskever et al. 2013), as torch.optim.SGD with dampening 0.
 
@@ -577,6 +578,7 @@ class SGD(torch.optim.Optimizer):
         return gradient.add(buffer, alpha=group["momentum"]) if group["nesterov"] else buffer
 
 
+@_without_compiler
 class Lion(torch.optim.Optimizer):
     """Lion (Chen et al. 2023, arXiv 2302.06675, algorithm 2): the sign of an interpolated momentum.
 
@@ -608,6 +610,7 @@ class Lion(torch.optim.Optimizer):
         return loss
 
 
+@_without_compiler
 class Adafactor(torch.optim.Optimizer):
     """Adafactor (Shazeer and Stern 2018, arXiv 1804.04235, algorithms 4 and 5): v in the memory of a row and a column.
 

@@ -4,8 +4,10 @@
     python run_llama.py --help
 """
 
+import math
 import os
 import sys
+import threading
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -65,6 +67,7 @@ def load_inputs(config: RunConfig, need: tuple[str, ...]):
     """
     import checkpoint
     import dataset
+    import kernels
     from tokenizer import Tokenizer
 
     files = dataset.find_files(config)
@@ -79,6 +82,9 @@ def load_inputs(config: RunConfig, need: tuple[str, ...]):
     weights = checkpoint.read_weights(model.weights)
     checkpoint.check_vocabulary(tokenizer, weights.config)
     checkpoint.check_n_layers(weights, config.n_layers)
+    on_cpu = (config.device or ("cuda" if config.use_gpu else "cpu")) == "cpu"
+    if config.kernels == "auto" and on_cpu and is_large(sum(math.prod(shape) for shape in weights.shapes.values())):
+        threading.Thread(target=kernels.library, daemon=True).start()  # compiled while the rest is read
     splits = load_splits(config, files, names and len(names), files.label_names, tokenizer, weights.config.max_seq_len)
     if "train" in splits:
         dataset.check_labels(splits["dev"], splits["train"])
@@ -107,6 +113,19 @@ def load_splits(config: RunConfig, files, n_labels: int | None, labels_file, tok
     if "test" not in splits:
         notice("there is no test file: only dev is evaluated")
     return splits
+
+
+def use_kernels(config: RunConfig, model, device) -> None:
+    """C on a CPU, for models that are worth the second of compiling; the same choice in every option."""
+    import kernels
+
+    kernels.switch(config.kernels == "auto" and device.where.type == "cpu" and is_large(
+        sum(p.numel() for p in model.parameters())))
+
+
+def is_large(n_parameters: int) -> bool:
+    """Is a model of that size worth the second that compiling kernels.c takes?"""
+    return n_parameters >= 1_000_000
 
 
 def write_predictions(path: Path, predicted, split) -> None:
@@ -182,7 +201,9 @@ def generate(config: RunConfig) -> None:
     tokenizer = Tokenizer(max_len=config.max_sentence_len, tokenizer_model=files.tokenizer)
     weights = checkpoint.read_weights(files.weights)
     checkpoint.check_vocabulary(tokenizer, weights.config)
-    llama = checkpoint.load_pretrained(weights, config.n_layers).to(device.where)
+    # In the device's precision once, and not by autocast at each token: reading the weights is what takes the time.
+    llama = checkpoint.load_pretrained(weights, config.n_layers).to(device.where, device.dtype)
+    use_kernels(config, llama, device)
     print(f"load model from {files.weights}")
     start = tokenizer.encode(config.prefix, bos=tokenizer.add_bos, eos=False)
     if not start:
@@ -190,8 +211,7 @@ def generate(config: RunConfig) -> None:
     torch.manual_seed(config.seed)
     for temperature, path in ((0.0, config.generated_sentence_low_temp_out),
                               (1.0, config.generated_sentence_high_temp_out)):
-        with device.autocast():
-            tokens = llama.generate(torch.tensor([start], device=device.where), config.max_new_tokens, temperature)
+        tokens = llama.generate(torch.tensor([start], device=device.where), config.max_new_tokens, temperature)
         sentence = tokenizer.decode(tokens[0].tolist())
         print(f"Temperature is {temperature}\n{sentence}\n---------------")
         Path(path).write_text(sentence, encoding="utf-8", newline="\n")
@@ -211,6 +231,7 @@ def prompt(config: RunConfig) -> None:
     device = choose_device(config)
     llama = checkpoint.load_pretrained(inputs.weights, config.n_layers)
     model = LlamaZeroShotClassifier(config, inputs.tokenizer, inputs.names, llama).to(device.where)
+    use_kernels(config, model, device)
     outputs = {}
     for name, split in inputs.splits.items():
         asked = ask(model, split.tokens, inputs.tokenizer, config.question, inputs.names)
@@ -248,6 +269,7 @@ def start(config: RunConfig, inputs, folder: Path | None, device):
 
     import checkpoint
     import dataset
+    import kernels
     import trainer
     from classifier import LlamaEmbeddingClassifier, classification_loss
     from optimizer import OPTIMIZERS, lr_scale, parameter_groups
@@ -262,6 +284,10 @@ def start(config: RunConfig, inputs, folder: Path | None, device):
     settings = {"num_labels": len(names), "label_names": names, "pooling": config.pooling, "loss": config.loss,
                 "hidden_dropout_prob": config.hidden_dropout_prob, "max_sentence_len": config.max_sentence_len}
     model = LlamaEmbeddingClassifier(SimpleNamespace(**settings), llama).to(device.where)
+    use_kernels(config, model, device)
+    # AdamW without decay is the same for a gradient that has only the batch's words in it, and has far less to read.
+    llama.tok_embeddings.sparse = (kernels.suits(llama.tok_embeddings.weight) and config.optimizer == "adamw"
+                                   and not config.weight_decay)
 
     sample = train
     if config.train_eval == "sample" and len(dev) < len(train):
@@ -315,7 +341,8 @@ def set_switches(config: RunConfig) -> None:
 
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the first product is computed
-    torch.use_deterministic_algorithms(config.deterministic)
+    if config.deterministic or torch.are_deterministic_algorithms_enabled():  # the call itself imports for two seconds
+        torch.use_deterministic_algorithms(config.deterministic)
     torch.autograd.set_detect_anomaly(config.detect_anomaly)
 
 
@@ -687,7 +714,7 @@ def evaluate(config: RunConfig) -> None:
         known = checkpoint.read_json(home / "result.json").get("baselines")
     print_baselines(files.train if files.train and files.train.is_file() else None, splits, known)
     device = choose_device(config)
-    model.to(device.where)
+    use_kernels(config, model.to(device.where), device)
     outputs = {n: predict(model, s, tokenizer.pad_id, device, n) for n, s in splits.items()}
     default_out = {n: folder / (f"{n}-predictions.txt" if is_own else f"{files.name}-{n}-predictions.txt")
                    for n in outputs}
@@ -715,7 +742,8 @@ def predict(config: RunConfig) -> None:
         trainer.warn(f"{source}: {n_cut} sentences were cut to {settings['max_sentence_len'] or context} tokens")
     split = dataset.Split(Path(source), sentences, tokens, np.zeros(len(tokens), dtype=np.int64), n_cut)
     device = trainer.choose_device(config)
-    for row in trainer.predict(model.to(device.where), split, tokenizer.pad_id, device).exp().tolist():
+    use_kernels(config, model.to(device.where), device)
+    for row in trainer.predict(model, split, tokenizer.pad_id, device).exp().tolist():
         label = row.index(max(row))
         print(f"{label}\t{settings['label_names'][label]}\t{' '.join(f'{p:.6f}' for p in row)}")
 

@@ -10,6 +10,7 @@ import mmap
 import shutil
 import struct
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,12 @@ def read_gguf(path: str | Path) -> tuple[dict[str, Any], dict[str, GGUFTensor]]:
     Raises ValueError, naming the field, for a file whose counts, sizes, offsets or names cannot be.
     """
     path = Path(path)
+    status = path.stat()
+    return _read_gguf(path, status.st_mtime_ns, status.st_size)
+
+
+@lru_cache(maxsize=2)  # the tokenizer and the weights both want it, and it takes half a second
+def _read_gguf(path: Path, changed: int, size: int) -> tuple[dict[str, Any], dict[str, GGUFTensor]]:
     with open(path, "rb") as file:
         if file.read(4) != b"GGUF":
             raise ValueError(f"{path}: not a GGUF file (it does not begin with the letters GGUF)")

@@ -355,14 +355,24 @@ class Progress:
 def clip_(parameters: list[nn.Parameter], max_norm: float, max_value: float) -> Tensor:
     """Scale the gradients so that their norm is at most max_norm (Pascanu et al. 2013, arXiv 1211.5063), after clamping
     each number to max_value; 0 switches either off. Returns the norm before scaling, a tensor."""
-    gradients = [p.grad for p in parameters if p.grad is not None]
+    gradients = []
+    for p in parameters:
+        if p.grad is not None and p.grad.is_sparse:
+            p.grad = p.grad.coalesce()  # a word's numbers in one place: added, and then clamped
+        if p.grad is not None:
+            gradients.append(gradient_numbers(p))
     if max_value:
         torch._foreach_clamp_max_(gradients, max_value)
         torch._foreach_clamp_min_(gradients, -max_value)
     norm = nn.utils.get_total_norm(gradients)
-    if max_norm:
-        nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    if max_norm and (norm.is_cuda or not norm <= max_norm):  # a GPU is not waited for
+        torch._foreach_mul_(gradients, torch.clamp(max_norm / (norm + 1e-6), max=1.0))
     return norm
+
+
+def gradient_numbers(p: nn.Parameter) -> Tensor:
+    """A parameter's gradient; of a sparse one, the rows that there are."""
+    return p.grad._values() if p.grad.is_sparse else p.grad
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -398,7 +408,8 @@ def first_bad_module(task: Task, batch: dict[str, Tensor], device: Device) -> st
         return found[0]
     if not torch.isfinite(losses).all():
         return "the loss"
-    bad = [name for name, p in task.model.named_parameters() if p.grad is not None and not torch.isfinite(p.grad).all()]
+    bad = [name for name, p in task.model.named_parameters()
+           if p.grad is not None and not torch.isfinite(gradient_numbers(p)).all()]
     return f"the gradient of {bad[0]}" if bad else "the gradient"
 
 
@@ -797,7 +808,7 @@ def check_gradients(loop: Loop) -> float:
                 loop.progress.micro_batch = micro
                 loop.optimizer.zero_grad(set_to_none=True)
                 loop.accumulate(rows)
-                gradients.append([p.grad.clone() for p in loop.parameters if p.grad is not None])
+                gradients.append([p.grad.to_dense().clone() for p in loop.parameters if p.grad is not None])
         finally:
             loop.device, loop.progress.micro_batch = device, micro_batch
     largest = max(float(g.abs().max()) for g in gradients[0])

@@ -8,19 +8,19 @@ of neighbours do so less.
 """
 
 import argparse
-import json
-import platform
 import sys
 import time
 from pathlib import Path
-from statistics import median, quantiles
+from statistics import median
 
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-sys.path = [p for p in sys.path if Path(p or ".").resolve() != Path(__file__).resolve().parent]  # it has this name
-from optimizer import AdamW, native_adamw  # noqa: E402
+# Without this file's folder, in which there is another optimizer.py.
+sys.path = [str(ROOT), *(p for p in sys.path if Path(p or ".").resolve() != Path(__file__).resolve().parent)]
+import kernels  # noqa: E402
+from benchmarks.measure import machine, ratio, seconds, write  # noqa: E402
+from optimizer import AdamW  # noqa: E402
 
 VOCABULARY, DIM, KV, HIDDEN = 49152, 576, 192, 1536
 
@@ -39,39 +39,18 @@ def parameters(layers: int, device: str) -> list[torch.nn.Parameter]:
     return found
 
 
-def seconds(optimizer: torch.optim.Optimizer, device: str) -> float:
-    synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
-    synchronize()
-    start = time.perf_counter()
-    optimizer.step()
-    synchronize()
-    return time.perf_counter() - start
-
-
-def machine(device: str) -> dict[str, object]:
-    """What the numbers were measured on."""
-    cpu = platform.processor()
-    information = Path("/proc/cpuinfo")
-    if information.exists():
-        lines = information.read_text(encoding="utf-8").splitlines()
-        cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), cpu)
-    return {"platform": platform.platform(), "python": platform.python_version(), "torch": torch.__version__,
-            "cpu": cpu, "cpu_capability": torch.backends.cpu.get_cpu_capability(), "threads": torch.get_num_threads(),
-            "gpu": torch.cuda.get_device_name() if device == "cuda" else None}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, default=30)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--rounds", type=int, default=21, help="steps of each, after two that do not count")
     parser.add_argument("--threads", type=int, help="default: PyTorch's")
-    parser.add_argument("--out", type=Path, help="default: benchmarks/results/optimizer-<device>.json")
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
     start = time.perf_counter()
-    native = options.device == "cpu" and native_adamw() is not None
+    kernels.switch(options.device == "cpu")
+    native = options.device == "cpu" and kernels.library() is not None
     compiling = time.perf_counter() - start
     variants = {"ours": AdamW, "fused": lambda p, lr: torch.optim.AdamW(p, lr=lr, fused=True),
                 "foreach": lambda p, lr: torch.optim.AdamW(p, lr=lr, foreach=True)}
@@ -79,7 +58,7 @@ def main() -> None:
     times: dict[str, list[float]] = {name: [] for name in made}
     for _ in range(2 + options.rounds):
         for name, optimizer in made.items():
-            times[name].append(seconds(optimizer, options.device))
+            times[name].append(seconds(optimizer.step, options.device))
     times = {name: found[2:] for name, found in times.items()}
     size = sum(p.numel() for p in made["ours"].param_groups[0]["params"])
     how = f"C, compiled in {compiling:.2f} s" if native else "eager PyTorch"
@@ -87,19 +66,12 @@ def main() -> None:
     result = {"machine": machine(options.device), "layers": options.layers, "parameters": size, "native": native,
               "compile_seconds": compiling if native else None, "rounds": options.rounds, "optimizers": {}}
     for name, found in times.items():
-        pairs = [mine / other for mine, other in zip(times["ours"], found, strict=True)]
-        low, _, high = quantiles(pairs, n=4)
-        ratio = median(times["ours"]) / median(found)
+        against = ratio(times["ours"], found)
+        low, high = against["quartiles"]
         print(f"{name:8} {median(found) * 1e3:8.1f} ms ({min(found) * 1e3:.1f} to {max(found) * 1e3:.1f})   ours / it "
-              f"{ratio:.2f}, of neighbours {median(pairs):.2f} ({low:.2f} to {high:.2f})")
-        result["optimizers"][name] = {"median_seconds": median(found), "min_seconds": min(found),
-                                      "max_seconds": max(found), "ours_over_it": ratio,
-                                      "ours_over_it_neighbours": {"median": median(pairs), "quartiles": [low, high]},
-                                      "seconds": found}
-    out = options.out or ROOT / "benchmarks" / "results" / f"optimizer-{options.device}.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(f"wrote {out}")
+              f"{against['of_medians']:.2f}, of neighbours {against['median_of_pairs']:.2f} ({low:.2f} to {high:.2f})")
+        result["optimizers"][name] = {"median_seconds": median(found), "ours_over_it": against, "seconds": found}
+    write(f"optimizer-{options.device}", result)
 
 
 if __name__ == "__main__":

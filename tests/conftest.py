@@ -10,6 +10,8 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+import kernels  # noqa: E402
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start
 torch.set_num_threads(1)  # the models are tiny: a second thread only waits
@@ -28,6 +30,14 @@ def tiny_sentences(n: int, seed: int) -> list[tuple[int, str]]:
         words = ["the film is"] + ["very"] * draw.randrange(4) + [draw.choice(WORDS[label])]
         rows.append((label, " ".join(words + ["and long"] * draw.randrange(5))))
     return rows
+
+
+@pytest.fixture(autouse=True)
+def plain_pytorch():
+    """Each test begins and ends without the C of kernels.py."""
+    kernels.switch(False)
+    yield
+    kernels.switch(False)
 
 
 @pytest.fixture(scope="session")

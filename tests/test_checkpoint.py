@@ -140,7 +140,7 @@ def test_more_layers_than_the_model_has_or_none_are_refused(tmp_path, n_layers):
 
 
 @pytest.fixture(scope="module")
-def smollm():
+def smollm(tmp_path_factory):
     """(ours, transformers', transformers' tokenizer), from the one file."""
     if not SMOLLM.is_file():
         pytest.skip(f"{SMOLLM} is not here; `python data/prepare.py smollm2-135m` fetches it")
@@ -148,8 +148,10 @@ def smollm():
     for slow in ("GGUFReader", "get_tensor_name_map"):  # called again and again with the same arguments
         patch.setattr(gguf_package, slow, lru_cache(getattr(gguf_package, slow)))
     try:
-        tokenizer = hf.AutoTokenizer.from_pretrained(SMOLLM.parent, gguf_file=SMOLLM.name)
-        return load_pretrained(SMOLLM), through_transformers(SMOLLM), tokenizer
+        alone = tmp_path_factory.mktemp("smollm") / SMOLLM.name  # transformers also reads what lies beside it
+        shutil.copy(SMOLLM, alone)
+        tokenizer = hf.AutoTokenizer.from_pretrained(alone.parent, gguf_file=alone.name)
+        return load_pretrained(SMOLLM), through_transformers(alone), tokenizer
     finally:
         patch.undo()
 

@@ -180,3 +180,21 @@ def test_zero_new_tokens_give_the_prompt_back():
 def test_generate_refuses_what_it_cannot_do(attention, length, temperature):
     with pytest.raises(ValueError, match="generate wants"):
         tiny.llama(attention=attention).generate(tiny.tokens(1, length), 1, temperature)
+
+
+@pytest.mark.parametrize("attention", ["causal", "bidirectional"])
+@pytest.mark.parametrize("grad_checkpoint", [False, True])
+def test_one_position_a_row_is_that_of_the_whole_sentences(attention, grad_checkpoint):
+    """What spares the last layer's work: the state, and every gradient, at any position."""
+    model = tiny.llama(attention=attention, n_layers=3, n_kv_heads=2).train()
+    model.grad_checkpoint = grad_checkpoint
+    tokens, lengths, at = tiny.tokens(4, 11), torch.tensor([11, 1, 7, 4]), torch.tensor([10, 0, 3, 3])
+    found = []
+    for states in (lambda: model.hidden(tokens, lengths, at=at)[:, 0],
+                   lambda: model.hidden(tokens, lengths)[torch.arange(4), at]):
+        model.zero_grad()
+        out = states()
+        out.pow(3).sum().backward()
+        found.append([out.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
+    for ours, judge in zip(*found, strict=True):
+        torch.testing.assert_close(ours, judge, rtol=1e-4, atol=1e-4 * float(judge.abs().max()))

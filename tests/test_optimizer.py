@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch.optim import lr_scheduler
 from transformers import optimization as hf
 
-import optimizer
+import kernels
 from classifier import LlamaEmbeddingClassifier
 from config import LlamaConfig
 from llama import Llama
@@ -322,9 +322,9 @@ def test_without_decay_and_eps_it_is_torch_adam():
 @pytest.fixture(params=["eager", "native"])
 def way(request, monkeypatch):
     """Both ways through AdamW; the second is only there with a C compiler."""
-    if request.param == "native" and optimizer.native_adamw() is None:
+    if request.param == "native" and kernels.library() is None:
         pytest.skip("no C compiler here")
-    monkeypatch.setattr(AdamW, "native_from", 0 if request.param == "native" else math.inf)
+    kernels.switch(request.param == "native")
     return request.param
 
 
@@ -375,12 +375,11 @@ def adamw_run(shapes, threads=1, steps=4):
 SHAPES = [(40, 31), (37,), (1,), (0,), (300, 301), ()]
 
 
-def test_both_ways_agree_and_the_number_of_threads_changes_no_bit(monkeypatch):
-    if optimizer.native_adamw() is None:
+def test_both_ways_agree_and_the_number_of_threads_changes_no_bit():
+    if kernels.library() is None:
         pytest.skip("no C compiler here")
-    monkeypatch.setattr(AdamW, "native_from", math.inf)
     eager = adamw_run(SHAPES)
-    monkeypatch.setattr(AdamW, "native_from", 0)
+    kernels.switch(True)
     native = adamw_run(SHAPES)
     for a, b in zip(eager, native, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
@@ -389,14 +388,14 @@ def test_both_ways_agree_and_the_number_of_threads_changes_no_bit(monkeypatch):
         assert all(map(torch.equal, native, adamw_run(SHAPES, threads)))
 
 
-def test_the_native_way_takes_only_what_it_can(monkeypatch):
+def test_the_native_way_takes_only_what_it_can():
     """What is not float32 or not in one piece goes through PyTorch, with the same result."""
-    if optimizer.native_adamw() is None:
+    if kernels.library() is None:
         pytest.skip("no C compiler here")
     values, gradients = torch.randn(6, 4), torch.randn(6, 4)
     found = []
-    for native_from in (0, math.inf):
-        monkeypatch.setattr(AdamW, "native_from", native_from)
+    for native in (True, False):
+        kernels.switch(native)
         params = [torch.nn.Parameter(values.t().clone(memory_format=torch.preserve_format)),
                   torch.nn.Parameter(values.t().contiguous()), torch.nn.Parameter(values.t().double().contiguous())]
         for p in params:
@@ -417,18 +416,67 @@ def test_autograd_sees_that_a_native_step_wrote(way):
 
 def test_without_a_compiler_it_says_so_once_and_goes_on(monkeypatch, capsys):
     monkeypatch.setenv("CC", "/nowhere/cc")
-    monkeypatch.setattr(AdamW, "native_from", 0)
-    optimizer.native_adamw.cache_clear()
+    kernels._compiled.cache_clear()
     try:
+        kernels.switch(True)
         p = torch.nn.Parameter(torch.ones(3))
         adamw = AdamW([p], lr=0.5)
         for _ in range(2):
             p.grad = torch.ones(3)
             adamw.step()
     finally:
-        optimizer.native_adamw.cache_clear()
+        kernels._compiled.cache_clear()
     torch.testing.assert_close(p.detach(), torch.zeros(3), rtol=0, atol=1e-4)
     assert capsys.readouterr().err.count("no C compiler") == 1
+
+
+def embedding_run(sparse: bool, native: bool, weight_decay: float = 0.0, state=None):
+    """A table of which each step touches a few rows, by AdamW at changing rates: the table after each step."""
+    kernels.switch(native)
+    torch.manual_seed(0)
+    table = torch.nn.Embedding(40, 6, sparse=sparse)
+    adamw = AdamW(table.parameters(), lr=0.1, weight_decay=weight_decay)
+    if state:
+        table.load_state_dict(state[0])
+        adamw.load_state_dict(copy.deepcopy(state[1]))
+    draw, found = torch.Generator().manual_seed(1), []
+    for step in range(8):
+        words = torch.randint(0, 20, (2, 5), generator=draw)
+        adamw.zero_grad()
+        for row in words:  # two micro-batches, with words that occur twice
+            (table(row) * torch.randn(5, 6, generator=draw)).sum().backward()
+        adamw.param_groups[0]["lr"] = 0.1 / (step + 1)
+        adamw.step()
+        found.append(table.weight.detach().clone())
+    return found, copy.deepcopy((table.state_dict(), adamw.state_dict()))
+
+
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_a_sparse_gradient_is_the_dense_one(native, weight_decay):
+    """torch.optim.SparseAdam is not: rows without a gradient stand still there, though their momentum goes on."""
+    if native and kernels.library() is None:
+        pytest.skip("no C compiler here")
+    dense, _ = embedding_run(False, False, weight_decay)
+    sparse, (_, state) = embedding_run(True, native, weight_decay)
+    for a, b in zip(dense, sparse, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    if not weight_decay:
+        moved = (sparse[-1] != sparse[0]).any(1)
+        assert (state["state"][0]["active"] == moved).all() and 0 < moved.sum() < 40  # the others were passed over
+
+
+def test_a_sparse_run_goes_on_from_a_dense_one_and_between_the_two_ways():
+    if kernels.library() is None:
+        pytest.skip("no C compiler here")
+    _, begun = embedding_run(False, False)
+    judge, later = embedding_run(False, False, state=begun)
+    last, _ = embedding_run(False, False, state=later)
+    for native in (True, False):
+        found, then = embedding_run(True, native, state=begun)
+        torch.testing.assert_close(found[-1], judge[-1], rtol=1e-5, atol=1e-6)
+        found, _ = embedding_run(True, not native, state=then)
+        torch.testing.assert_close(found[-1], last[-1], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("options", [
@@ -522,6 +570,8 @@ def test_a_step_returns_the_closures_loss_and_wants_dense_gradients(name):
         return loss
 
     assert optimizer.step() is None and optimizer.step(closure).item() == 4.0 and p.item() < 2
+    if name == "adamw":  # knows what to do with one: above
+        return
     embedding = torch.nn.Embedding(5, 3, sparse=True)
     embedding(torch.tensor([1])).sum().backward()
     with pytest.raises(ValueError, match="dense"):

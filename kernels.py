@@ -1,0 +1,218 @@
+"""The loops of kernels.c as PyTorch functions: on a CPU, what PyTorch does in many passes over memory, in one.
+
+`library()` compiles that file once a process, in about a second, with $CC or cc. `switch(True)` makes the model of
+`llama.py` use it for tensors on the CPU; until then, without a compiler and on other devices it takes the plain way,
+which gives the same to rounding (tests/test_kernels.py).
+"""
+
+import ctypes
+import functools
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+import threading
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+SOURCE = Path(__file__).with_suffix(".c")
+_FLAGS = ["-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC"]
+_LOCK = threading.Lock()
+_INTEGER, _POINTER, _FLAG, _FLOAT = ctypes.c_int64, ctypes.c_void_p, ctypes.c_int, ctypes.c_float
+_ADAMW_NUMBERS = [_FLOAT] * 6
+_WEIGHTS = ("attention_norm", "ffn_norm", "wq", "wk", "wv", "wo", "w1", "w2", "w3", "keys", "values")
+
+
+class _Layer(ctypes.Structure):
+    """kernels.c's `layer`."""
+
+    _fields_ = [*((name, _INTEGER) for name in ("dim", "hidden", "heads", "kv_heads", "context")),
+                *((name, _POINTER) for name in _WEIGHTS), ("eps", _FLOAT), ("half", _FLAG)]
+
+
+_SIGNATURES = {
+    "adamw": [_INTEGER] + [_POINTER] * 4 + _ADAMW_NUMBERS,
+    "adamw_rows": [_INTEGER] * 2 + [_POINTER] * 7 + _ADAMW_NUMBERS,
+    "rms_norm": [_INTEGER] * 2 + [_POINTER, _FLAG, _POINTER, _FLOAT, _POINTER, _FLAG, _POINTER, _FLAG],
+    "rms_norm_back": [_INTEGER] * 2 + [_POINTER] * 4 + [_FLAG] + [_POINTER] * 2 + [_FLAG],
+    "rotate": [_INTEGER] * 4 + [_POINTER, _FLAG, _POINTER, _FLOAT, _POINTER, _FLAG],
+    "swiglu": [_INTEGER] + [_POINTER] * 2 + [_FLAG, _POINTER, _FLAG],
+    "swiglu_back": [_INTEGER] + [_POINTER] * 3 + [_FLAG] + [_POINTER] * 2 + [_FLAG],
+    "decode": [_INTEGER, _POINTER, _INTEGER] + [_POINTER] * 3 + [_FLAG],
+    "times": [_INTEGER] * 2 + [_POINTER] * 2 + [_FLAG] + [_POINTER] * 2 + [_FLAG],
+}
+
+
+def library() -> ctypes.CDLL | None:
+    """The compiled file; None, with a warning at the first time, where no C compiler works."""
+    with _LOCK:  # a run compiles beside its loading
+        return _compiled()
+
+
+@functools.cache
+def _compiled() -> ctypes.CDLL | None:
+    error: Exception | None = None
+    # Without fused multiply-adds that are not asked for (-ffp-contract=off) each operation is rounded as IEEE 754 has
+    # it: neither the compiler nor how AdamW's work is divided among threads can change a bit. Apple's compiler has no
+    # OpenMP: there, all but AdamW runs on one thread.
+    for threads in (["-fopenmp"], ["-fopenmp-simd"], []):
+        try:
+            with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+                out = Path(folder, "kernels.so")
+                command = [*shlex.split(os.environ.get("CC") or "cc"), *_FLAGS, *threads, str(SOURCE), "-o", str(out),
+                           "-lm"]
+                subprocess.run(command, check=True, capture_output=True, timeout=60)
+                found = ctypes.CDLL(str(out))
+            for name, arguments in _SIGNATURES.items():
+                getattr(found, name).argtypes, getattr(found, name).restype = arguments, None
+            return found
+        except (OSError, AttributeError, ValueError, subprocess.SubprocessError) as failed:
+            error = failed
+    print(f"warning: no C compiler that works ({error}); taking PyTorch's slower way", file=sys.stderr, flush=True)
+    return None
+
+
+_on = False
+
+
+def switch(on: bool) -> None:
+    """Should tensors on the CPU go through C from here on? Without a compiler they do not."""
+    global _on
+    _on = on and library() is not None
+
+
+def suits(*tensors: Tensor) -> bool:
+    """Is C switched on, and are these on the CPU and of a type that it knows?"""
+    return _on and all(t.device.type == "cpu" and t.dtype in (torch.float32, torch.bfloat16) for t in tensors)
+
+
+def _address(x: Tensor) -> int:
+    return x.data_ptr()
+
+
+def _is_half(x: Tensor) -> int:
+    return int(x.dtype == torch.bfloat16)
+
+
+class RMSNorm(torch.autograd.Function):
+    """x (..., D) to x / sqrt(mean(x^2) + eps) * weight, in the type that autocast's products want."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        x, dim = x.contiguous(), x.shape[-1]
+        low = x.dtype == torch.bfloat16 or torch.is_autocast_enabled("cpu") and (
+            torch.get_autocast_dtype("cpu") == torch.bfloat16)
+        y = torch.empty_like(x, dtype=torch.bfloat16 if low else torch.float32)
+        wide = weight.float()
+        roots = torch.empty(x.numel() // dim)
+        _compiled().rms_norm(len(roots), dim, _address(x), _is_half(x), _address(wide), eps, _address(y), _is_half(y),
+                             _address(roots), torch.get_num_threads())
+        ctx.save_for_backward(x, weight, roots)
+        return y
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        x, weight, roots = ctx.saved_tensors
+        gradient, threads, dim = gradient.contiguous(), torch.get_num_threads(), x.shape[-1]
+        dx, dweights = torch.empty_like(x), x.new_zeros(threads, dim)
+        _compiled().rms_norm_back(len(roots), dim, _address(x), _address(weight), _address(roots), _address(gradient),
+                                  _is_half(gradient), _address(dx), _address(dweights), threads)
+        return dx, dweights.sum(0), None
+
+
+class Rotate(torch.autograd.Function):
+    """x (B, T, heads, head_dim), its adjacent pairs turned by table (T, head_dim / 2), complex64."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, table: Tensor) -> Tensor:
+        ctx.table = table
+        return _turn(x, table, 1.0)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        return _turn(gradient, ctx.table, -1.0), None
+
+
+def _turn(x: Tensor, table: Tensor, sign: float) -> Tensor:
+    x, table = x.contiguous(), table.contiguous()
+    batch, length, heads, head_dim = x.shape
+    y = torch.empty_like(x)
+    _compiled().rotate(batch * length, length, heads, head_dim // 2, _address(x), _is_half(x), _address(table), sign,
+                       _address(y), torch.get_num_threads())
+    return y
+
+
+class SwiGLU(torch.autograd.Function):
+    """silu(a) * b, of two tensors of one shape."""
+
+    @staticmethod
+    def forward(ctx, a: Tensor, b: Tensor) -> Tensor:
+        a, b = a.contiguous(), b.contiguous()
+        y = torch.empty_like(a)
+        _compiled().swiglu(a.numel(), _address(a), _address(b), _is_half(a), _address(y), torch.get_num_threads())
+        ctx.save_for_backward(a, b)
+        return y
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        a, b = ctx.saved_tensors
+        gradient = gradient.contiguous()
+        da, db = torch.empty_like(a), torch.empty_like(b)
+        _compiled().swiglu_back(a.numel(), _address(a), _address(b), _address(gradient), _is_half(a), _address(da),
+                                _address(db), torch.get_num_threads())
+        return da, db
+
+
+def times(weight: Tensor, x: Tensor) -> Tensor:
+    """weight (N, D) times one vector x (..., D), both of one type; without gradients."""
+    y, wide = x.new_empty(*x.shape[:-1], len(weight)), torch.empty(x.shape[-1])
+    _compiled().times(*weight.shape, _address(weight), _address(x), _is_half(x), _address(wide), _address(y),
+                      torch.get_num_threads())
+    return y
+
+
+class Decoder:
+    """All of a Llama's layers for one new token of one row, in C: 200 products of a matrix and a vector, between which
+    Python would take longer than the memory takes to give the weights.
+
+    llama: a model in evaluation mode, its weights of one type; caches: its layers' KVCache, of that type too.
+    """
+
+    def __init__(self, llama, caches: list):
+        config, self.caches = llama.config, caches
+        context = caches[0].keys.shape[2]
+        self.kept, layers = [], []  # the addresses below are of tensors that somebody must keep
+        for layer, cache in zip(llama.layers, caches, strict=True):
+            attention, feed_forward = layer.attention, layer.feed_forward
+            tensors = [layer.attention_norm.weight.float(), layer.ffn_norm.weight.float(), attention.wq.weight,
+                       attention.wk.weight, attention.wv.weight, attention.wo.weight, feed_forward.w1.weight,
+                       feed_forward.w2.weight, feed_forward.w3.weight, cache.keys, cache.values]
+            self.kept += tensors
+            layers.append(_Layer(config.dim, config.hidden_dim, config.n_heads, config.n_kv_heads, context,
+                                 *map(_address, tensors), config.layer_norm_eps, _is_half(cache.keys)))
+        self.layers = (_Layer * len(layers))(*layers)
+        kv_dim = config.n_kv_heads * config.head_dim
+        self.scratch = torch.empty(max(config.dim, config.hidden_dim) + 2 * config.dim + 2 * kv_dim + config.hidden_dim
+                                   + max(config.n_heads * context, config.hidden_dim))
+
+    @staticmethod
+    def suits(llama, caches: list) -> bool:
+        """Is all of it on the CPU, of one type, in evaluation mode and as llama.py made it (no adapters, no hooks)?"""
+        config, layers = llama.config, list(llama.layers.modules())
+        weights = [p for p in llama.layers.parameters() if p.dim() > 1]
+        return (suits(*weights, caches[0].keys) and len({t.dtype for t in (*weights, caches[0].keys)}) == 1
+                and all(w.is_contiguous() for w in weights) and not llama.training
+                and all(type(m).__module__ in ("llama", "torch.nn.modules.dropout", "torch.nn.modules.container")
+                        and not m._forward_hooks and not m._forward_pre_hooks for m in layers)
+                and config.head_dim % 2 == config.hidden_dim % 2 == 0)
+
+    def step(self, x: Tensor, position: int, angles: Tensor) -> Tensor:
+        """x (1, 1, D), the new token's embedding, to what the last layer makes of it. `angles`: the rotary table's row
+        of its position."""
+        stream, angles = x.to(torch.float32, copy=True), angles.contiguous()
+        _compiled().decode(len(self.layers), self.layers, position, _address(angles), _address(stream),
+                           _address(self.scratch), torch.get_num_threads())
+        return stream.to(x.dtype)
