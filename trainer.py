@@ -413,6 +413,7 @@ def first_bad_module(task: Task, batch: dict[str, Tensor], device: Device) -> st
     return f"the gradient of {bad[0]}" if bad else "the gradient"
 
 
+PASS_TOKENS = 1024  # in one forward pass on a CPU
 RECENT = 50  # steps that the guards look back on
 RISING = ("dev_acc", "dev_f1", "dev_qwk")  # the monitors of which more is better
 SPIKE = 3.0  # a loss this many times the median of those is a spike
@@ -553,7 +554,7 @@ class Loop:
         while True:
             try:
                 parts = []
-                for micro in np.array_split(rows, -(-len(rows) // self.progress.micro_batch)):
+                for micro in np.array_split(rows, self.passes(rows)):
                     batch = self.device.put(self.task.make_batch(micro, self.progress.epoch))
                     with self.device.autocast():
                         losses = self.task.losses(batch)
@@ -573,6 +574,15 @@ class Loop:
             self.progress.micro_batch = -(-self.progress.micro_batch // 2)
             self.event("out_of_memory", f"the micro-batch is {self.progress.micro_batch} from here on; the effective "
                                         f"batch stays {len(rows)}")
+
+    def passes(self, rows: np.ndarray) -> int:
+        """Into how many forward passes a window goes. A CPU is as fast at a thousand tokens as at more, and has the
+        activations of those alone in memory; a GPU wants large ones."""
+        by_rows = -(-len(rows) // self.progress.micro_batch)
+        if self.device.where.type != "cpu":
+            return by_rows
+        padded = len(rows) * int(self.lengths[rows].max())
+        return min(len(rows), max(by_rows, -(-padded // PASS_TOKENS)))
 
     def ratios(self, before: list[Tensor]) -> dict[str, float]:
         """|update| / |weight| of each layer group over one step; about 1e-3 is healthy (Karpathy's rule of thumb)."""
