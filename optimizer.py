@@ -461,6 +461,7 @@ class AdamW(torch.optim.Optimizer):
             g = g.coalesce()
             if "active" not in state:
                 state["active"] = ((state["exp_avg"] != 0) | (state["exp_avg_sq"] != 0)).any(1)
+            state["active"] = state["active"].bool()  # PyTorch loads every tensor of a state in the parameter's type
             state["active"][g._indices()[0]] = True
         return _Moments(p, g, state["exp_avg"], state["exp_avg_sq"], step_size, state.get("active"))
 

@@ -578,11 +578,10 @@ class Loop:
     def passes(self, rows: np.ndarray) -> int:
         """Into how many forward passes a window goes. A CPU is as fast at a thousand tokens as at more, and has the
         activations of those alone in memory; a GPU wants large ones."""
-        by_rows = -(-len(rows) // self.progress.micro_batch)
-        if self.device.where.type != "cpu":
-            return by_rows
-        padded = len(rows) * int(self.lengths[rows].max())
-        return min(len(rows), max(by_rows, -(-padded // PASS_TOKENS)))
+        most = self.progress.micro_batch
+        if self.device.where.type == "cpu":
+            most = min(most, max(1, PASS_TOKENS // int(self.lengths[rows].max())))
+        return -(-len(rows) // most)
 
     def ratios(self, before: list[Tensor]) -> dict[str, float]:
         """|update| / |weight| of each layer group over one step; about 1e-3 is healthy (Karpathy's rule of thumb)."""

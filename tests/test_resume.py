@@ -17,6 +17,7 @@ from conftest import ROOT, tiny_sentences, write_split
 from safetensors import safe_open
 
 import checkpoint
+import kernels
 import run_llama
 import search
 import trainer
@@ -140,6 +141,21 @@ def test_a_run_that_is_stopped_anywhere_ends_as_if_it_had_not_been(inputs, strai
 
 
 @posix
+def test_with_c_too(inputs, tmp_path, monkeypatch):
+    """The kernels, and an embedding that AdamW updates by the rows that have had a gradient: its state has them."""
+    monkeypatch.setattr(run_llama, "is_large", lambda n_parameters: True)
+    if kernels.library() is None:
+        pytest.skip("no C compiler here")
+    assert main("--option", "finetune", *inputs, *HARD, "--output_dir", tmp_path / "straight") == 0
+    stop_at(monkeypatch, {2, 9, 17})
+    run_and_resume(tmp_path / "run", *inputs, *HARD)
+    assert_same_end(tmp_path / "run", tmp_path / "straight")
+    (state,) = (tmp_path / "run").glob("last/*/tensors.safetensors")
+    with safe_open(state, "pt") as file:
+        active = [file.get_tensor(name) for name in file.keys() if name.endswith("active")]
+    assert len(active) == 1 and 0 < active[0].sum() < len(active[0])
+
+
 def test_early_stopping_and_a_regular_save_go_on_counting(inputs, straight, tmp_path, monkeypatch):
     options = ["--batch_size", "16", "--epochs", "9", "--lr", "1e-6", "--patience", "2", "--save_every", "4",
                "--scheduler", "cosine", "--warmup_steps", "5"]

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, tiny_sentences
 
+import kernels
 import run_llama
 from config import SCHEDULERS, parse_args
 
@@ -433,3 +434,27 @@ def test_a_warmup_as_long_as_the_run_is_none(arguments):
 def test_an_option_without_effect_is_said_before_the_training(arguments, capsys):
     finetune(arguments, "--epochs", "1", "--milestones", "2,4")
     assert "no effect: --milestones: --scheduler linear does not use it" in capsys.readouterr().err
+
+
+def test_a_run_with_c_is_the_run_without(arguments, tiny_data, monkeypatch):
+    """Every loss, norm and rate of a whole run to float32's rounding, and the same predictions; `--kernels off` is
+    obeyed, and so is the size of a model."""
+    if kernels.library() is None:
+        pytest.skip("no C compiler here")
+    found, real = [], kernels.switch
+    monkeypatch.setattr(kernels, "switch", lambda on: found.append(on) or real(on))
+    arguments += ["--weight_decay", "0", "--hidden_dropout_prob", "0.1"]
+    finetune(arguments, "--output_dir", "small")
+    monkeypatch.setattr(run_llama, "is_large", lambda n_parameters: True)
+    finetune(arguments, "--output_dir", "off", "--kernels", "off")
+    finetune(arguments, "--output_dir", "on")
+    assert found == [False, False, True]
+    steps = [[json.loads(line) for line in read_lines(f"{run}/steps.jsonl")] for run in ("off", "on")]
+    for a, b in zip(*steps, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4) and a["lr"] == b["lr"]
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
+    assert steps[0] != steps[1] and read_lines("off/steps.jsonl") != read_lines("small/steps.jsonl")
+    assert read_lines("off/dev-predictions.txt") == read_lines("on/dev-predictions.txt")
+    for option in (["--option", "evaluate"], ["--option", "predict", "--input", str(tiny_data["dev"])]):
+        assert run_llama.main([*option, "--run", "on"]) == 0
+    assert found[3:] == [True, True]

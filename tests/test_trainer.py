@@ -123,6 +123,32 @@ def test_micro_batches_give_the_gradient_of_the_one_big_batch(parts, tmp_path, n
         torch.testing.assert_close(p.grad, expected, rtol=0, atol=1e-6)
 
 
+def test_a_pass_on_a_cpu_has_so_many_tokens_at_most(parts, tmp_path, monkeypatch):
+    """And the gradient is that of the whole batch; a GPU gets it in one piece."""
+    model, splits, tokenizer = parts
+    model.dropout.p = 0.0
+    rows = np.arange(13)
+    batch = dataset.make_batch(splits["train"], rows, tokenizer.pad_id)
+    nll_loss(model(batch["tokens"], batch["lengths"]), batch["labels"]).backward()
+    whole = [p.grad.clone() for p in model.parameters()]
+    sizes = []
+    for most in (1, 40, 10**6):
+        monkeypatch.setattr(trainer, "PASS_TOKENS", most)
+        model.zero_grad()
+        loop = make_loop(parts, tmp_path, "--batch_size", "13")
+        loop.task = replace(loop.task, losses=lambda b, real=loop.task.losses: sizes.append(b["tokens"].numel())
+                            or real(b))
+        loop.accumulate(rows)
+        for p, expected in zip(model.parameters(), whole, strict=True):
+            torch.testing.assert_close(p.grad, expected, rtol=0, atol=1e-6)
+        if most == 40:
+            assert all(size <= 40 for size in sizes[13:])
+    assert len(sizes[:13]) == 13 and sizes[-1] == batch["tokens"].numel()
+    monkeypatch.setattr(trainer, "PASS_TOKENS", 40)
+    loop.device = trainer.Device(torch.device("cuda"), torch.float32)
+    assert loop.passes(rows) == 1
+
+
 def test_out_of_memory_halves_the_micro_batch_and_changes_nothing_else(parts, tmp_path, capsys):
     model, _, _ = parts
     initial = copy.deepcopy(model.state_dict())
