@@ -431,7 +431,7 @@ def load_pretrained(checkpoint: str | Path | Weights, n_layers: int | None = Non
             raise ValueError(f"{weights.path}: {name} has the shape {weights.shapes.get(name)}, the model it describes "
                              f"wants {tuple(parameter.shape)}")
     names = [name for name, _ in model.named_parameters()]
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+    with ThreadPoolExecutor(min(4, torch.get_num_threads())) as pool:
         state = dict(zip(names, pool.map(lambda name: weights.readers[name]().contiguous(), names), strict=True))
     model.load_state_dict(state, assign=True, strict=False)
     if config.tie_embeddings:

@@ -17,9 +17,10 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 SOURCE = Path(__file__).with_suffix(".c")
-_FLAGS = ["-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC"]
+_FLAGS = ["-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC"]
 _LOCK = threading.Lock()
 _INTEGER, _POINTER, _FLAG, _FLOAT = ctypes.c_int64, ctypes.c_void_p, ctypes.c_int, ctypes.c_float
 _ADAMW_NUMBERS = [_FLOAT] * 6
@@ -47,32 +48,45 @@ _SIGNATURES = {
 
 
 def library() -> ctypes.CDLL | None:
-    """The compiled file; None, with a warning at the first time, where no C compiler works."""
+    """The compiled file; None where no C compiler works."""
     with _LOCK:  # a run compiles beside its loading
         return _compiled()
 
 
 @functools.cache
 def _compiled() -> ctypes.CDLL | None:
-    error: Exception | None = None
     # Without fused multiply-adds that are not asked for (-ffp-contract=off) each operation is rounded as IEEE 754 has
-    # it: neither the compiler nor how AdamW's work is divided among threads can change a bit. Apple's compiler has no
-    # OpenMP: there, all but AdamW runs on one thread.
-    for threads in (["-fopenmp"], ["-fopenmp-simd"], []):
+    # it: how AdamW's work is divided among threads changes no bit. Apple's compiler has no OpenMP, and another's would
+    # meet PyTorch's in one process: there, all but AdamW runs on one thread.
+    threads = [["-fopenmp-simd"]] if sys.platform == "darwin" else [["-fopenmp"], ["-fopenmp-simd"]]
+    for more in [["-march=native", *t] for t in threads] + [["-march=native"], []]:
         try:
             with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
                 out = Path(folder, "kernels.so")
-                command = [*shlex.split(os.environ.get("CC") or "cc"), *_FLAGS, *threads, str(SOURCE), "-o", str(out),
-                           "-lm"]
+                command = [*_compiler(), *_FLAGS, *more, str(SOURCE), "-o", str(out), "-lm"]
                 subprocess.run(command, check=True, capture_output=True, timeout=60)
                 found = ctypes.CDLL(str(out))
             for name, arguments in _SIGNATURES.items():
                 getattr(found, name).argtypes, getattr(found, name).restype = arguments, None
             return found
-        except (OSError, AttributeError, ValueError, subprocess.SubprocessError) as failed:
-            error = failed
-    print(f"warning: no C compiler that works ({error}); taking PyTorch's slower way", file=sys.stderr, flush=True)
+        except FileNotFoundError:
+            return None
+        except (OSError, AttributeError, ValueError, subprocess.SubprocessError):
+            continue
     return None
+
+
+def _compiler() -> list[str]:
+    return shlex.split(os.environ.get("CC") or "cc")
+
+
+def compiler() -> str:
+    """The C compiler's name and version: another one may round other bits."""
+    try:
+        run = subprocess.run([*_compiler(), "--version"], capture_output=True, text=True, timeout=10)
+        return run.stdout.partition("\n")[0] or "unknown"
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return "unknown"
 
 
 _on = False
@@ -82,6 +96,11 @@ def switch(on: bool) -> None:
     """Should tensors on the CPU go through C from here on? Without a compiler they do not."""
     global _on
     _on = on and library() is not None
+
+
+def is_on() -> bool:
+    """Does C compute what it can?"""
+    return _on
 
 
 def suits(*tensors: Tensor) -> bool:
@@ -114,13 +133,14 @@ class RMSNorm(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, gradient: Tensor):
         x, weight, roots = ctx.saved_tensors
         gradient, threads, dim = gradient.contiguous(), torch.get_num_threads(), x.shape[-1]
-        dx, dweights = torch.empty_like(x), x.new_zeros(threads, dim)
-        _compiled().rms_norm_back(len(roots), dim, _address(x), _address(weight), _address(roots), _address(gradient),
+        wide, dx, dweights = weight.float(), torch.empty_like(x), x.new_zeros(threads, dim)
+        _compiled().rms_norm_back(len(roots), dim, _address(x), _address(wide), _address(roots), _address(gradient),
                                   _is_half(gradient), _address(dx), _address(dweights), threads)
-        return dx, dweights.sum(0), None
+        return dx, dweights.sum(0).to(weight.dtype), None
 
 
 class Rotate(torch.autograd.Function):
@@ -132,6 +152,7 @@ class Rotate(torch.autograd.Function):
         return _turn(x, table, 1.0)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, gradient: Tensor):
         return _turn(gradient, ctx.table, -1.0), None
 
@@ -157,6 +178,7 @@ class SwiGLU(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, gradient: Tensor):
         a, b = ctx.saved_tensors
         gradient = gradient.contiguous()
@@ -167,7 +189,8 @@ class SwiGLU(torch.autograd.Function):
 
 
 def times(weight: Tensor, x: Tensor) -> Tensor:
-    """weight (N, D) times one vector x (..., D), both of one type; without gradients."""
+    """weight (N, D) times one vector x (..., D), both of one type; without gradients. D is even."""
+    x = x.contiguous()
     y, wide = x.new_empty(*x.shape[:-1], len(weight)), torch.empty(x.shape[-1])
     _compiled().times(*weight.shape, _address(weight), _address(x), _is_half(x), _address(wide), _address(y),
                       torch.get_num_threads())
@@ -200,13 +223,12 @@ class Decoder:
 
     @staticmethod
     def suits(llama, caches: list) -> bool:
-        """Is all of it on the CPU, of one type, in evaluation mode and as llama.py made it (no adapters, no hooks)?"""
+        """Is all of it on the CPU, of one type, in evaluation mode and without hooks?"""
         config, layers = llama.config, list(llama.layers.modules())
         weights = [p for p in llama.layers.parameters() if p.dim() > 1]
         return (suits(*weights, caches[0].keys) and len({t.dtype for t in (*weights, caches[0].keys)}) == 1
                 and all(w.is_contiguous() for w in weights) and not llama.training
-                and all(type(m).__module__ in ("llama", "torch.nn.modules.dropout", "torch.nn.modules.container")
-                        and not m._forward_hooks and not m._forward_pre_hooks for m in layers)
+                and not any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in layers)
                 and config.head_dim % 2 == config.hidden_dim % 2 == 0)
 
     def step(self, x: Tensor, position: int, angles: Tensor) -> Tensor:

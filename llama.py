@@ -48,7 +48,7 @@ def rotary_table(head_dim: int, max_seq_len: int, theta: float, device: torch.de
 def rotate(x: Tensor, table: Tensor) -> Tensor:
     """Turn adjacent pairs of x (B, T, heads, head_dim) by the table's angles: (T, head_dim / 2), or (B, T, ...) where
     each row has positions of its own. Keeps x's type."""
-    if kernels.suits(x) and table.dim() == 2:
+    if kernels.suits(x) and table.shape == (x.shape[1], x.shape[-1] // 2):
         return kernels.Rotate.apply(x, table)
     pairs = torch.view_as_complex(x.float().reshape(*x.shape[:-1], -1, 2))
     return torch.view_as_real(pairs * table[..., None, :]).flatten(-2).type_as(x)
@@ -75,7 +75,7 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         if x.numel() == self.in_features and torch.is_inference_mode_enabled() and x.dtype == self.weight.dtype and (
-                self.in_features % 2 == 0 and kernels.suits(x)):
+                self.in_features % 2 == 0 and kernels.suits(x, self.weight) and self.weight.is_contiguous()):
             return kernels.times(self.weight, x)
         return F.linear(x, self.weight)
 
@@ -147,7 +147,8 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.w1(x), self.w3(x)
-        inner = kernels.SwiGLU.apply(gate, up) if kernels.suits(gate, up) else F.silu(gate) * up
+        suits = kernels.suits(gate, up) and gate.dtype == up.dtype
+        inner = kernels.SwiGLU.apply(gate, up) if suits else F.silu(gate) * up
         return self.dropout(self.w2(inner))
 
 
@@ -199,14 +200,16 @@ class Llama(nn.Module):
         """tokens (B, T) int64, padded on the right, to hidden states (B, T, D) after the last norm.
 
         `lengths` (B,), the number of real tokens, matters to bidirectional attention only (None: all are real).
-        With `caches`, the tokens stand at positions start, start + 1, ... With `at` (B,), only the states at these
-        positions are wanted, (B, 1, D): the last layer computes keys and values for all tokens and the rest, nine
-        tenths of its work, for those alone. Raises ValueError beyond max_seq_len.
+        With `caches`, the tokens stand at positions start, start + 1, ... (where start > 0, one token alone). With
+        `at` (B,), only the states at these positions are wanted, (B, 1, D): the last layer computes keys and values
+        for all tokens and the rest, nine tenths of its work, for those alone. Raises ValueError beyond max_seq_len.
         """
         end = start + tokens.shape[1]
         if end > self.config.max_seq_len:
             raise ValueError(f"{end} tokens do not fit into the model's context of {self.config.max_seq_len}; "
                              "cut them with --max_sentence_len")
+        if start and tokens.shape[1] > 1:
+            raise ValueError("behind the first window of a cache there is one token at a time")
         table = self.angles(end, tokens.device)
         mask = None
         if lengths is not None and self.config.attention == "bidirectional":
@@ -215,13 +218,14 @@ class Llama(nn.Module):
         for i, layer in enumerate(self.layers):
             only = at if i + 1 == len(self.layers) else None
             if only is not None and self.config.attention == "causal":
-                mask = (torch.arange(end, device=tokens.device) <= only[:, None])[:, None, None, :]
+                mask = (torch.arange(end, device=tokens.device) <= start + only[:, None])[:, None, None, :]
             arguments = (x, table[start:end], mask, caches[i] if caches else None, start, only)
             if self.grad_checkpoint and self.training:
                 x = checkpoint(layer, *arguments, use_reentrant=False)
             else:
                 x = layer(*arguments)
-        return self.norm(x)
+        with torch.autocast(tokens.device.type, enabled=False):  # no product follows that wants fewer bits
+            return self.norm(x)
 
     def angles(self, end: int, device: torch.device) -> Tensor:
         """The rotary table of `end` positions or more: of the next 1,024, and not of the whole context, which may be a
@@ -253,7 +257,9 @@ class Llama(nn.Module):
                 length = min(context, window.shape[1] + max_new_tokens)
                 precision = self.layers[0].attention.wk(self.tok_embeddings(idx[:, :0])).dtype  # autocast's, if on
                 caches = [KVCache(len(idx), length, self.config, precision, idx.device) for _ in self.layers]
-                suits = len(idx) == 1 and kernels.Decoder.suits(self, caches)
+                plain = {LlamaLayer, Attention, FeedForward, RMSNorm, Linear, nn.Dropout, nn.ModuleList}
+                suits = len(idx) == 1 and idx.shape[1] < context and kernels.Decoder.suits(self, caches) and (
+                    {type(module) for module in self.layers.modules()} <= plain)  # no adapters
                 decoder = kernels.Decoder(self, caches) if suits else None
                 seen = 0
             else:

@@ -463,6 +463,8 @@ class AdamW(torch.optim.Optimizer):
                 state["active"] = ((state["exp_avg"] != 0) | (state["exp_avg_sq"] != 0)).any(1)
             state["active"] = state["active"].bool()  # PyTorch loads every tensor of a state in the parameter's type
             state["active"][g._indices()[0]] = True
+        if not g.is_sparse:
+            state.pop("active", None)  # a dense step moves rows that this does not know of
         return _Moments(p, g, state["exp_avg"], state["exp_avg_sq"], step_size, state.get("active"))
 
 

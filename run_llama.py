@@ -285,6 +285,10 @@ def start(config: RunConfig, inputs, folder: Path | None, device):
                 "hidden_dropout_prob": config.hidden_dropout_prob, "max_sentence_len": config.max_sentence_len}
     model = LlamaEmbeddingClassifier(SimpleNamespace(**settings), llama).to(device.where)
     use_kernels(config, model, device)
+    if config.kernels == "auto" and device.where.type == "cpu" and is_large(
+            sum(p.numel() for p in model.parameters())) and not kernels.is_on():
+        trainer.warn("no C compiler that works (cc, or $CC): norms, positions, SwiGLU and AdamW run in PyTorch, which "
+                     "is slower; --kernels off is silent")
     # AdamW without decay is the same for a gradient that has only the batch's words in it, and has far less to read.
     llama.tok_embeddings.sparse = (kernels.suits(llama.tok_embeddings.weight) and config.optimizer == "adamw"
                                    and not config.weight_decay)

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+import kernels
 from checkpoint import disk_full, has_states, join_tensors, load_state, save_state, split_tensors, write_json
 from config import RunConfig
 from dataset import Split, length_order, make_batch
@@ -242,7 +243,8 @@ def describe(config: RunConfig, device: Device, files: dict[str, Any]) -> dict[s
         pass  # no git, no commit
     return {
         "options": options, "given": sorted(config.given), "files": files, "device": str(device), "git_commit": commit,
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages},
+                     "kernels": kernels.compiler() if kernels.is_on() else "off"},
         "platform": platform.platform(),
     }
 
@@ -442,6 +444,7 @@ class Loop:
         self.parameters = [p for p in task.model.parameters() if p.requires_grad]
         self.progress = Progress(micro_batch=config.batch_size)
         self.lengths = task.train.lengths
+        self.pass_tokens = PASS_TOKENS
         self.base_lrs = [group["lr"] for group in optimizer.param_groups]
         self.ema = [p.detach().clone() for p in self.parameters] if config.ema else []
         self.started = time.perf_counter()
@@ -564,24 +567,27 @@ class Loop:
             except (RuntimeError, MemoryError) as error:
                 if self.config.detect_anomaly and "returned nan" in str(error):
                     raise ValueError(f"--detect_anomaly: {error}") from None
-                if not is_out_of_memory(error) or self.progress.micro_batch == 1:
+                if not is_out_of_memory(error) or self.rows_a_pass(rows) == 1:
                     raise
             # Outside the handler: the error holds the tensors of the pass that failed.
             self.optimizer.zero_grad(set_to_none=True)
             if self.device.where.type == "cuda":
                 torch.cuda.empty_cache()
             self.set_random_state(random)
-            self.progress.micro_batch = -(-self.progress.micro_batch // 2)
+            self.progress.micro_batch = -(-self.rows_a_pass(rows) // 2)
             self.event("out_of_memory", f"the micro-batch is {self.progress.micro_batch} from here on; the effective "
                                         f"batch stays {len(rows)}")
 
     def passes(self, rows: np.ndarray) -> int:
         """Into how many forward passes a window goes. A CPU is as fast at a thousand tokens as at more, and has the
         activations of those alone in memory; a GPU wants large ones."""
+        return -(-len(rows) // self.rows_a_pass(rows))
+
+    def rows_a_pass(self, rows: np.ndarray) -> int:
         most = self.progress.micro_batch
         if self.device.where.type == "cpu":
-            most = min(most, max(1, PASS_TOKENS // int(self.lengths[rows].max())))
-        return -(-len(rows) // most)
+            most = min(most, max(1, self.pass_tokens // int(self.lengths[rows].max())))
+        return min(most, len(rows))
 
     def ratios(self, before: list[Tensor]) -> dict[str, float]:
         """|update| / |weight| of each layer group over one step; about 1e-3 is healthy (Karpathy's rule of thumb)."""
@@ -811,7 +817,7 @@ def check_gradients(loop: Loop) -> float:
     device, micro_batch, gradients = loop.device, loop.progress.micro_batch, []
     with untouched(task.model, loop.optimizer):
         task.model.eval()
-        loop.device = replace(device, dtype=torch.float32)
+        loop.device, loop.pass_tokens = replace(device, dtype=torch.float32), sys.maxsize
         try:
             for micro in (n, max(1, n // 4), max(1, n // 2 - 1)):  # whole, even, and with a short last one
                 loop.progress.micro_batch = micro
@@ -819,7 +825,7 @@ def check_gradients(loop: Loop) -> float:
                 loop.accumulate(rows)
                 gradients.append([p.grad.to_dense().clone() for p in loop.parameters if p.grad is not None])
         finally:
-            loop.device, loop.progress.micro_batch = device, micro_batch
+            loop.device, loop.progress.micro_batch, loop.pass_tokens = device, micro_batch, PASS_TOKENS
     largest = max(float(g.abs().max()) for g in gradients[0])
     difference = max(float((a - b).abs().max()) for other in gradients[1:]
                      for a, b in zip(gradients[0], other, strict=True)) / largest
@@ -875,6 +881,8 @@ def find_micro_batch(loop: Loop) -> int:
     """
     task, longest = loop.task, np.argsort(-loop.lengths, kind="stable")
     most, best, grown = max(len(rows) for rows in loop.task.order(0)), 1, 0
+    if loop.device.where.type == "cpu":  # more tokens are never in one pass there
+        most = min(most, max(1, loop.pass_tokens // int(loop.lengths.max())))
     size = 1
     with untouched(task.model, loop.optimizer):
         task.model.train()

@@ -9,8 +9,10 @@ sentences, tokens, precision, batch and threads. The speed is that of the first 
 training split, in real tokens a second from the end of the first step to the end of the last (our batches have
 sentences of one length, and a few of them say little about sentences a second), over the mean length of a sentence.
 The memory is the whole process's at its largest, training on the longest sentences. With --classic: an epoch with its
-evaluations of stories42M's shape, ours against benchmarks/classic.py, on a part of the data. Each measurement is a
-process of its own, one after the other, in turn. Writes benchmarks/results/train-<device>.json and
+evaluations of stories42M's shape, ours over all the data (its batches have sentences of one length only where there
+are many to choose from), and benchmarks/classic.py on --sentences of them, its time taken so many times as there are
+more; with `--train_eval full` ours also scans the training set. Each measurement is a process of its own, one after
+the other, in turn. Writes benchmarks/results/train-<device>.json and
 classic-<device>.json. Needs requirements-dev.txt.
 """
 
@@ -43,7 +45,8 @@ def sentences(n: int | None) -> dict[str, list[str]]:
 def prepare(folder: Path, n: int | None, classic: bool, batch_size: int) -> None:
     """The files that both sides read: the sentences, two batches of the longest ones, and for --classic random weights
     of stories42M's shape."""
-    found = sentences(n)
+    found = sentences(None)
+    found |= {"part": sentences(n)["train"], "part-dev": sentences(n)["dev"]}
     found["longest"] = sorted(found["train"], key=lambda line: -len(line.split()))[: 2 * batch_size]
     for split, lines in found.items():
         (folder / f"{split}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -104,9 +107,12 @@ def ours(options: argparse.Namespace, folder: Path, train: str) -> dict:
                    "--batch_size", str(options.batch_size), "--dtype", options.dtype, "--device", options.device,
                    "--output_dir", str(out)]
         if options.classic:
-            run(command)
+            run(command + options.ours)
             epoch = json.loads((out / "epochs.jsonl").read_text(encoding="utf-8").splitlines()[0])
-            return {"seconds": epoch["seconds"]}
+            steps = (out / "steps.jsonl").read_text(encoding="utf-8").splitlines()
+            trained = json.loads(steps[-1])["seconds"]
+            return {"train_seconds": trained, "evaluation_seconds": epoch["seconds"] - trained,
+                    "seconds": epoch["seconds"]}
         command += ["--n_layers", str(options.n_layers), *options.ours]
         wanted = 2 if train == "longest" else options.steps
         _, _, peak = run(command, lambda: lines_of(out / "steps.jsonl") >= wanted)
@@ -125,7 +131,7 @@ def worker(name: str, options: argparse.Namespace) -> None:
 
     folder = Path(options.folder)
     examples = {}
-    for split in (options.split, "dev"):
+    for split in ("train", "dev", "part", "part-dev", "longest"):
         lines = (folder / f"{split}.txt").read_text(encoding="utf-8").splitlines()
         examples[split] = [(int(label), text) for label, _, text in (line.partition(" ||| ") for line in lines)]
     from tokenizer import Tokenizer
@@ -134,7 +140,9 @@ def worker(name: str, options: argparse.Namespace) -> None:
         from benchmarks import classic
 
         tokenizer = Tokenizer(tokenizer_model=folder / "tokenizer.model")
-        print(json.dumps(classic.epoch(examples[options.split], examples["dev"], tokenizer, options.batch_size, 5)))
+        part = classic.epoch(examples["part"], examples["part-dev"], tokenizer, options.batch_size, 5)
+        times = len(examples["train"]) / len(examples["part"])
+        print(json.dumps({name: seconds * times for name, seconds in part.items()}))
         return
     from transformers import LlamaConfig, LlamaForSequenceClassification
 
@@ -244,6 +252,8 @@ def measure(options: argparse.Namespace) -> None:
         prepare(folder, options.sentences, options.classic, options.batch_size)
         if not options.classic:
             memory = {name: one_of(name, "longest")["peak_bytes"] for name in names}
+            if options.device == "cuda":
+                memory["ours"] = 0  # of the process, where theirs is of the GPU: not to be compared
             print("peak memory:", ", ".join(f"{name} {b / 2**30:.2f} GiB" for name, b in memory.items()), flush=True)
         ends = [limits(device.dtype, options.device)]
         for turn in range(options.rounds):

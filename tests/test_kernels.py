@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 import kernels
 from classifier import LlamaEmbeddingClassifier, classification_loss
-from llama import Linear, RMSNorm, rotary_table, rotate
+from llama import KVCache, Linear, RMSNorm, rotary_table, rotate
 
 pytestmark = pytest.mark.skipif(kernels.library() is None, reason="no C compiler here")
 
@@ -91,10 +91,11 @@ def test_swiglu_is_pytorchs(size, dtype, scale, threads):
 
 
 def test_values_at_the_edge():
-    """Infinite and very large gates give what PyTorch gives; a NaN stays one, in bfloat16 too."""
-    a = torch.tensor([-torch.inf, -200.0, -88.5, -0.0, 88.5, 200.0, torch.inf, torch.nan])
-    ours, judge = kernels.SwiGLU.apply(a, torch.ones(8)), F.silu(a)
-    torch.testing.assert_close(ours[1:], judge[1:], equal_nan=True, rtol=1e-5, atol=1e-30)
+    """Very large gates give what PyTorch gives; what is not finite stays so, a NaN in bfloat16 too."""
+    a = torch.tensor([-200.0, -88.5, -0.0, 88.5, 200.0, torch.inf, torch.nan])
+    ours, judge = kernels.SwiGLU.apply(a, torch.ones(7)), F.silu(a)
+    torch.testing.assert_close(ours, judge, equal_nan=True, rtol=1e-5, atol=1e-30)
+    assert not kernels.SwiGLU.apply(torch.tensor([-torch.inf]), torch.ones(1)).isfinite().any()
     x = torch.tensor([[1.0, torch.nan], [3e38, 1.0], [0.0, 0.0]])
     with torch.autocast("cpu", torch.bfloat16):
         out = kernels.RMSNorm.apply(x, torch.ones(2), 1e-6)
@@ -162,23 +163,98 @@ def test_in_bfloat16_it_is_as_near_to_float32_as_the_plain_model(more):
     assert error < 1.2 * plain_error
 
 
-def test_generation_with_c_is_the_plain_one():
-    model = tiny.llama(n_layers=3)
-    ours = model.generate(tiny.tokens(1, 5), 40, 0.0)
+def greedy(model, n: int, steps: list) -> torch.Tensor:
+    """n greedy tokens after five; `steps` grows by each that the decoder took."""
+    real = kernels.Decoder.step
+    kernels.Decoder.step = lambda self, *arguments: steps.append(1) or real(self, *arguments)
+    try:
+        return model.generate(tiny.tokens(1, 5), n, 0.0)
+    finally:
+        kernels.Decoder.step = real
+
+
+SHAPES = [{}, {"n_kv_heads": 4}, {"n_kv_heads": 1}, {"hidden_dim": 16}, {"n_heads": 16, "n_kv_heads": 8},
+          {"max_seq_len": 7}, {"tie_embeddings": True}]
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_generation_with_c_is_the_plain_one(shape, threads):
+    model = tiny.llama(n_layers=3, **shape)
     kernels.switch(False)
-    assert torch.equal(ours, model.generate(tiny.tokens(1, 5), 40, 0.0))
+    plain = greedy(model, 40, [])
+    kernels.switch(True)
+    steps = []
+    torch.set_num_threads(threads)
+    try:
+        assert torch.equal(greedy(model, 40, steps), plain)
+    finally:
+        torch.set_num_threads(1)
+    assert len(steps) == (2 if shape == {"max_seq_len": 7} else 39)  # beyond the context every position changes
 
 
-def test_bfloat16_weights_generate_too():
-    """The logits of a step by the C and by PyTorch's bfloat16, near each other."""
-    model = tiny.llama(n_layers=2).bfloat16()
-    found = []
-    for on in (True, False):
-        kernels.switch(on)
-        with torch.inference_mode():
-            found.append(model(tiny.tokens(1, 1))[0].float())
-    torch.testing.assert_close(*found, rtol=0.05, atol=0.05 * float(found[1].abs().max()))
-    assert model.generate(tiny.tokens(1, 5), 40, 0.0).shape == (1, 45)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_a_decoding_step_is_as_near_to_float64_as_the_plain_one(dtype, threads):
+    """The states of eight tokens, one after the other."""
+    exact = tiny.llama(n_layers=3).double()
+    model = tiny.llama(n_layers=3).to(dtype)
+    tokens, found = tiny.tokens(1, 8), {}
+    table = model.angles(8, torch.device("cpu"))
+    torch.set_num_threads(threads)
+    with torch.inference_mode():
+        judge = exact.hidden(tokens)
+        for on in (True, False):
+            kernels.switch(on)
+            caches = [KVCache(1, 8, model.config, dtype, torch.device("cpu")) for _ in model.layers]
+            decoder = kernels.Decoder(model, caches) if on else None
+            states = []
+            for i in range(8):
+                if on:
+                    assert kernels.Decoder.suits(model, caches)
+                    states.append(model.norm(decoder.step(model.tok_embeddings(tokens[:, i : i + 1]), i, table[i])))
+                else:
+                    states.append(model.hidden(tokens[:, i : i + 1], caches=caches, start=i))
+            found[on] = float((torch.cat(states, 1).double() - judge).norm() / judge.norm())
+    torch.set_num_threads(1)
+    assert found[True] < (1e-5 if dtype == torch.float32 else 1.2 * found[False])
+
+
+def test_a_model_with_an_adapter_or_a_hook_is_not_decoded_in_c():
+    class Adapted(Linear):
+        def forward(self, x):
+            return super().forward(x) * 2
+
+    model = tiny.llama(n_layers=2)
+    model.layers[0].attention.wq.__class__ = Adapted
+    steps = []
+    ours = greedy(model, 10, steps)
+    kernels.switch(False)
+    assert not steps and torch.equal(ours, greedy(model, 10, []))
+    kernels.switch(True)
+    hooked = tiny.llama(n_layers=2)
+    hooked.layers[1].feed_forward.w2.register_forward_hook(lambda *_: None)
+    greedy(hooked, 5, steps)
+    assert not steps
+
+
+def test_what_c_does_not_fit_goes_the_plain_way():
+    """Gates of two types, vectors with holes, tables that are too short, frozen weights of another type."""
+    feed_forward, x = tiny.llama(n_layers=1).layers[0].feed_forward, torch.randn(2, 3, tiny.DIM)
+    feed_forward.w1.forward = lambda x: F.linear(x, feed_forward.w1.weight).bfloat16()
+    ours = feed_forward(x)
+    kernels.switch(False)
+    torch.testing.assert_close(ours, feed_forward(x))
+    kernels.switch(True)
+    linear, wide = Linear(16, 4), torch.randn(16, 2)
+    with torch.inference_mode():
+        torch.testing.assert_close(linear(wide[:, 0]), linear.weight @ wide[:, 0])
+    query = torch.randn(1, 5, 2, 8)
+    with pytest.raises(RuntimeError):
+        rotate(query, rotary_table(8, 64, 10000.0, torch.device("cpu"))[:3])
+    weight = (torch.rand(6) + 0.5).bfloat16()
+    ours = gradients(lambda a, w: kernels.RMSNorm.apply(a, w, 1e-6), torch.randn(4, 6), weight)
+    assert ours[1].isfinite().all() and ours[1].abs().max() < 100 and ours[2].dtype == torch.bfloat16
 
 
 def test_norm_weights_in_other_types_are_read_right():

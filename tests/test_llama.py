@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llama import RMSNorm, apply_rotary_emb, load_pretrained, rotary_table
+from llama import KVCache, RMSNorm, apply_rotary_emb, load_pretrained, rotary_table
 
 
 def max_difference(a, b):
@@ -198,3 +198,16 @@ def test_one_position_a_row_is_that_of_the_whole_sentences(attention, grad_check
         found.append([out.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
     for ours, judge in zip(*found, strict=True):
         torch.testing.assert_close(ours, judge, rtol=1e-4, atol=1e-4 * float(judge.abs().max()))
+
+
+def test_one_position_of_a_cached_token_is_that_of_the_whole_sentence():
+    """And after the first window there is one token at a time, or an error."""
+    model = tiny.llama(n_layers=2)
+    tokens = tiny.tokens(2, 8)
+    caches = [KVCache(2, 8, model.config, torch.float32, torch.device("cpu")) for _ in model.layers]
+    with torch.no_grad():
+        model.hidden(tokens[:, :7], caches=caches)
+        ours = model.hidden(tokens[:, 7:], caches=caches, start=7, at=torch.tensor([0, 0]))
+        torch.testing.assert_close(ours[:, 0], model.hidden(tokens)[:, 7])
+        with pytest.raises(ValueError, match="one token at a time"):
+            model.hidden(tokens[:, 5:], caches=caches, start=5)

@@ -156,6 +156,7 @@ def test_with_c_too(inputs, tmp_path, monkeypatch):
     assert len(active) == 1 and 0 < active[0].sum() < len(active[0])
 
 
+@posix
 def test_early_stopping_and_a_regular_save_go_on_counting(inputs, straight, tmp_path, monkeypatch):
     options = ["--batch_size", "16", "--epochs", "9", "--lr", "1e-6", "--patience", "2", "--save_every", "4",
                "--scheduler", "cosine", "--warmup_steps", "5"]
