@@ -118,6 +118,15 @@ def test_one_vector_times_a_matrix(rows, dim, dtype, threads):
     assert ours.shape == (1, 1, rows) and ours.dtype == dtype
 
 
+def test_bfloat16_is_rounded_to_the_nearest_and_of_two_to_the_even_one():
+    linear, step = Linear(2, 1).bfloat16(), 2.0**-8  # half of bfloat16's distance behind 1
+    with torch.inference_mode():
+        linear.weight.fill_(1.0)
+        found = [float(linear(torch.tensor([[[a, b]]]).bfloat16())) for a, b in (
+            (1.0, step), (1 + 2 * step, step), (1.0, step * 1.125), (-1.0, -step))]
+    assert found == [1.0, 1 + 4 * step, 1 + 2 * step, -1.0]
+
+
 # --------------------------------------------------------------------------- whole models
 
 

@@ -149,6 +149,16 @@ def test_a_pass_on_a_cpu_has_so_many_tokens_at_most(parts, tmp_path, monkeypatch
     assert loop.passes(rows) == 1
 
 
+def test_check_gradients_compares_the_whole_batch_with_its_parts(parts, tmp_path, monkeypatch):
+    """On a CPU too, where a pass has so many tokens at most."""
+    monkeypatch.setattr(trainer, "PASS_TOKENS", 1)
+    loop, sizes = make_loop(parts, tmp_path, "--batch_size", "12"), []
+    loop.task = replace(loop.task, losses=lambda b, real=loop.task.losses: sizes.append(len(b["labels"])) or real(b))
+    trainer.check_gradients(loop)
+    n = len(loop.task.order(0)[0])
+    assert sizes[0] == n and sum(sizes) == 3 * n and len(sizes) > 3 and loop.passes(np.arange(5)) == 5
+
+
 def test_out_of_memory_halves_the_micro_batch_and_changes_nothing_else(parts, tmp_path, capsys):
     model, _, _ = parts
     initial = copy.deepcopy(model.state_dict())
