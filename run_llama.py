@@ -287,8 +287,8 @@ def start(config: RunConfig, inputs, folder: Path | None, device):
     use_kernels(config, model, device)
     if config.kernels == "auto" and device.where.type == "cpu" and is_large(
             sum(p.numel() for p in model.parameters())) and not kernels.is_on():
-        trainer.warn("no C compiler that works (cc, or $CC): norms, positions, SwiGLU and AdamW run in PyTorch, which "
-                     "is slower; --kernels off is silent")
+        trainer.warn(f"the C compiler `{os.environ.get('CC') or 'cc'}` does not work here: norms, positions, SwiGLU "
+                     "and AdamW run in PyTorch, which is slower ($CC names another; --kernels off stops this warning)")
     # AdamW without decay is the same for a gradient that has only the batch's words in it, and has far less to read.
     llama.tok_embeddings.sparse = (kernels.suits(llama.tok_embeddings.weight) and config.optimizer == "adamw"
                                    and not config.weight_decay)

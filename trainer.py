@@ -89,7 +89,7 @@ def choose_device(config: RunConfig) -> Device:
     fast = is_fast_at_bfloat16(where)
     if config.dtype == "auto":
         return Device(where, torch.bfloat16 if fast else torch.float32)
-    if config.dtype == "bfloat16" and not fast:
+    if config.dtype == "bfloat16" and not fast and config.option != "generate":  # which multiplies vectors, in C
         warn(f"--dtype bfloat16: {where} only emulates it, which can be a hundred times slower than float32")
     return Device(where, getattr(torch, config.dtype))
 
@@ -244,7 +244,7 @@ def describe(config: RunConfig, device: Device, files: dict[str, Any]) -> dict[s
     return {
         "options": options, "given": sorted(config.given), "files": files, "device": str(device), "git_commit": commit,
         "versions": {"python": platform.python_version(), **{name: version(name) for name in packages},
-                     "kernels": kernels.compiler() if kernels.is_on() else "off"},
+                     "c_compiler": kernels.compiler() if kernels.is_on() else "not used"},
         "platform": platform.platform(),
     }
 

@@ -14,6 +14,14 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 
 
+def need(*paths: str) -> None:
+    """End with what to do where a file that is measured with is not there."""
+    for path in paths:
+        if not (ROOT / path).is_file():
+            raise SystemExit(f"{path} is not here; `python data/prepare.py movies smollm2-135m` fetches the data and "
+                             "the model, stories42M the tokenizer of --classic")
+
+
 def machine(device: str = "cpu") -> dict[str, Any]:
     """What the numbers were measured on."""
     cpu = platform.processor()

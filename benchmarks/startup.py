@@ -60,8 +60,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
+    from benchmarks.measure import machine, need, write
+
     name = "sst" if (ROOT / "data" / "sst-train.txt").is_file() else "movies"
     files = [ROOT / "data" / f"{name}-{split}.txt" for split in ("train", "dev")]
+    need("models/smollm2-135m.gguf", *(str(file.relative_to(ROOT)) for file in files))
     python = sys.executable
     ways = {"--help": lambda: whole([python, "run_llama.py", "--help"]),
             "import torch": lambda: whole([python, "-c", "import torch"]),
@@ -75,8 +78,6 @@ def main() -> None:
                 times[way].append(spent)
     for way, found in times.items():
         print(f"{way:25} {median(found):6.2f} s ({min(found):.2f} to {max(found):.2f})")
-
-    from benchmarks.measure import machine, write
 
     write("startup-cpu", {"machine": machine(), "seconds": times,
                           "medians": {way: median(found) for way, found in times.items()}})

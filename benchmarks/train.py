@@ -228,10 +228,12 @@ def transformers_trainer(model, rows, pad: int, dtype, options, seen: list) -> N
 
 
 def measure(options: argparse.Namespace) -> None:
-    from benchmarks.measure import limits, machine, ratio, write
+    from benchmarks.measure import limits, machine, need, ratio, write
     from config import RunConfig
     from trainer import choose_device
 
+    need("models/smollm2-135m.gguf", *(["models/tokenizer.model"] if options.classic else []),
+         *([] if (ROOT / "data" / "sst-train.txt").is_file() else ["data/movies-train.txt", "data/movies-dev.txt"]))
     device = choose_device(RunConfig(device=options.device, dtype=options.dtype))
     options.dtype = str(device.dtype).removeprefix("torch.")
     names = ["ours", "classic"] if options.classic else ["ours", "loop", "trainer"]
