@@ -115,12 +115,15 @@ def load_splits(config: RunConfig, files, n_labels: int | None, labels_file, tok
     return splits
 
 
-def use_kernels(config: RunConfig, model, device) -> None:
-    """C on a CPU, for models that are worth the second of compiling; the same choice in every option."""
+def use_kernels(config: RunConfig, model, device) -> bool:
+    """C on a CPU, for models that are worth the second of compiling; the same choice in every option. Returns whether
+    it is as wanted: without a compiler it is not."""
     import kernels
 
-    kernels.switch(config.kernels == "auto" and device.where.type == "cpu" and is_large(
-        sum(p.numel() for p in model.parameters())))
+    wanted = config.kernels == "auto" and device.where.type == "cpu" and is_large(
+        sum(p.numel() for p in model.parameters()))
+    kernels.switch(wanted)
+    return kernels.is_on() == wanted
 
 
 def is_large(n_parameters: int) -> bool:
@@ -284,9 +287,7 @@ def start(config: RunConfig, inputs, folder: Path | None, device):
     settings = {"num_labels": len(names), "label_names": names, "pooling": config.pooling, "loss": config.loss,
                 "hidden_dropout_prob": config.hidden_dropout_prob, "max_sentence_len": config.max_sentence_len}
     model = LlamaEmbeddingClassifier(SimpleNamespace(**settings), llama).to(device.where)
-    use_kernels(config, model, device)
-    if config.kernels == "auto" and device.where.type == "cpu" and is_large(
-            sum(p.numel() for p in model.parameters())) and not kernels.is_on():
+    if not use_kernels(config, model, device):
         trainer.warn(f"the C compiler `{os.environ.get('CC') or 'cc'}` does not work here: norms, positions, SwiGLU "
                      "and AdamW run in PyTorch, which is slower ($CC names another; --kernels off stops this warning)")
     # AdamW without decay is the same for a gradient that has only the batch's words in it, and has far less to read.

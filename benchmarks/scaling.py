@@ -11,18 +11,18 @@ benchmarks/results/scaling-<device>.json.
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 from statistics import median
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path = [str(ROOT), *(p for p in sys.path if Path(p or ".").resolve() != Path(__file__).resolve().parent)]
-from types import SimpleNamespace  # noqa: E402
-
 import kernels  # noqa: E402
 from benchmarks.measure import machine, seconds, write  # noqa: E402
 from classifier import LlamaEmbeddingClassifier, classification_loss  # noqa: E402
@@ -79,8 +79,6 @@ def growth(what: str, options: argparse.Namespace, dtype: torch.dtype) -> dict:
 
 def side_by_side(options: argparse.Namespace) -> dict:
     """Samples/s of 1, 2, ... processes at once, up to the processor's number."""
-    import os
-
     rates = {}
     for count in [n for n in (1, 2, 4, 8) if n <= (os.cpu_count() or 1)]:
         command = [sys.executable, __file__, "--worker", "--dtype", options.dtype]
