@@ -101,13 +101,13 @@ class LlamaEmbeddingClassifier(nn.Module):
         return out if self.is_ordinal else F.log_softmax(out, dim=-1)
 
 
-def classification_loss(model: nn.Module, batch: dict[str, Tensor], label_smoothing: float = 0.0, r_drop: float = 0.0,
-                        class_weights: Tensor | None = None) -> Tensor:
+def classification_loss(model: nn.Module, batch: dict[str, Tensor], label_smoothing: float = 0.0,
+                        r_drop: float = 0.0) -> Tensor:
     """Each sentence's loss (B,): the cross-entropy of log-probabilities, with what was asked for on top.
 
     label_smoothing e: (1 - e) of the target on the label, e spread over all classes (Szegedy et al. 2016, section 7).
     r_drop a: the mean of two passes with different dropout, plus a times half their symmetric Kullback-Leibler
-    divergence (Liang et al. 2021, arXiv 2106.14448, eq. 4). class_weights (C,): each loss times its label's weight.
+    divergence (Liang et al. 2021, arXiv 2106.14448, eq. 4).
     """
     passes = [model(batch["tokens"], batch["lengths"]) for _ in range(2 if r_drop else 1)]
     losses = torch.stack([_cross_entropy(p, batch["labels"], label_smoothing) for p in passes]).mean(0)
@@ -115,7 +115,7 @@ def classification_loss(model: nn.Module, batch: dict[str, Tensor], label_smooth
         p, q = passes
         divergence = ((p.exp() - q.exp()) * (p - q)).sum(1)  # KL(p || q) + KL(q || p)
         losses = losses + r_drop * divergence / 2
-    return losses if class_weights is None else losses * class_weights[batch["labels"]]
+    return losses
 
 
 def _cross_entropy(log_probs: Tensor, labels: Tensor, smoothing: float) -> Tensor:

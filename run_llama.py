@@ -307,7 +307,7 @@ def start(config: RunConfig, inputs, folder: Path | None, device):
                                        int(tokenizer.add_bos))
     weights = None
     if config.class_weights:
-        weights = torch.tensor(dataset.class_weights(train.labels), dtype=torch.float32, device=device.where)
+        weights = torch.tensor(dataset.class_weights(train.labels), dtype=torch.float32)
     balance = train.labels if config.sampler else None
     lengths, effective = train.lengths, config.batch_size * config.grad_accum
 
@@ -318,14 +318,19 @@ def start(config: RunConfig, inputs, folder: Path | None, device):
                   **{f"dev_{k}": v for k, v in trainer.score(outputs, dev.labels, is_ordinal(config)).items()}}
         predicted = outputs.argmax(1)
         if len(dev) > 1 and bool((predicted == predicted[0]).all()):
-            scores["collapsed"] = int(predicted[0])
+            scores["one_class"] = int(predicted[0])
         return scores
 
+    def make_batch(rows: np.ndarray, epoch: int) -> dict[str, torch.Tensor]:
+        batch = dataset.make_batch(train, rows, tokenizer.pad_id, augment, (config.seed, epoch))
+        if weights is not None:
+            batch["weights"] = weights[batch["labels"]]
+        return batch
+
     task = trainer.Task(
-        model, train, n_classes=len(names), evaluate=evaluate,
+        model, train, class_names=names, n_dev=len(dev), evaluate=evaluate, make_batch=make_batch,
         order=lru_cache(maxsize=2)(lambda epoch: dataset.epoch_order(lengths, effective, config.seed, epoch, balance)),
-        make_batch=lambda rows, epoch: dataset.make_batch(train, rows, tokenizer.pad_id, augment, (config.seed, epoch)),
-        losses=lambda batch: classification_loss(model, batch, config.label_smoothing, config.r_drop, weights),
+        losses=lambda batch: classification_loss(model, batch, config.label_smoothing, config.r_drop),
         save_best=lambda: checkpoint.save_classifier(folder / "best", model, tokenizer, settings) if folder else None,
     )
     scale = lr_scale(config.lr_scaling, effective, config.base_batch_size) if config.lr_scaling else 1.0
@@ -409,7 +414,7 @@ def train_one(config: RunConfig, inputs, device) -> tuple[int, dict]:
     import dataset
     import trainer
 
-    begin = time.perf_counter()
+    begin, before_resume = time.perf_counter(), 0.0
     folder = Path(config.resume) if config.resume else trainer.open_run(config)
     with trainer.lock(folder):
         run = start(config, inputs, folder, device)
@@ -422,6 +427,7 @@ def train_one(config: RunConfig, inputs, device) -> tuple[int, dict]:
             if (before["device"], before["versions"]) != (now["device"], now["versions"]):
                 trainer.warn("the device or the versions are others than when the run began (see its args.json); its "
                              "last bits may come out otherwise")
+            before_resume = loop.progress.seconds
             notice(f"resuming {folder} at step {loop.progress.step}")
         else:
             used = {n: getattr(inputs.files, n) for n in ("train", "dev", "test", "label_names")}
@@ -439,13 +445,15 @@ def train_one(config: RunConfig, inputs, device) -> tuple[int, dict]:
         if loop.saved is None:  # a resumed run has had them, and its micro-batch stays
             checks_before(config, loop)
         best = loop.run()
-        train_seconds = time.perf_counter() - begin
 
         checkpoint.load_classifier_state(folder / "best", run.model)  # the best weights are what is evaluated
         held_out = {name: split for name, split in inputs.splits.items() if name != "train"}
         with trainer.stoppable(folder):
             outputs = {n: trainer.predict(run.model, s, inputs.tokenizer.pad_id, device, n)
                        for n, s in held_out.items()}
+        diagnosis = diagnose_run(loop, folder, outputs["dev"], inputs)
+        for line in diagnosis:
+            print(f"diagnosis :: {line}", flush=True)
         found = print_baselines(inputs.splits["train"], inputs.splits)
         default_out = {name: folder / f"{name}-predictions.txt" for name in outputs}
         scores = report_splits(config, inputs.splits, outputs, default_out, inputs.names)
@@ -453,12 +461,27 @@ def train_one(config: RunConfig, inputs, device) -> tuple[int, dict]:
         result = {
             "best_epoch": best["epoch"], **scores, "baselines": found, "label_names": inputs.names,
             "stopped": progress.stopped or "finished", "steps": progress.step, "skipped_steps": progress.skipped,
-            "loss_spikes": progress.spikes, "rollbacks": progress.rollbacks,
-            "train_seconds": round(train_seconds, 2), "seconds": round(time.perf_counter() - begin, 2),
+            "loss_spikes": progress.spikes, "rollbacks": progress.rollbacks, "diagnosis": diagnosis,
+            "train_seconds": round(loop.seconds(), 2),
+            "seconds": round(before_resume + time.perf_counter() - begin, 2),
         }
         trainer.save_result(folder, result)
         checkpoint.keep_newest_state(folder / "last")
     return 3 if progress.stopped == "diverged" else 0, result
+
+
+def diagnose_run(loop, folder: Path, log_probs, inputs) -> list[str]:
+    """What is wrong with the run that has just ended; see diagnosis.diagnose. `log_probs` (N, C): of dev."""
+    import json
+
+    from diagnosis import diagnose
+    from trainer import score
+
+    progress, labels = loop.progress, inputs.splits["dev"].labels
+    epochs = [json.loads(line) for line in (folder / "epochs.jsonl").read_text(encoding="utf-8").splitlines()]
+    return diagnose(epochs, progress.best["epoch"], log_probs.argmax(1).numpy(), labels, inputs.names,
+                    score(log_probs, labels)["f1"], loop.guessing_loss(), progress.update_ratios,
+                    ended_by_epochs=not progress.stopped)
 
 
 def show_plan(config: RunConfig, runs: list, device) -> int:

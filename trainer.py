@@ -12,7 +12,6 @@ import platform
 import shlex
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -29,6 +28,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+import guards
 import kernels
 from checkpoint import disk_full, has_states, join_tensors, load_state, save_state, split_tensors, write_json
 from config import RunConfig
@@ -316,7 +316,8 @@ class Task:
     with train_acc, dev_loss, dev_acc and whatever --monitor names; `save_best()` keeps the model as it is.
 
     `order(epoch)` are the rows of each effective batch of an epoch; `make_batch(rows, epoch)` makes a batch of some of
-    them; it is where training sentences are augmented.
+    them; it is where training sentences are augmented. A batch may have `weights` (B,), which the losses are multiplied
+    with before they are averaged; the guards look at the losses without them.
     """
 
     model: nn.Module
@@ -325,7 +326,8 @@ class Task:
     losses: Callable[[dict[str, Tensor]], Tensor]
     evaluate: Callable[[], dict[str, Any]]
     save_best: Callable[[], None]
-    n_classes: int
+    class_names: list[str]
+    n_dev: int  # sentences that `evaluate` scores on dev
     order: Callable[[int], list[np.ndarray]]
 
 
@@ -339,18 +341,21 @@ class Progress:
     window: int = 0  # windows (effective batches) of this epoch that are done
     evaluated: int = 0  # evaluations of this epoch that are done
     loss_sum: float = 0.0  # of the sentences since the last evaluation
+    plain_sum: float = 0.0  # the same without the batches' weights
     n_seen: int = 0
-    first_loss: float | None = None
-    recent: list[float] = field(default_factory=list)  # the last losses, for the guards
-    bad_in_a_row: int = 0
+    first_loss: float | None = None  # of the first step, for the guards
+    recent: list[float] = field(default_factory=list)  # the last sentences' losses, for the guards
+    not_finite_in_a_row: int = 0
     skipped: int = 0
-    spikes: int = 0
+    spikes: int = 0  # steps most of whose sentences had a far higher loss than guessing
+    is_in_spike: bool = False
     rollbacks: int = 0
-    lr_factor: float = 1.0  # halved at each rollback
+    lr_factor: float = 1.0  # smaller after each rollback
     best: dict[str, Any] = field(default_factory=dict)
     since_best: int = 0
     history: list[float] = field(default_factory=list)  # --monitor at each evaluation
     update_ratios: dict[str, float] = field(default_factory=dict)  # of each layer group, at the middle of the epoch
+    seconds: float = 0.0  # in the loop, over all the processes of the run
     stopped: str = ""  # why training ended before its last epoch
 
 
@@ -389,8 +394,8 @@ def layer_group(name: str) -> str:
 
 
 def first_bad_module(task: Task, batch: dict[str, Tensor], device: Device) -> str:
-    """The name of the first module whose output is not finite, found by one more forward pass; or of the first
-    parameter whose gradient is not. The random state is put back."""
+    """The name of the first module whose output is not finite, found by one more forward pass, or "". The random state
+    is restored."""
     found: list[str] = []
 
     def look(name: str) -> Callable:
@@ -401,28 +406,22 @@ def first_bad_module(task: Task, batch: dict[str, Tensor], device: Device) -> st
         return hook
 
     handles = [m.register_forward_hook(look(name)) for name, m in task.model.named_modules() if not any(m.children())]
-    with torch.random.fork_rng(devices=[device.where] if device.where.type == "cuda" else []), torch.no_grad():
-        with device.autocast():
-            losses = task.losses(batch)
-    for handle in handles:
-        handle.remove()
+    try:
+        with torch.random.fork_rng(devices=[device.where] if device.where.type == "cuda" else []), torch.no_grad():
+            with device.autocast():
+                losses = task.losses(batch)
+    finally:
+        for handle in handles:
+            handle.remove()
     if found:
         return found[0]
-    if not torch.isfinite(losses).all():
-        return "the loss"
-    bad = [name for name, p in task.model.named_parameters()
-           if p.grad is not None and not torch.isfinite(gradient_numbers(p)).all()]
-    return f"the gradient of {bad[0]}" if bad else "the gradient"
+    return "" if torch.isfinite(losses).all() else "the loss"
 
 
 PASS_TOKENS = 1024  # in one forward pass on a CPU
-RECENT = 50  # steps that the guards look back on
 RISING = ("dev_acc", "dev_f1", "dev_qwk")  # the monitors of which more is better
-SPIKE = 3.0  # a loss this many times the median of those is a spike
-ABOVE = 1.1  # a mean of the recent losses this many times the first one means that training goes backwards
-WILD = 3e-3  # an update of a layer this large against its weights, with a collapse: the rate is far too high
-BAD_IN_A_ROW = 3
-ROLLBACKS = 2
+RATE_CUT = 0.1  # what the learning rate is multiplied with at each rollback
+ROLLBACKS = 3
 
 
 class Loop:
@@ -502,42 +501,60 @@ class Loop:
         progress, config = self.progress, self.config
         self.task.model.train()
         lr = self.set_lr()
-        losses = self.accumulate(rows)
+        losses, plain = self.accumulate(rows)
         norm = clip_(self.parameters, config.max_grad_norm, config.max_grad_value)
-        loss, norm_value = torch.stack((losses.mean().float(), norm.float())).tolist()  # one wait for the device
+        together = torch.cat((torch.stack((losses.mean(), norm)), losses, plain))
+        (loss, norm_value), losses, plain = np.split(together.tolist(), (2, 2 + len(rows)))  # one wait for the device
         finite = math.isfinite(loss) and math.isfinite(norm_value)
         if finite or config.guards == "off":
             before = [p.detach().clone() for p in self.parameters] if measure else None
             self.optimizer.step()
             if before:
                 progress.update_ratios = self.ratios(before)
-            if self.ema:
-                torch._foreach_lerp_(self.ema, [p.detach() for p in self.parameters], 1 - config.ema)
+            self.update_average()
         else:
-            batch = self.device.put(self.task.make_batch(rows, progress.epoch))
-            where = first_bad_module(self.task, batch, self.device)
-            self.event("skipped", f"the {'gradient' if math.isfinite(loss) else 'loss'} is not finite ({where}); "
-                                  "the step was skipped")
+            self.event("skipped", f"the {'gradient' if math.isfinite(loss) else 'loss'} is not finite "
+                                  f"({self.find_not_finite(rows)}); the step was skipped")
             progress.skipped += 1
         self.optimizer.zero_grad(set_to_none=True)
-        if progress.first_loss is None and finite:
-            progress.first_loss = loss
-            self.check_first_loss(loss)
+        if finite and progress.first_loss is None:
+            progress.first_loss = float(plain.mean())
+            self.check_first_loss(progress.first_loss)
         progress.step += 1
         progress.window += 1
-        progress.loss_sum += float(losses.double().sum()) if finite else 0.0
-        progress.n_seen += len(rows) if finite else 0
-        seconds = round(time.perf_counter() - self.started, 4)
-        write_line(self.logs["steps.jsonl"], {"step": progress.step, "epoch": progress.epoch, "lr": lr, "loss": loss,
-                                     "grad_norm": norm_value, "tokens": int(self.lengths[rows].sum()),
-                                     "seconds": seconds})
+        if finite:
+            self.note_spike(plain)
+            progress.loss_sum += math.fsum(losses)
+            progress.plain_sum += math.fsum(plain)
+            progress.n_seen += len(rows)
+            progress.recent = guards.remember(progress.recent, plain.tolist())
+        progress.not_finite_in_a_row = 0 if finite else progress.not_finite_in_a_row + 1
+        write_line(self.logs["steps.jsonl"], {"step": progress.step, "epoch": progress.epoch, "lr": lr,
+                                              "loss": float(loss), "grad_norm": float(norm_value),
+                                              "tokens": int(self.lengths[rows].sum()),
+                                              "seconds": round(self.seconds(), 4)})
         self.bar.set_postfix_str(f"loss {loss:.3f}, lr {lr:.2e}", refresh=False)
         self.bar.update()
-        if self.after_step and self.after_step(progress.step, lr, loss):
+        if self.after_step and self.after_step(progress.step, lr, float(loss)):
             progress.stopped = "after_step"
             return
         if config.guards == "on":
-            self.guard(loss, finite)
+            self.guard()
+
+    def update_average(self) -> None:
+        """One step of --ema: average = d average + (1 - d) weights.
+
+        d rises to the decay that was asked for, min(decay, (1 + t) / (10 + t)) at update t = 0, 1, ...: else the
+        average of a short run would be mostly the initial weights (TensorFlow's ExponentialMovingAverage, num_updates).
+        """
+        if self.ema:
+            t = self.progress.step
+            decay = min(self.config.ema, (1 + t) / (10 + t))
+            torch._foreach_lerp_(self.ema, [p.detach() for p in self.parameters], 1 - decay)
+
+    def seconds(self) -> float:
+        """Seconds in this loop so far, those before a resume included."""
+        return self.progress.seconds + time.perf_counter() - self.started
 
     def set_lr(self) -> float:
         """Each group's own rate times the schedule's factor; returns the largest, which is what is logged."""
@@ -546,8 +563,9 @@ class Loop:
             group["lr"] = base * factor
         return max(group["lr"] for group in self.optimizer.param_groups)
 
-    def accumulate(self, rows: np.ndarray) -> Tensor:
-        """Gradients of the mean loss over `rows`, in micro-batches; returns the losses (N,), on the device.
+    def accumulate(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Gradients of the mean loss over `rows`, in micro-batches; returns the losses (N,) with and without the
+        batch's weights, on the device.
 
         Each micro-batch's sum is divided by the window's size, so that every sentence weighs the same, in a short last
         window and a short last micro-batch too. Out of memory: the window is done again with half the micro-batch and
@@ -556,14 +574,17 @@ class Loop:
         random = self.random_state()
         while True:
             try:
-                parts = []
+                weighted, plain = [], []
                 for micro in np.array_split(rows, self.passes(rows)):
                     batch = self.device.put(self.task.make_batch(micro, self.progress.epoch))
                     with self.device.autocast():
                         losses = self.task.losses(batch)
+                    plain.append(losses.detach())
+                    if "weights" in batch:
+                        losses = losses * batch["weights"]
                     (losses.sum() / len(rows)).backward()
-                    parts.append(losses.detach())
-                return torch.cat(parts)
+                    weighted.append(losses.detach())
+                return torch.cat(weighted), torch.cat(plain)
             except (RuntimeError, MemoryError) as error:
                 if self.config.detect_anomaly and "returned nan" in str(error):
                     raise ValueError(f"--detect_anomaly: {error}") from None
@@ -601,48 +622,67 @@ class Loop:
 
     # ----------------------------------------------------------------------- the guards
 
-    def check_first_loss(self, loss: float) -> None:
-        expected = math.log(self.task.n_classes)
-        if self.config.loss == "ce" and abs(loss - expected) > 0.5:
-            warn(f"the first loss is {loss:.3f}; an untrained head should begin near ln({self.task.n_classes}) = "
-                 f"{expected:.3f}")
+    def find_not_finite(self, rows: np.ndarray) -> str:
+        """Where a number that is not finite came up in this window: a module, the loss, or a parameter's gradient."""
+        try:
+            for micro in np.array_split(rows, self.passes(rows)):
+                batch = self.device.put(self.task.make_batch(micro, self.progress.epoch))
+                if found := first_bad_module(self.task, batch, self.device):
+                    return found
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            return "there is not enough memory to look where"
+        bad = [name for name, p in self.task.model.named_parameters()
+               if p.grad is not None and not torch.isfinite(gradient_numbers(p)).all()]
+        return f"the gradient of {bad[0]}" if bad else "the gradient"
 
-    def guard(self, loss: float, finite: bool) -> None:
-        """Count spikes and bad steps; roll back when the run has diverged."""
+    def check_first_loss(self, loss: float) -> None:
+        """Say so when an untrained head does not begin near guessing."""
+        classes = len(self.task.class_names)
+        if self.config.loss == "ce" and abs(loss - math.log(classes)) > 0.5:
+            warn(f"the first loss is {loss:.3f}; an untrained head should begin near ln({classes}) = "
+                 f"{math.log(classes):.3f}")
+
+    def guessing_loss(self) -> float:
+        return guards.guessing_loss(len(self.task.class_names), self.progress.first_loss)
+
+    def guard(self) -> None:
+        """Roll back when the run has diverged."""
         progress = self.progress
-        is_spike = finite and len(progress.recent) >= 10 and loss > SPIKE * statistics.median(progress.recent)
-        if is_spike:
-            progress.spikes += 1
-            self.event("spike", f"loss {loss:.3f}, against a median of {statistics.median(progress.recent):.3f}")
-        progress.bad_in_a_row = progress.bad_in_a_row + 1 if is_spike or not finite else 0
-        if finite:
-            progress.recent = [*progress.recent[-(RECENT - 1):], loss]
-        mean = statistics.mean(progress.recent) if len(progress.recent) == RECENT else -math.inf
-        if progress.bad_in_a_row >= BAD_IN_A_ROW:
-            self.diverged(f"{BAD_IN_A_ROW} bad steps in a row")
-        elif progress.first_loss is not None and mean > ABOVE * progress.first_loss:
-            self.diverged(f"the mean loss of {RECENT} steps, {mean:.3f}, is above the first, {progress.first_loss:.3f}")
+        if why := guards.divergence(progress.recent, self.guessing_loss(), progress.not_finite_in_a_row):
+            self.diverged(why)
+
+    def note_spike(self, losses: np.ndarray) -> None:
+        """Count a step with a loss spike. The first five are said, of several in a row one. Nothing else follows."""
+        progress, was_in_spike = self.progress, self.progress.is_in_spike
+        progress.is_in_spike = guards.is_spike(losses.tolist(), self.guessing_loss())
+        progress.spikes += progress.is_in_spike
+        if progress.is_in_spike and not was_in_spike and progress.spikes <= 5:
+            self.event("spike", f"the loss of most sentences of this step is {guards.typical(losses.tolist()):.3g} on "
+                                f"average; guessing has {self.guessing_loss():.3g}")
 
     def diverged(self, why: str) -> None:
-        """Back to the last good state with half the rate, twice; then the training ends there. events.jsonl keeps what
-        led here; the other logs are cut last: a kill before finds a state that they reach up to."""
+        """Back to the last good state with a tenth of the rate, ROLLBACKS times; then the training ends there.
+        events.jsonl keeps what led here; the other logs are cut last: a kill before finds a state that they reach up
+        to."""
         at, keep = self.progress.step, self.progress
         if not self.keep_states:
             keep.stopped = "diverged"
             return
         sizes = self.put_back(only_good=True)
         sizes.pop("events.jsonl")
-        for name in ("rollbacks", "lr_factor", "skipped", "spikes", "best"):
+        for name in ("rollbacks", "lr_factor", "skipped", "best", "seconds", "micro_batch"):
             setattr(self.progress, name, getattr(keep, name))
         if keep.rollbacks < ROLLBACKS:
             self.progress.rollbacks += 1
-            self.progress.lr_factor /= 2
-            self.event("rollback", f"{why} at step {at}; back to step {self.progress.step}, with the learning rate "
+            self.progress.lr_factor *= RATE_CUT
+            self.event("rollback", f"at step {at}, {why}. Back to step {self.progress.step}, with the learning rate "
                                    f"times {self.progress.lr_factor:g}")
         else:
             self.progress.stopped = "diverged"
-            self.event("diverged", f"{why} at step {at}, after {ROLLBACKS} rollbacks; stopping with the weights of "
-                                   f"step {self.progress.step}. Try a --lr ten times lower, or a longer --warmup_ratio")
+            self.event("diverged", f"at step {at}, after {ROLLBACKS} rollbacks, {why}. Stopping with the weights of "
+                                   f"step {self.progress.step}. Try a far lower --lr, or a longer --warmup_ratio")
         self.bar.reset(self.bar.total)
         self.bar.update(self.progress.step)
         self.save(sizes=sizes)
@@ -674,7 +714,7 @@ class Loop:
     def evaluate(self, n_marks: int) -> None:
         """The scores, their line in epochs.jsonl and on stdout, the best weights, the patience.
 
-        A collapse at a wild rate is printed and rolled back, and leaves no line: it is never the best evaluation.
+        One after which the run is rolled back is printed, and leaves no line: it is never the best evaluation.
         """
         progress, config = self.progress, self.config
         last = progress.evaluated + 1 == n_marks
@@ -683,33 +723,36 @@ class Loop:
             epoch = progress.epoch
             if n_marks > 1:
                 epoch = round(epoch + (progress.evaluated + 1) / n_marks, 3)
-            train_loss = progress.loss_sum / progress.n_seen if progress.n_seen else progress.first_loss or 0.0
-            line = {"epoch": epoch, "step": progress.step, "train_loss": train_loss, **scores,
+            line = {"epoch": epoch, "step": progress.step,
+                    "train_loss": progress.loss_sum / progress.n_seen if progress.n_seen else None, **scores,
                     "lr": max(group["lr"] for group in self.optimizer.param_groups),
-                    "seconds": round(time.perf_counter() - self.started, 3)}
+                    "seconds": round(self.seconds(), 3)}
+            mean_loss = progress.plain_sum / progress.n_seen if progress.n_seen else math.nan
+            why = guards.decline(line, progress.best, self.task.n_dev, mean_loss, self.guessing_loss(),
+                                 had_rollback=0 < progress.rollbacks < ROLLBACKS)
+            one_class = ""
+            if why and "one_class" in scores:
+                one_class = f"every prediction is {self.task.class_names[scores['one_class']]}"
             self.bar.clear()
             if not self.quiet:
-                print(epoch_line(line), flush=True)
-            ratio = max((r for name, r in progress.update_ratios.items() if ".layers." in name), default=0.0)
-            is_wild = ("collapsed" in scores and ratio > WILD and config.guards == "on"
-                       and progress.rollbacks < ROLLBACKS)
+                print(epoch_line(line) + (f", collapsed: {one_class}" if one_class else ""), flush=True)
+            if why and config.guards == "on":
+                self.diverged(", and ".join(filter(None, (one_class, why))))
+                return
             value = scores[config.monitor] if config.monitor in RISING else -scores[config.monitor]
-            gain = value - progress.best.get("monitor", -math.inf)
-            if not is_wild and (gain > config.min_delta or (
-                    gain == 0 and scores["dev_loss"] < progress.best["dev_loss"])):
+            value = -math.inf if math.isnan(value) else value
+            best = progress.best.get("monitor")
+            is_better = best is None or value > best + config.min_delta
+            if is_better or (value == best and scores["dev_loss"] < progress.best["dev_loss"]):
                 self.task.save_best()
                 progress.best = {**line, "monitor": value}
-        if is_wild:
-            self.diverged(f"every prediction is one class, and a step changes the weights by {ratio:.0e} of their size "
-                          "(1e-3 is healthy)")
-            return
         if last:
             line["update_ratio"] = progress.update_ratios
             progress.epoch, progress.window = progress.epoch + 1, 0
         progress.evaluated = 0 if last else progress.evaluated + 1
-        progress.since_best = 0 if gain > config.min_delta else progress.since_best + 1
+        progress.since_best = 0 if is_better else progress.since_best + 1
         progress.history.append(scores[config.monitor])
-        progress.loss_sum, progress.n_seen = 0.0, 0
+        progress.loss_sum, progress.plain_sum, progress.n_seen = 0.0, 0.0, 0
         write_line(self.logs["epochs.jsonl"], line)
         if config.patience and progress.since_best >= config.patience and progress.epoch < config.epochs:
             progress.stopped = "patience"
@@ -722,16 +765,20 @@ class Loop:
         state = {"cpu": torch.get_rng_state()}
         if self.device.where.type == "cuda":
             state["cuda"] = torch.cuda.get_rng_state(self.device.where)
+        if self.device.where.type == "mps":
+            state["mps"] = torch.mps.get_rng_state()
         return state
 
     def set_random_state(self, state: dict[str, Tensor]) -> None:
         torch.set_rng_state(state["cpu"])
         if "cuda" in state:
             torch.cuda.set_rng_state(state["cuda"], self.device.where)
+        if "mps" in state:
+            torch.mps.set_rng_state(state["mps"])
 
     def save(self, good: bool = True, sizes: dict[str, int] | None = None) -> None:
-        """The state of now, unless it has been saved already. Only a regular save of a calm run is `good`, one to roll
-        back to: a signal must not change where that is. `sizes`: of the logs that are about to be cut."""
+        """The state of now, unless it has been saved already. Only a regular save of a healthy run is `good`, one to
+        roll back to: a signal must not change where that is. `sizes`: of the logs that are about to be cut."""
         stamp = (self.progress.step, len(self.progress.history), self.progress.rollbacks)
         if not self.keep_states or (self.saved == stamp and not sizes):
             return
@@ -739,17 +786,13 @@ class Loop:
             os.fsync(file.fileno())  # the state on disk must not know of lines that are not
         values, tensors = split_tensors({
             "model": self.task.model.state_dict(), "optimizer": self.optimizer.state_dict(),
-            "random": self.random_state(), "ema": self.ema, "progress": asdict(self.progress),
+            "random": self.random_state(), "ema": self.ema,
+            "progress": asdict(replace(self.progress, seconds=self.seconds())),
             "logs": {**{name: file.tell() for name, file in self.logs.items()}, **(sizes or {})},
         })
-        save_state(self.folder / "last", self.progress.step, tensors, values, good and self.is_calm())
+        is_healthy = guards.is_healthy(self.progress.recent, self.guessing_loss(), self.progress.not_finite_in_a_row)
+        save_state(self.folder / "last", self.progress.step, tensors, values, good and is_healthy)
         self.saved = stamp
-
-    def is_calm(self) -> bool:
-        """No bad step just now, and the recent losses not above the first."""
-        progress = self.progress
-        return not progress.bad_in_a_row and not (
-            progress.recent and statistics.mean(progress.recent) > ABOVE * progress.first_loss)
 
     def load(self) -> None:
         """Put everything back to the newest whole state in last/, and the logs to their length at that time. Of a run
@@ -757,6 +800,7 @@ class Loop:
         logs = [self.folder / name for name in LOGS]
         if has_states(self.folder / "last") or any(log.exists() and log.stat().st_size for log in logs):
             self.cut_logs(self.put_back())
+            self.started = time.perf_counter()
 
     def put_back(self, only_good: bool = False) -> dict[str, int]:
         """Everything but the logs; returns the length of each log."""
@@ -880,7 +924,8 @@ def find_micro_batch(loop: Loop) -> int:
     taken only if twice the last one's growth fits into what is free. Everything is left as it was.
     """
     task, longest = loop.task, np.argsort(-loop.lengths, kind="stable")
-    most, best, grown = max(len(rows) for rows in loop.task.order(0)), 1, 0
+    window, best, grown = max(len(rows) for rows in loop.task.order(0)), 1, 0
+    most = window
     if loop.device.where.type == "cpu":  # more tokens are never in one pass there
         most = min(most, max(1, loop.pass_tokens // int(loop.lengths.max())))
     size = 1
@@ -903,17 +948,18 @@ def find_micro_batch(loop: Loop) -> int:
             size = most if size < most < 2 * size else 2 * size
     if loop.device.where.type == "cuda":
         torch.cuda.empty_cache()
-    return best
+    return window if best == most else best  # as many tokens as a pass may have fit: of shorter sentences, more
 
 
 # --------------------------------------------------------------------------- what is printed and written
 
 
 def epoch_line(line: dict[str, Any]) -> str:
-    """The printed line of an epoch. People's scripts read it: its format stays; a collapse is said behind it."""
-    text = (f"epoch {line['epoch']}: train loss :: {line['train_loss']:.3f}, train acc :: {line['train_acc']:.3f}, "
+    """The printed line of an epoch. People's scripts read it: its format stays. Without a finite step since the last
+    evaluation there is no training loss: nan."""
+    train_loss = math.nan if line["train_loss"] is None else line["train_loss"]
+    return (f"epoch {line['epoch']}: train loss :: {train_loss:.3f}, train acc :: {line['train_acc']:.3f}, "
             f"dev acc :: {line['dev_acc']:.3f}, lr :: {line['lr']:.2e}")
-    return text + (f", collapsed: every prediction is class {line['collapsed']}" if "collapsed" in line else "")
 
 
 def save_result(folder: Path, result: dict[str, Any]) -> None:

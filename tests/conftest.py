@@ -1,6 +1,5 @@
 """What the tests share: a tiny Llama on disk with its tokenizer, and a tiny data set."""
 
-import json
 import os
 import sys
 from pathlib import Path
@@ -9,7 +8,9 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+import tiny  # noqa: E402
+
 import kernels  # noqa: E402
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -43,39 +44,7 @@ def plain_pytorch():
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory) -> Path:
     """A Hugging Face folder: a random Llama of 2 layers and dim 32, and a byte-level BPE tokenizer.json."""
-    from safetensors.torch import save_file
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    folder = tmp_path_factory.mktemp("tiny-model")
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<s>", "</s>"],
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
-    backend.train_from_iterator([s for _, s in tiny_sentences(200, 0)] * 3, trainer)
-    backend.save(str(folder / "tokenizer.json"))
-    vocabulary, dim, hidden = backend.get_vocab_size(), 32, 64
-    draw = torch.Generator().manual_seed(0)
-
-    def normal(*shape):
-        return torch.randn(*shape, generator=draw) * 0.05
-
-    state = {"model.embed_tokens.weight": normal(vocabulary, dim) * 10, "model.norm.weight": torch.ones(dim)}
-    for i in range(2):
-        for name, shape in {"self_attn.q_proj": (dim, dim), "self_attn.k_proj": (dim // 2, dim),
-                            "self_attn.v_proj": (dim // 2, dim), "self_attn.o_proj": (dim, dim),
-                            "mlp.gate_proj": (hidden, dim), "mlp.up_proj": (hidden, dim),
-                            "mlp.down_proj": (dim, hidden)}.items():
-            state[f"model.layers.{i}.{name}.weight"] = normal(*shape)
-        for name in ("input_layernorm", "post_attention_layernorm"):
-            state[f"model.layers.{i}.{name}.weight"] = torch.ones(dim)
-    save_file(state, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps({
-        "model_type": "llama", "vocab_size": vocabulary, "hidden_size": dim, "intermediate_size": hidden,
-        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128,
-        "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": True,
-    }), encoding="utf-8")
-    return folder
+    return tiny.write_model(tmp_path_factory.mktemp("tiny-model"), [s for _, s in tiny_sentences(200, 0)] * 3)
 
 
 def write_split(path: Path, rows: list[tuple[int, str]]) -> Path:

@@ -168,13 +168,6 @@ def test_the_loss_is_pytorchs_cross_entropy_smoothed_too(smoothing):
     torch.testing.assert_close(ours, want)
 
 
-def test_class_weights_multiply_each_loss_as_pytorchs_do():
-    scores, batch = drawn()
-    weights = torch.tensor([0.5, 2.0, 1.0, 0.0, 3.0])
-    ours = classification_loss(scores_model(scores), batch, class_weights=weights)
-    torch.testing.assert_close(ours, cross_entropy(scores, batch["labels"], weight=weights, reduction="none"))
-
-
 def test_r_drop_is_the_papers_formula():
     """Two passes: the mean of their losses, and alpha times half of KL(p || q) + KL(q || p), by PyTorch's kl_div."""
     (scores, batch), (again, _) = drawn(), drawn(seed=1)

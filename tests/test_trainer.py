@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch.nn.functional import nll_loss
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import checkpoint
 import dataset
@@ -41,7 +42,8 @@ def make_task(parts, config, evaluate=None, save_best=lambda: None):
         return {"train_acc": 0.0, **{f"dev_{k}": v for k, v in on_dev.items()}}
 
     return trainer.Task(
-        model, train, n_classes=3, evaluate=evaluate or scores, save_best=save_best,
+        model, train, class_names=["bad", "fine", "good"], n_dev=len(splits["dev"]), evaluate=evaluate or scores,
+        save_best=save_best,
         make_batch=lambda rows, epoch: dataset.make_batch(train, rows, tokenizer.pad_id),
         losses=lambda batch: classification_loss(model, batch),
         order=lambda epoch: dataset.epoch_order(
@@ -149,6 +151,30 @@ def test_a_pass_on_a_cpu_has_so_many_tokens_at_most(parts, tmp_path, monkeypatch
     assert loop.passes(rows) == 1
 
 
+def test_a_batchs_weights_multiply_each_loss_as_pytorchs_do(parts, tmp_path):
+    model, splits, _ = parts
+    model.dropout.p = 0.0
+    weights, rows = torch.tensor([0.5, 2.0, 3.0]), np.arange(13)
+    loop = make_loop(parts, tmp_path, "--batch_size", "13")
+    real = loop.task.make_batch
+
+    def make_batch(rows, epoch):
+        batch = real(rows, epoch)
+        return {**batch, "weights": weights[batch["labels"]]}
+
+    loop.task = replace(loop.task, make_batch=make_batch)
+    losses, plain = loop.accumulate(rows)
+    gradient = model.classifier_head.weight.grad.clone()
+    model.zero_grad()
+    batch = real(rows, 0)
+    log_probs, labels = model(batch["tokens"], batch["lengths"]), batch["labels"]
+    want = nll_loss(log_probs, labels, weight=weights, reduction="none")
+    want.mean().backward()
+    torch.testing.assert_close(losses, want.detach())
+    torch.testing.assert_close(plain, nll_loss(log_probs, labels, reduction="none").detach())
+    torch.testing.assert_close(gradient, model.classifier_head.weight.grad)
+
+
 def test_check_gradients_compares_the_whole_batch_with_its_parts(parts, tmp_path, monkeypatch):
     """On a CPU too, where a pass has so many tokens at most."""
     monkeypatch.setattr(trainer, "PASS_TOKENS", 1)
@@ -246,12 +272,12 @@ def test_the_moving_average_is_what_is_evaluated_and_the_raw_weights_go_on(parts
         return {"train_acc": 0.0, "dev_loss": 1.0, "dev_acc": 0.0}
 
     mean = model.classifier_head.weight.detach().clone()
-    raw = []
+    raw = []  # at update t = 0, 1, ... the decay is min(0.7, (1 + t) / (10 + t)): 1/10, 2/11, 3/12, 4/13
     loop = make_loop(parts, tmp_path, "--epochs", "1", "--batch_size", "24", "--lr", "1e-2", "--ema", "0.7",
                      evaluate=evaluate, after_step=lambda *_: raw.append(model.classifier_head.weight.detach().clone()))
     loop.run()
-    for weight in raw:
-        mean = 0.7 * mean + 0.3 * weight
+    for decay, weight in zip((1 / 10, 2 / 11, 3 / 12, 4 / 13), raw, strict=True):
+        mean = decay * mean + (1 - decay) * weight
     torch.testing.assert_close(seen[0], mean)
     assert torch.equal(model.classifier_head.weight, raw[-1]) and not torch.equal(raw[-1], seen[0])
 
@@ -300,7 +326,16 @@ def test_the_first_module_whose_output_is_not_finite_is_named(parts, tmp_path, c
     assert "the output of llama.layers.1.feed_forward.w3" in capsys.readouterr().err
 
 
-def test_three_bad_steps_roll_back_and_halve_the_rate_twice_then_stop(parts, tmp_path):
+def test_the_decay_of_the_average_ends_at_the_one_that_was_asked_for(parts, tmp_path):
+    loop = make_loop(parts, tmp_path, "--ema", "0.3", "--lr", "1e-2")
+    mean, weight = loop.ema[0].clone(), loop.parameters[0].detach()
+    loop.progress.step = 90
+    weight.add_(1.0)
+    loop.update_average()
+    torch.testing.assert_close(loop.ema[0], 0.3 * mean + 0.7 * weight)
+
+
+def test_three_bad_steps_roll_back_and_cut_the_rate_three_times_then_stop(parts, tmp_path):
     loop = make_loop(parts, tmp_path, "--epochs", "3", "--batch_size", "10", "--lr", "1e-3")
     poison(loop, set(range(13, 100)))
     after_epoch = []
@@ -313,8 +348,8 @@ def test_three_bad_steps_roll_back_and_halve_the_rate_twice_then_stop(parts, tmp
     loop.task = replace(loop.task, evaluate=evaluate)
     best = loop.run()
     events = [e["event"] for e in read_jsonl(tmp_path / "events.jsonl")]
-    assert events.count("rollback") == 2 and events[-1] == "diverged"
-    assert loop.progress.stopped == "diverged" and loop.progress.lr_factor == 0.25
+    assert events.count("rollback") == 3 and events[-1] == "diverged"
+    assert loop.progress.stopped == "diverged" and loop.progress.lr_factor == pytest.approx(1e-3)
     assert best["epoch"] == 0, "the epoch before the trouble is the best one"
     for p, good in zip(loop.parameters, after_epoch[0], strict=True):
         assert torch.equal(p, good), "it ends with the weights of the last good state"
@@ -336,12 +371,136 @@ def test_with_the_guards_off_nothing_is_rolled_back(parts, tmp_path):
     assert loop.progress.rollbacks == 0 and loop.progress.step == 10
 
 
-def test_a_spike_is_counted(parts, tmp_path):
+def test_a_spike_is_counted_and_of_several_in_a_row_one_is_said(parts, tmp_path):
     loop = make_loop(parts, tmp_path, "--epochs", "3", "--batch_size", "10")
     real = loop.task.losses
-    loop.task = replace(loop.task, losses=lambda batch: real(batch) * (9.0 if loop.progress.step + 1 == 20 else 1.0))
+    loop.task = replace(loop.task, losses=lambda batch: real(batch) * (
+        9.0 if loop.progress.step + 1 in (20, 21, 25) else 1.0))
     loop.run()
-    assert loop.progress.spikes == 1 and read_jsonl(tmp_path / "events.jsonl")[0]["event"] == "spike"
+    assert loop.progress.spikes == 3
+    assert [(e["event"], e["step"]) for e in read_jsonl(tmp_path / "events.jsonl")] == [("spike", 20), ("spike", 25)]
+
+
+def test_a_rollback_lowers_the_rate_of_every_step_behind_it(parts, tmp_path):
+    """The same batches in the same order at the same rate would be no other try."""
+    loop = make_loop(parts, tmp_path, "--epochs", "2", "--batch_size", "10", "--lr", "1e-3")
+    tried = []
+    real = loop.task.losses
+
+    def losses(batch):
+        tried.append((loop.progress.step, loop.optimizer.param_groups[0]["lr"]))
+        return real(batch) * (math.nan if loop.progress.step in (12, 13, 14) and not loop.progress.rollbacks else 1.0)
+
+    loop.task = replace(loop.task, losses=losses)
+    loop.run()
+    behind = dict(tried[-10:])
+    assert loop.progress.rollbacks == 1 and list(behind) == list(range(10, 20))
+    assert all(lr == pytest.approx(1e-4) for lr in behind.values()) and dict(tried[:10])[9] == 1e-3
+
+
+def test_a_rollback_keeps_the_micro_batch_that_fits(parts, tmp_path):
+    loop = make_loop(parts, tmp_path, "--epochs", "2", "--batch_size", "10", "--lr", "1e-3")
+    poison(loop, {14, 15, 16})
+    real = loop.task.make_batch
+
+    def make_batch(rows, epoch):
+        if len(rows) > 5 and loop.progress.step == 11:
+            raise torch.OutOfMemoryError("no room")
+        if loop.progress.rollbacks:
+            poison(loop, set())
+        return real(rows, epoch)
+
+    loop.task = replace(loop.task, make_batch=make_batch)
+    loop.run()
+    assert loop.progress.rollbacks >= 1 and loop.progress.micro_batch == 5
+
+
+def test_looking_for_what_is_not_finite_takes_micro_batches_and_survives_without_memory(parts, tmp_path):
+    """It used to send the whole window through one pass, outside the handling of out of memory."""
+    loop = make_loop(parts, tmp_path, "--epochs", "1", "--batch_size", "4", "--grad_accum", "6", "--lr", "1e-3")
+    sizes, real = [], loop.task.losses
+    loop.task = replace(loop.task, losses=lambda batch: sizes.append(len(batch["labels"])) or real(batch) * math.nan)
+    loop.run()
+    assert max(sizes) == 4 and loop.progress.skipped > 0
+
+    def no_room(batch):
+        raise torch.OutOfMemoryError("no room")
+
+    loop.task = replace(loop.task, losses=no_room)
+    assert loop.find_not_finite(np.arange(8)) == "there is not enough memory to look where"
+
+
+@pytest.mark.parametrize("guards", ["on", "off"])
+def test_the_weights_are_kept_when_the_monitored_score_is_not_a_number(parts, tmp_path, guards):
+    saved, left = [], iter([math.nan, 0.5, math.nan])
+    loop = make_loop(parts, tmp_path, "--epochs", "3", "--batch_size", "96", "--monitor", "dev_loss",
+                     "--guards", guards,
+                     evaluate=lambda: {"train_acc": 0.0, "dev_loss": next(left), "dev_acc": 0.0},
+                     save_best=lambda: saved.append(1))
+    assert loop.run()["epoch"] == 1 and len(saved) == 2
+
+
+def test_without_a_finite_step_there_is_no_training_loss(parts, tmp_path, capsys):
+    loop = make_loop(parts, tmp_path, "--epochs", "2", "--batch_size", "24")
+    poison(loop, set(range(1, 99)))
+    assert loop.run()["train_loss"] is None
+    assert "train loss :: nan," in capsys.readouterr().out
+
+
+def test_an_overfitting_run_has_no_spikes(parts, tmp_path):
+    """Its losses differ by a factor of a hundred from batch to batch, and all of them are small."""
+    loop = make_loop(parts, tmp_path, "--epochs", "3", "--batch_size", "10")
+    scale, real = iter([0.01, 0.011, 0.009, 0.5] * 9), loop.task.losses
+    loop.task = replace(loop.task, losses=lambda batch: real(batch) * next(scale))
+    loop.run()
+    assert loop.progress.spikes == 0 and not read_jsonl(tmp_path / "events.jsonl")
+
+
+def test_a_collapse_is_rolled_back_and_the_class_is_named(parts, tmp_path, capsys):
+    """Two good evaluations, then one in which every prediction is one class; guards off, it is only said."""
+    good = {"train_acc": 0.9, "dev_loss": 0.3, "dev_acc": 0.9}
+    bad = {"train_acc": 0.3, "dev_loss": 1.2, "dev_acc": 0.3, "one_class": 2}
+    for guards, folder, n_lines in (("on", "on", 4), ("off", "off", 4)):
+        (tmp_path / folder).mkdir()
+        left = iter([good, good, bad, good, good] if guards == "on" else [good, good, bad, good])
+        loop = make_loop(parts, tmp_path / folder, "--epochs", "4", "--batch_size", "48", "--guards", guards,
+                         evaluate=lambda left=left: dict(next(left)))
+        real = loop.task.losses
+        loop.task = replace(loop.task, losses=lambda batch, loop=loop, real=real: real(batch) * (
+            0.9 if loop.progress.step in (4, 5) else 0.5))
+        loop.run()
+        out, err = capsys.readouterr()
+        assert out.count("collapsed: every prediction is good") == 1
+        assert len(read_jsonl(tmp_path / folder / "epochs.jsonl")) == n_lines
+        assert loop.progress.rollbacks == (1 if guards == "on" else 0)
+        assert ("every prediction is good, and dev acc is 0.300 after 0.900" in err) == (guards == "on")
+
+
+class NoDoubles(TorchDispatchMode):
+    """Apple's GPUs have no float64."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        assert not (isinstance(out, torch.Tensor) and out.dtype == torch.float64), f"{func} makes a float64"
+        return out
+
+
+def test_a_step_and_an_evaluation_need_no_double_precision(parts, tmp_path):
+    loop = make_loop(parts, tmp_path, "--epochs", "1", "--batch_size", "24", "--ema", "0.9", "--max_grad_value", "1")
+    with NoDoubles():
+        loop.run()
+    assert loop.progress.step == 4
+
+
+def test_the_random_state_of_an_apple_gpu_is_saved(parts, tmp_path, monkeypatch):
+    state, restored = torch.arange(4, dtype=torch.uint8), []
+    monkeypatch.setattr(torch.mps, "get_rng_state", lambda: state)
+    monkeypatch.setattr(torch.mps, "set_rng_state", restored.append)
+    loop = make_loop(parts, tmp_path)
+    loop.device = trainer.Device(torch.device("mps"), torch.float32)
+    saved = loop.random_state()
+    loop.set_random_state(saved)
+    assert saved["mps"] is state and restored == [state]
 
 
 # --------------------------------------------------------------------------- checks before a run
@@ -368,6 +527,20 @@ def test_the_gradient_check_sees_a_loss_that_depends_on_the_micro_batch(parts, t
     loop.task = replace(loop.task, losses=lambda batch: real(batch) * len(batch["labels"]))
     with pytest.raises(ValueError, match="micro-batches change the gradient"):
         trainer.check_gradients(loop)
+
+
+def test_auto_batch_on_a_cpu_does_not_hold_short_sentences_to_what_the_longest_allow(parts, tmp_path, monkeypatch):
+    """A pass takes so many tokens there; the longest sentence must not set how many short ones that are."""
+    longest = int(parts[1]["train"].lengths.max())
+    monkeypatch.setattr(trainer, "PASS_TOKENS", 4 * longest)
+    loop = make_loop(parts, tmp_path, "--batch_size", "48")
+    loop.progress.micro_batch = trainer.find_micro_batch(loop)
+    short = np.argsort(loop.lengths)[:12]
+    assert loop.rows_a_pass(short) == min(12, 4 * longest // int(loop.lengths[short].max())) > 4
+    monkeypatch.setattr(trainer, "memory_limit", lambda device: 0)
+    sizes = iter(range(0, 99 << 20, 1 << 20))
+    monkeypatch.setattr(trainer, "peak_memory", lambda device: next(sizes))
+    assert trainer.find_micro_batch(loop) < 4, "where memory ends it, that is what counts"
 
 
 def test_one_batch_can_be_memorised(parts, tmp_path):

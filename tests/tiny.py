@@ -1,5 +1,7 @@
 """Tiny random models and files for the tests: a transformers Llama, and the same weights as `.pt`, GGUF and folder."""
 
+import json
+import random
 import struct
 from functools import lru_cache
 from pathlib import Path
@@ -157,3 +159,71 @@ def gguf_bytes(pairs: tuple = (), tensors: tuple = (), n_pairs: int | None = Non
                          len(pairs) if n_pairs is None else n_pairs)
     header = b"GGUF" + counts + b"".join(pairs) + b"".join(tensors)
     return header + bytes(-len(header) % 32) + data
+
+
+# --------------------------------------------------------------------------- a whole model on disk
+
+
+def write_model(folder: Path, sentences: list[str]) -> Path:
+    """A Hugging Face folder: a random Llama of 2 layers and dim 32, and a byte-level BPE tokenizer.json trained on
+    the sentences."""
+    from safetensors.torch import save_file
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    folder.mkdir(exist_ok=True)
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<s>", "</s>"],
+                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    backend.train_from_iterator(sentences, trainer)
+    backend.save(str(folder / "tokenizer.json"))
+    vocabulary, dim, hidden = backend.get_vocab_size(), 32, 64
+    draw = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=draw) * 0.05
+
+    state = {"model.embed_tokens.weight": normal(vocabulary, dim) * 10, "model.norm.weight": torch.ones(dim)}
+    for i in range(2):
+        for name, shape in {"self_attn.q_proj": (dim, dim), "self_attn.k_proj": (dim // 2, dim),
+                            "self_attn.v_proj": (dim // 2, dim), "self_attn.o_proj": (dim, dim),
+                            "mlp.gate_proj": (hidden, dim), "mlp.up_proj": (hidden, dim),
+                            "mlp.down_proj": (dim, hidden)}.items():
+            state[f"model.layers.{i}.{name}.weight"] = normal(*shape)
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            state[f"model.layers.{i}.{name}.weight"] = torch.ones(dim)
+    save_file(state, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps({
+        "model_type": "llama", "vocab_size": vocabulary, "hidden_size": dim, "intermediate_size": hidden,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128,
+        "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": True,
+    }), encoding="utf-8")
+    return folder
+
+
+# --------------------------------------------------------------------------- labelled sentences
+
+GOOD, BAD = ("good", "great", "charming"), ("bad", "dull", "awful")
+FILL = ("the", "film", "is", "a", "very", "long", "and", "mixed", "one")
+DEGREES = ("awful", "dull", "plain", "good", "great")
+
+
+def labelled_sentences(draw: random.Random, n: int, kind: str = "two", flipped: float = 0.0,
+                       minority: float = 0.5) -> list[tuple[int, str]]:
+    """n labelled sentences. Two classes: one word decides, then `flipped` of the labels are wrong. Five: the label is
+    the mean degree of some words, with noise."""
+    rows = []
+    for _ in range(n):
+        words = [draw.choice(FILL) for _ in range(draw.randrange(3, 14))]
+        if kind == "two":
+            label = int(draw.random() < minority)
+            words.insert(draw.randrange(len(words)), draw.choice(GOOD if label else BAD))
+            label = 1 - label if draw.random() < flipped else label
+        else:
+            degrees = [draw.randrange(5) for _ in range(draw.randrange(1, 4))]
+            for degree in degrees:
+                words.insert(draw.randrange(len(words)), DEGREES[degree])
+            label = min(4, max(0, round(sum(degrees) / len(degrees) + draw.gauss(0, 0.8))))
+        rows.append((label, " ".join(words)))
+    return rows
