@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from config import LlamaConfig, RunConfig
+from config import LlamaConfig, RunConfig, counted
 from data import prepare
 from dataset import sha256
 from llama import Llama
@@ -73,9 +73,10 @@ def find_model(config: RunConfig) -> ModelFiles:
         weights = next((p for p in places if p.is_file() and _tokenizer_beside(p, config)), None)
         if weights is None:
             weights = prepare.weights_path("smollm2-135m")
-            missing = "its tokenizer.model" if any(p.is_file() for p in places) else "stories42M.pt"
+            missing = "stories42M's tokenizer.model" if any(p.is_file() for p in places) else "stories42M.pt"
             notice = (f"{missing} is not here: using smollm2-135m instead; "
-                      "`python data/prepare.py stories42M` fetches both (or imports them: --from DIR)")
+                      "`python data/prepare.py stories42M` fetches the weights and their tokenizer (or imports them: "
+                      "--from DIR)")
             if not weights.is_file():
                 prepare.fetch("smollm2-135m")
     tokenizer = _tokenizer_beside(weights, config)
@@ -151,14 +152,14 @@ def read_pt(path: Path) -> Weights:
     except Exception as error:  # in a damaged file torch runs into anything: AssertionError, IndexError, ...
         raise _damaged(path, str(error).splitlines()[0] if str(error) else type(error).__name__) from None
     if not isinstance(saved, dict) or not {"model", "model_args"} <= saved.keys():
-        raise ValueError(f"{path}: no llama2.c checkpoint; expected a dict with `model_args` and `model`, found "
+        raise ValueError(f"{path}: not a llama2.c checkpoint; expected a dict with `model_args` and `model`, found "
                          f"{sorted(map(str, saved))[:5] if isinstance(saved, dict) else type(saved).__name__}")
     if not isinstance(saved["model"], dict) or not isinstance(saved["model_args"], dict):
-        raise ValueError(f"{path}: no llama2.c checkpoint; `model` and `model_args` are not both dicts")
+        raise ValueError(f"{path}: not a llama2.c checkpoint; `model` and `model_args` are not both dicts")
     state: dict[str, Tensor] = {}
     for key, value in saved["model"].items():
         if not isinstance(key, str) or not _is_plain(value):
-            raise ValueError(f"{path}: no llama2.c checkpoint; {key!r} in `model` is no plain tensor with a name")
+            raise ValueError(f"{path}: not a llama2.c checkpoint; {key!r} in `model` is not a plain tensor with a name")
         for old, new in (("_orig_mod.", ""), ("compute_query", "wq"), ("compute_key", "wk"), ("compute_value", "wv"),
                          ("compute_output", "wo")):
             key = key.replace(old, new)
@@ -166,9 +167,9 @@ def read_pt(path: Path) -> Weights:
             state[key] = value
     wanted = {"tok_embeddings.weight", "layers.0.feed_forward.w1.weight"}
     if not wanted <= state.keys():
-        raise ValueError(f"{path}: no Llama in it: {sorted(wanted - state.keys())} is missing")
+        raise ValueError(f"{path}: not a Llama: {sorted(wanted - state.keys())} is missing")
     if any(state[name].dim() != 2 for name in wanted):
-        raise ValueError(f"{path}: no Llama in it: {sorted(wanted)} are not both of two dimensions")
+        raise ValueError(f"{path}: not a Llama: {sorted(wanted)} are not both of two dimensions")
     args = dict(saved["model_args"])
     args["layer_norm_eps"] = args.pop("norm_eps", args.get("layer_norm_eps", 1e-5))
     args["vocab_size"], args["dim"] = state["tok_embeddings.weight"].shape  # the file's -1 means: as the tensor
@@ -202,7 +203,7 @@ def _what_it_calls(path: Path, error: Exception) -> str:
     if unsafe:
         return f"its pickle wants to call {', '.join(unsafe)}"
     reason = str(error).partition("\n\nCheck the documentation")[0].strip().splitlines()[-1:]  # behind torch's advice
-    return f"no plain pickle ({''.join(reason)[:100]})"
+    return f"not a plain pickle ({''.join(reason)[:100]})"
 
 
 _GGUF_NAMES = {
@@ -228,7 +229,7 @@ def read_gguf_weights(path: Path) -> Weights:
     if metadata.get("llama.rope.scaling.type", "none") != "none" or "rope_freqs.weight" in tensors:
         raise ValueError(f"{path}: its rotary positions are scaled, which is not supported here")
     if "token_embd.weight" not in tensors:
-        raise ValueError(f"{path}: no Llama in it: token_embd.weight is missing")
+        raise ValueError(f"{path}: not a Llama: token_embd.weight is missing")
     names = {"token_embd.weight": "tok_embeddings.weight", "output_norm.weight": "norm.weight",
              "output.weight": "output.weight"}
     for name in tensors:
@@ -236,7 +237,7 @@ def read_gguf_weights(path: Path) -> Weights:
         if match and match[2] in _GGUF_NAMES:
             names[name] = f"layers.{int(match[1])}.{_GGUF_NAMES[match[2]]}.weight"
         elif name.startswith("blk."):
-            raise ValueError(f"{path}: {name} is no part of the Llama that is supported here (a bias, or an expert?)")
+            raise ValueError(f"{path}: {name} is not part of the Llama that is supported here (a bias, or an expert?)")
     found = {names[name]: tensor for name, tensor in tensors.items() if name in names}
     config = _config(
         path, vocab_size=tensors["token_embd.weight"].shape[0], dim=value("embedding_length"),
@@ -320,7 +321,7 @@ def read_hf_folder(path: Path) -> Weights:
         for key in handle.keys():
             name, dtype = _from_hf_name(key), handle.get_slice(key).get_dtype()
             if name is None and key.startswith("model.layers.") and not key.endswith("rotary_emb.inv_freq"):
-                raise ValueError(f"{file}: {key} is no part of the Llama that is supported here (a bias, an adapter?)")
+                raise ValueError(f"{file}: {key} is not part of the Llama that is supported here (a bias, an adapter?)")
             if name is None or (name == "output.weight" and config.tie_embeddings):
                 continue
             if dtype not in ("F64", "F32", "F16", "BF16"):
@@ -354,7 +355,7 @@ def _safetensors_files(path: Path) -> list[Path]:
     if index.is_file():
         shards = read_json(index).get("weight_map")
         if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
-            raise ValueError(f"{index}: weight_map is no list of files")
+            raise ValueError(f"{index}: weight_map is not a list of files")
         names = sorted(set(shards.values()))
     for name in names:
         if Path(name).name != name or not (path / name).is_file():
@@ -382,7 +383,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:  # also a number of 5000 digits, or 100,000 brackets
-        raise ValueError(f"{path}: no JSON ({error})") from None
+        raise ValueError(f"{path}: not JSON ({error})") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path}: expected a JSON object, found a {type(value).__name__}")
     return value
@@ -409,9 +410,9 @@ def check_n_layers(weights: Weights, n_layers: int | None) -> None:
     config = weights.config
     held = {int(m[1]) for name in weights.shapes if (m := re.match(r"layers\.(\d{1,9})\.", name))}
     if config.n_layers != len(held):
-        raise ValueError(f"{weights.path}: it says {config.n_layers} layers and holds {len(held)}")
+        raise ValueError(f"{weights.path}: it says {counted(config.n_layers, 'layer')} and holds {len(held)}")
     if n_layers is not None and not 1 <= n_layers <= config.n_layers:
-        raise ValueError(f"--n_layers {n_layers}: {weights.path} has {config.n_layers} layers")
+        raise ValueError(f"--n_layers {n_layers}: {weights.path} has {counted(config.n_layers, 'layer')}")
 
 
 def load_pretrained(checkpoint: str | Path | Weights, n_layers: int | None = None, dropout: float = 0.0,
@@ -443,8 +444,8 @@ def load_pretrained(checkpoint: str | Path | Weights, n_layers: int | None = Non
 def check_vocabulary(tokenizer: Tokenizer, config: LlamaConfig) -> None:
     """Raises ValueError for a tokenizer that knows more words than the embedding has rows."""
     if tokenizer.n_words > config.vocab_size:
-        raise ValueError(f"{tokenizer.path}: the tokenizer has {tokenizer.n_words} words, the model's embedding only "
-                         f"{config.vocab_size}; they do not belong together (--tokenizer names another)")
+        raise ValueError(f"{tokenizer.path}: the tokenizer has {counted(tokenizer.n_words, 'word')}, the model's "
+                         f"embedding only {config.vocab_size}; they do not belong together (--tokenizer names another)")
 
 
 # --------------------------------------------------------------------------- our own files
@@ -542,7 +543,7 @@ def load_classifier_state(folder: Path, model: torch.nn.Module) -> None:
 
 def run_files(path: Path) -> dict[str, dict[str, str]]:
     """The data files of a run by split, each with `path` and `sha256`, from its args.json. Raises ValueError for an
-    args.json that is none."""
+    args.json that is not a run's."""
     files = read_json(path).get("files")
     if not isinstance(files, dict) or not all(isinstance(f, dict) and isinstance(f.get("path"), str)
                                               for f in files.values()):

@@ -130,7 +130,8 @@ def empty_classifier(settings: dict[str, Any], path: Path) -> LlamaEmbeddingClas
     if not isinstance(names, list) or not all(isinstance(n, str) for n in names) or len(names) < 2 or (
             settings.get("num_labels") != len(names) or not (longest is None or type(longest) is int and longest > 0)
             or settings.get("pooling") not in POOLINGS):
-        raise ValueError(f"{path}: no saved classifier (label_names, num_labels, pooling or max_sentence_len is odd)")
+        raise ValueError(f"{path}: not a saved classifier (label_names, num_labels, pooling or max_sentence_len is "
+                         "odd)")
     try:
         if not 0 < settings["llama"]["n_layers"] < 1000:
             raise ValueError(f"n_layers is {settings['llama']['n_layers']}")
@@ -138,7 +139,7 @@ def empty_classifier(settings: dict[str, Any], path: Path) -> LlamaEmbeddingClas
             llama = Llama(LlamaConfig(**settings["llama"]))
             return LlamaEmbeddingClassifier(SimpleNamespace(**settings), llama)
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        raise ValueError(f"{path}: no saved classifier ({error!r})") from None
+        raise ValueError(f"{path}: not a saved classifier ({error!r})") from None
 
 
 class LlamaZeroShotClassifier(nn.Module):

@@ -13,6 +13,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+
+def counted(n: int, noun: str) -> str:
+    """1 layer, 2 layers: a number and its noun, for messages."""
+    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
+
+
 # --------------------------------------------------------------------------- the model
 
 
@@ -51,7 +57,7 @@ class LlamaConfig:
         if self.dim % self.n_heads or (self.dim // self.n_heads) % 2:
             raise ValueError(f"dim {self.dim} does not divide into {self.n_heads} heads of an even size")
         if not isinstance(self.n_kv_heads, int) or self.n_kv_heads < 1 or self.n_heads % self.n_kv_heads:
-            raise ValueError(f"n_heads {self.n_heads} is no multiple of n_kv_heads {self.n_kv_heads}")
+            raise ValueError(f"n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}")
         if self.attention not in ("causal", "bidirectional"):
             raise ValueError(f"attention is {self.attention!r}; it can be causal or bidirectional")
 
@@ -251,8 +257,8 @@ class RunConfig:
         "short last window give the same gradient")
     save_every: int | None = _option(None, "Stopping and guards", "save the state for a resume every N steps too (each "
         "epoch it is saved anyway)", metavar="N", check=AT_LEAST_ONE)
-    resume: str | None = _option(None, "Stopping and guards", "go on with a run that was stopped; its options come "
-        "from its folder", metavar="RUN")
+    resume: str | None = _option(None, "Stopping and guards", "go on with a run that was stopped, or with all the "
+        "runs of --seeds or --folds; the options come from its folder", metavar="RUN")
     deterministic: bool = _option(False, "Stopping and guards", "bit-identical runs on a GPU too, a little slower")
     plan: bool = _option(False, "Stopping and guards", "train nothing: print what the run would do, draw its schedule")
 
@@ -342,8 +348,50 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 # What other programs call these options.
-MEANT = {"learning_rate": "lr", "num_epochs": "epochs", "num_train_epochs": "epochs", "dropout_prob": "dropout",
-         "model": "pretrained_model_path", "warmup": "warmup_ratio", "gradient_accumulation_steps": "grad_accum"}
+OTHER_NAMES = {
+    "option": "mode task action command",
+    "dataset": "data dataset_name",
+    "train": "train_file train_data",
+    "dev": "dev_file valid validation validation_file eval_file",
+    "test": "test_file predict_file",
+    "label_names": "labels label_file",
+    "max_sentence_len": "max_len max_seq_len max_seq_length max_sentence_length",
+    "train_limit": "max_train_samples",
+    "pretrained_model_path": "model model_name model_path model_name_or_path pretrained_model checkpoint",
+    "tokenizer": "tokenizer_name tokenizer_path",
+    "n_layers": "layers num_layers num_hidden_layers",
+    "hidden_dropout_prob": "hidden_dropout classifier_dropout",
+    "dropout": "dropout_prob attention_dropout",
+    "epochs": "num_epochs n_epochs num_train_epochs max_epochs",
+    "batch_size": "bs train_batch_size per_device_train_batch_size",
+    "grad_accum": "gradient_accumulation gradient_accumulation_steps accumulation_steps accumulate_grad_batches",
+    "grad_checkpoint": "gradient_checkpointing",
+    "seed": "random_seed random_state",
+    "seeds": "n_seeds num_seeds",
+    "folds": "cv kfold k_folds n_folds num_folds",
+    "optimizer": "optim",
+    "lr": "learning_rate",
+    "layerwise_lr_decay": "llrd layer_decay",
+    "weight_decay": "wd",
+    "max_grad_norm": "grad_clip clip_grad_norm gradient_clip_val",
+    "scheduler": "schedule lr_scheduler lr_scheduler_type",
+    "warmup_ratio": "warmup warmup_proportion",
+    "label_smoothing": "label_smoothing_factor",
+    "ema": "ema_decay",
+    "monitor": "metric metric_for_best_model",
+    "patience": "early_stop early_stopping early_stopping_patience",
+    "eval_every": "eval_steps eval_interval",
+    "save_every": "save_steps save_interval",
+    "resume": "resume_from resume_from_checkpoint",
+    "use_gpu": "gpu cuda use_cuda",
+    "device": "cpu no_cuda use_cpu",
+    "dtype": "bf16 fp16 amp precision",
+    "output_dir": "output out_dir save_dir",
+    "overwrite": "overwrite_output_dir force",
+    "prefix": "prompt_text text",
+    "max_new_tokens": "max_tokens",
+}
+MEANT = {other: name for name, others in OTHER_NAMES.items() for other in others.split()}
 ALIASES = {"max_length": "max_sentence_len"}
 
 
@@ -375,7 +423,7 @@ def parse_args(argv: list[str] | None = None) -> RunConfig:
         try:
             str(value).encode("utf-8")
         except UnicodeEncodeError:
-            parser.error(f"--{name}: these bytes are no UTF-8")
+            parser.error(f"--{name}: these bytes are not UTF-8")
     for f in options():
         check = f.metadata.get("check")
         if check and f.name in given and not check.holds(given[f.name]):
@@ -394,13 +442,11 @@ def contradiction(c: RunConfig) -> str:
     several = "seeds" if c.seeds else "folds"
     faults = {
         "--seeds and --folds contradict each other; give one": c.seeds and c.folds,
-        f"--resume goes on with one run, and --{several} makes several; --resume the folder of one of them":
-            c.resume and (c.seeds or c.folds),
         f"--resume goes on with a fine-tuning run, and --option is {c.option}; leave --option out":
             c.resume and "option" in c.given and c.option != "finetune",
         f"--plan is about --option finetune, and --option is {c.option}": c.plan and c.option != "finetune",
         f"--{several} repeats --option finetune, and --option is {c.option}":
-            (c.seeds or c.folds) and c.option != "finetune",
+            (c.seeds or c.folds) and c.option != "finetune" and not c.resume,
         f"--fold {c.fold} needs --folds above it, which is {c.folds or 'not given'}":
             c.fold is not None and c.fold >= (c.folds or 0),
         f"--{' and --'.join(warmups)} contradict each other; give one": len(warmups) > 1,

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from config import RunConfig
+from config import RunConfig, counted
 from data import prepare
 from tokenizer import Tokenizer
 
@@ -95,7 +95,7 @@ def decode(raw: bytes, path: str | Path) -> str:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
-        raise ValueError(f"{path}:{line}: the bytes {raw[error.start:error.end]!r} are no UTF-8; save the file as "
+        raise ValueError(f"{path}:{line}: the bytes {raw[error.start:error.end]!r} are not UTF-8; save the file as "
                          "UTF-8") from None
 
 
@@ -113,7 +113,7 @@ def read_label_names(path: Path | None) -> list[str] | None:
         names = json.loads(read_text(path))
     except (ValueError, RecursionError) as error:
         raise error if "UTF-8" in str(error) else ValueError(
-            f'{path}: no JSON ({error}); expected a list such as ["bad", "good"]') from None
+            f'{path}: not JSON ({error}); expected a list such as ["bad", "good"]') from None
     if isinstance(names, dict):  # {"0": "bad", "1": "good"}
         names = [names.get(str(i)) for i in range(len(names))]
     if (not isinstance(names, list) or len(names) < 2
@@ -127,7 +127,7 @@ def read_examples(path: Path, n_labels: int | None, labels_file: Path | None = N
     """Labels and sentences of a `label ||| sentence` file, in its order; blank lines are skipped.
 
     A sentence may hold ` ||| ` again. Raises ValueError that lists the first ten bad lines: no separator, a label
-    that is no integer or not in 0 .. n_labels - 1, an empty sentence; and for a file with no sentence.
+    that is not an integer or not in 0 .. n_labels - 1, an empty sentence; and for a file with no sentence.
     """
     labels, sentences, faults = [], [], []
     for number, line in read_lines(path):
@@ -137,7 +137,7 @@ def read_examples(path: Path, n_labels: int | None, labels_file: Path | None = N
         if not separator:
             fault = f"no ` ||| ` in {line[:60]!r}; {FORMAT}"
         elif not re.fullmatch(r"[+-]?[0-9]{1,9}", label.strip()):
-            fault = f"the label {label.strip()[:30]!r} is no integer; {FORMAT}"
+            fault = f"the label {label.strip()[:30]!r} is not an integer; {FORMAT}"
         elif int(label) < 0 or (n_labels and int(label) >= n_labels):
             top = f"0 to {n_labels - 1}, one for each name in {labels_file}" if n_labels else "0 or more"
             fault = f"the label {int(label)} is out of range; labels are {top}"
@@ -149,7 +149,7 @@ def read_examples(path: Path, n_labels: int | None, labels_file: Path | None = N
             labels.append(int(label))
             sentences.append(sentence)
     if faults:
-        more = [f"... and {len(faults) - 10} more lines like these"] if len(faults) > 10 else []
+        more = [f"... and {counted(len(faults) - 10, 'more line')} with such a fault"] if len(faults) > 10 else []
         raise ValueError("\n".join(faults[:10] + more))
     if not sentences:
         raise ValueError(f"{path}: there is no sentence in the file; {FORMAT}")
@@ -213,6 +213,15 @@ def check_labels(split: Split, train: Split) -> None:
         line = next(n for n, text in read_lines(split.path) if int(text.partition(SEPARATOR)[0]) == label)
         raise ValueError(f"{split.path}:{line}: the label {label} is not in {train.path}, so no model can learn it; "
                          "check both files")
+
+
+def check_names(split: Split, n: int, source: Split) -> None:
+    """Raises ValueError, with the line, for a label that is none of the n numbers that `number_names(source)` gave."""
+    if split.labels.max() >= n:
+        line, label = next((number, label) for number, text in read_lines(split.path)
+                           if (label := int(text.partition(SEPARATOR)[0])) >= n)
+        raise ValueError(f"{split.path}:{line}: the label {label} is out of range; without --label_names the labels "
+                         f"are those of {source.path}, 0 to {n - 1}")
 
 
 def number_names(split: Split) -> list[str]:
@@ -321,6 +330,8 @@ def folds(labels: np.ndarray, n: int, seed: int) -> list[np.ndarray]:
     if counts[rare] < n:
         raise ValueError(f"--folds {n}: each needs a sentence of every class, and --train and --dev together have "
                          f"{counts[rare]} of class {rare}")
+    if seed >= 2**32:  # scikit-learn takes no larger one
+        seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
     cut = StratifiedKFold(n, shuffle=True, random_state=seed)
     return [rows for _, rows in cut.split(np.zeros(len(labels)), labels)]
 

@@ -15,7 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
 
-from config import RunConfig, parse_args
+from config import RunConfig, counted, parse_args
 
 # The other rooms are imported by the options that need them: torch alone takes two seconds.
 
@@ -86,11 +86,14 @@ def load_inputs(config: RunConfig, need: tuple[str, ...]):
     if config.kernels == "auto" and on_cpu and is_large(sum(math.prod(shape) for shape in weights.shapes.values())):
         threading.Thread(target=kernels.library, daemon=True).start()  # compiled while the rest is read
     splits = load_splits(config, files, names and len(names), files.label_names, tokenizer, weights.config.max_seq_len)
+    first = splits["train"] if "train" in splits else splits["dev"]
+    held_out = [split for split in splits.values() if split is not first]
     if "train" in splits:
-        dataset.check_labels(splits["dev"], splits["train"])
-    names = names or dataset.number_names(splits["train"] if "train" in splits else splits["dev"])
-    if config.train_limit and "train" in splits:
-        splits["train"] = dataset.limit(splits["train"], config.train_limit, config.seed)
+        for split in held_out:
+            dataset.check_labels(split, first)
+    names = names or dataset.number_names(first)
+    for split in held_out:
+        dataset.check_names(split, len(names), first)
     return SimpleNamespace(files=files, splits=splits, names=names, tokenizer=tokenizer, weights=weights)
 
 
@@ -107,8 +110,8 @@ def load_splits(config: RunConfig, files, n_labels: int | None, labels_file, tok
         splits[name] = split = dataset.load_split(path, tokenizer, context, config.max_sentence_len, n_labels,
                                                   labels_file)
         if split.n_cut:
-            warn(f"{path}: {split.n_cut} of {len(split)} sentences are longer than "
-                 f"{config.max_sentence_len or context} tokens and were cut")
+            warn(f"{path}: {split.n_cut} of {counted(len(split), 'sentence')} cut to "
+                 f"{counted(config.max_sentence_len or context, 'token')}")
         print(f"load {len(split)} data from {path}", flush=True)
     if "test" not in splits:
         notice("there is no test file: only dev is evaluated")
@@ -141,9 +144,10 @@ def write_predictions(path: Path, predicted, split) -> None:
 
 
 def report_splits(
-    config: RunConfig, splits: dict, outputs: dict, default_out: dict[str, Path], names: list[str]
+    config: RunConfig, splits: dict, outputs: dict, default_out: dict[str, Path], names: list[str], baselines: dict
 ) -> dict:
-    """Print dev and test accuracy, write the predictions, and return the scores with their confusion matrices."""
+    """Print dev and test accuracy, each beside its own baselines, write the predictions, and return the scores with
+    their confusion matrices."""
     from sklearn.metrics import confusion_matrix
 
     from trainer import score
@@ -157,10 +161,17 @@ def report_splits(
         result[name] = {**score(log_probs, split.labels, is_ordinal(config)), "n": len(split),
                         "confusion_matrix": matrix}
         print(f"{name} acc :: {result[name]['acc']:.3f}", flush=True)
+        if name in baselines:
+            print(f"{name} baselines :: {baselines_text(baselines[name])}", flush=True)
         if is_ordinal(config):
             print("{} mae :: {mae:.3f}, qwk :: {qwk:.3f}, off by one :: {off_by_one:.3f}".format(name, **result[name]),
                   flush=True)
     return result
+
+
+def baselines_text(found: dict[str, float]) -> str:
+    """The baselines of one split, as they are printed."""
+    return f"majority {found['majority']:.3f}, tf-idf + logistic regression {found['tfidf']:.3f}"
 
 
 def is_ordinal(config: RunConfig) -> bool:
@@ -230,7 +241,7 @@ def prompt(config: RunConfig) -> None:
     from trainer import choose_device, predict
 
     inputs = load_inputs(config, need=("dev",))
-    print_baselines(inputs.files.train, inputs.splits)
+    baselines = print_baselines(inputs.files.train, inputs.splits)
     device = choose_device(config)
     llama = checkpoint.load_pretrained(inputs.weights, config.n_layers)
     model = LlamaZeroShotClassifier(config, inputs.tokenizer, inputs.names, llama).to(device.where)
@@ -240,27 +251,27 @@ def prompt(config: RunConfig) -> None:
         asked = ask(model, split.tokens, inputs.tokenizer, config.question, inputs.names)
         outputs[name] = predict(model, replace(split, tokens=asked), inputs.tokenizer.pad_id, device, name)
     default_out = {name: Path(f"{inputs.files.name}-{name}-prompting-output.txt") for name in outputs}
-    report_splits(config, inputs.splits, outputs, default_out, inputs.names)
+    report_splits(config, inputs.splits, outputs, default_out, inputs.names, baselines)
 
 
 def print_baselines(train, splits: dict, known: dict | None = None) -> dict:
     """The baselines on the test split (on dev where there is no test), as one line; all of them returned.
 
     `train`: the training split, or the path of its file, or None where the run has none. `known`: those that the run
-    itself found.
+    itself found; they are not computed again.
     """
     import dataset
 
-    if train is None and not known:
-        return {}
-    found = known
-    if not found:
+    found = {name: known[name] for name in splits if known and name in known}
+    missing = {name: split for name, split in splits.items() if name != "train" and name not in found}
+    if missing and train is not None:
         labels, sentences = dataset.read_examples(train, None) if isinstance(train, Path) else (
             train.labels, train.sentences)
-        found = dataset.baselines(labels, sentences, {n: split for n, split in splits.items() if n != "train"})
+        found |= dataset.baselines(labels, sentences, missing)
+    if not found:
+        return {}
     name = "test" if "test" in found else "dev"
-    print(f"baseline :: majority {found[name]['majority']:.3f}, "
-          f"tf-idf + logistic regression {found[name]['tfidf']:.3f}", flush=True)
+    print(f"baseline :: {baselines_text(found[name])}", flush=True)
     return found
 
 
@@ -376,29 +387,48 @@ def finetune(config: RunConfig) -> int:
     if not config.resume:
         for line in idle_options(config):
             trainer.warn(f"no effect: {line}")
-    if len(runs) > 1:
-        return repeat(config, runs, device)
-    return train_one(*runs[0][1:], device)[0]
+    if is_series(config):
+        return repeat(config, inputs, runs, device)
+    return exit_code(train_one(*runs[0][1:], device))
 
 
 def runs_of(config: RunConfig, inputs) -> list[tuple[str, RunConfig, SimpleNamespace]]:
-    """The runs that --seeds or --folds ask for, each with a name, its options and its inputs; without them, one."""
+    """The runs that --seeds or --folds ask for, each with a name, its options and its inputs; without them, one.
+
+    --train_limit draws each run's sentences with the run's own seed, so that it is the run that one gets alone.
+    """
     from dataclasses import replace
 
     import dataset
 
     def part(i: int) -> SimpleNamespace:
-        splits = dataset.fold(inputs.splits, config.folds, i, config.seed)
-        return SimpleNamespace(**{**vars(inputs), "splits": splits})
+        limited = limit_train(config, inputs)
+        splits = dataset.fold(limited.splits, config.folds, i, config.seed)
+        return SimpleNamespace(**{**vars(limited), "splits": splits})
 
     if config.folds and config.fold is None:
         return [(f"fold-{i}", replace(config, fold=i), part(i)) for i in range(config.folds)]
     if config.folds:
         return [(f"fold-{config.fold}", config, part(config.fold))]
     if config.seeds:
-        return [(f"seed-{seed}", replace(config, seed=seed, seeds=None), inputs)
-                for seed in range(config.seed, config.seed + config.seeds)]
-    return [("", config, inputs)]
+        each = [replace(config, seed=seed, seeds=None) for seed in range(config.seed, config.seed + config.seeds)]
+        return [(f"seed-{one.seed}", one, limit_train(one, inputs)) for one in each]
+    return [("", config, limit_train(config, inputs))]
+
+
+def is_series(config: RunConfig) -> bool:
+    """Do the options ask for several runs, one after another?"""
+    return bool(config.seeds or (config.folds and config.fold is None))
+
+
+def limit_train(config: RunConfig, inputs) -> SimpleNamespace:
+    """The inputs with the training sentences that --train_limit and --seed choose; all of them without a limit."""
+    import dataset
+
+    if not config.train_limit:
+        return inputs
+    train = dataset.limit(inputs.splits["train"], config.train_limit, config.seed)
+    return SimpleNamespace(**{**vars(inputs), "splits": {**inputs.splits, "train": train}})
 
 
 def steps_an_epoch(config: RunConfig, inputs) -> int:
@@ -406,19 +436,30 @@ def steps_an_epoch(config: RunConfig, inputs) -> int:
     return -(-len(inputs.splits["train"]) // (config.batch_size * config.grad_accum))
 
 
-def train_one(config: RunConfig, inputs, device) -> tuple[int, dict]:
-    """One run from its folder to its result.json: (exit code, the result)."""
+def files_of(inputs) -> dict[str, dict[str, str]]:
+    """The files that a run reads, for its args.json: each with its whole path, and sha256 where it is one file."""
+    import dataset
+
+    used = {n: getattr(inputs.files, n) for n in ("train", "dev", "test", "label_names")}
+    used |= {"weights": inputs.weights.path, "tokenizer": inputs.tokenizer.path}
+    found = {name: path.resolve() for name, path in used.items() if path}
+    return {name: {"path": str(path), **({"sha256": dataset.sha256(path)} if path.is_file() else {})}
+            for name, path in found.items()}
+
+
+def train_one(config: RunConfig, inputs, device, series: Path | None = None) -> dict:
+    """One run from its folder to its result.json, which is returned. `series`: the folder of the --seeds or --folds
+    that it belongs to, if there is one: what to resume when it is stopped."""
     import time
 
     import checkpoint
-    import dataset
     import trainer
 
     begin, before_resume = time.perf_counter(), 0.0
     folder = Path(config.resume) if config.resume else trainer.open_run(config)
     with trainer.lock(folder):
         run = start(config, inputs, folder, device)
-        loop = trainer.Loop(run.task, run.optimizer, run.schedule, config, device, folder)
+        loop = trainer.Loop(run.task, run.optimizer, run.schedule, config, device, folder, resume_folder=series)
         if config.resume:
             for place in (folder, folder / "best"):
                 checkpoint.remove_litter(place)
@@ -430,16 +471,10 @@ def train_one(config: RunConfig, inputs, device) -> tuple[int, dict]:
             before_resume = loop.progress.seconds
             notice(f"resuming {folder} at step {loop.progress.step}")
         else:
-            used = {n: getattr(inputs.files, n) for n in ("train", "dev", "test", "label_names")}
-            described = {n: {"path": str(p.resolve()), "sha256": dataset.sha256(p)} for n, p in used.items() if p}
-            weights = inputs.weights.path.resolve()
-            described["weights"] = {"path": str(weights), **({"sha256": dataset.sha256(weights)}
-                                                             if weights.is_file() else {})}
-            tokenizer = inputs.tokenizer.path.resolve()
-            described["tokenizer"] = {"path": str(tokenizer), "sha256": dataset.sha256(tokenizer)}
-            checkpoint.write_json(folder / trainer.RUN_FILE, trainer.describe(config, device, described))
+            described = trainer.describe(config, device, files_of(inputs))
+            trainer.save_description(folder, described)
         n_parameters = sum(p.numel() for p in loop.parameters)
-        print(f"model :: {inputs.weights.path}, {run.model.llama.config.n_layers} layers, "
+        print(f"model :: {inputs.weights.path}, {counted(run.model.llama.config.n_layers, 'layer')}, "
               f"{n_parameters / 1e6:.1f}M trainable parameters, {len(inputs.names)} classes")
         print(f"run :: {folder}, on {device}", flush=True)
         if loop.saved is None:  # a resumed run has had them, and its micro-batch stays
@@ -448,7 +483,7 @@ def train_one(config: RunConfig, inputs, device) -> tuple[int, dict]:
 
         checkpoint.load_classifier_state(folder / "best", run.model)  # the best weights are what is evaluated
         held_out = {name: split for name, split in inputs.splits.items() if name != "train"}
-        with trainer.stoppable(folder):
+        with trainer.stoppable(series or folder):
             outputs = {n: trainer.predict(run.model, s, inputs.tokenizer.pad_id, device, n)
                        for n, s in held_out.items()}
         diagnosis = diagnose_run(loop, folder, outputs["dev"], inputs)
@@ -456,7 +491,7 @@ def train_one(config: RunConfig, inputs, device) -> tuple[int, dict]:
             print(f"diagnosis :: {line}", flush=True)
         found = print_baselines(inputs.splits["train"], inputs.splits)
         default_out = {name: folder / f"{name}-predictions.txt" for name in outputs}
-        scores = report_splits(config, inputs.splits, outputs, default_out, inputs.names)
+        scores = report_splits(config, inputs.splits, outputs, default_out, inputs.names, found)
         progress = loop.progress
         result = {
             "best_epoch": best["epoch"], **scores, "baselines": found, "label_names": inputs.names,
@@ -467,7 +502,17 @@ def train_one(config: RunConfig, inputs, device) -> tuple[int, dict]:
         }
         trainer.save_result(folder, result)
         checkpoint.keep_newest_state(folder / "last")
-    return 3 if progress.stopped == "diverged" else 0, result
+    return result
+
+
+def has_diverged(result: dict) -> bool:
+    """Did the training of this result.json end because it diverged?"""
+    return result["stopped"] == "diverged"
+
+
+def exit_code(*results: dict) -> int:
+    """3 where a run has diverged, else 0."""
+    return 3 if any(map(has_diverged, results)) else 0
 
 
 def diagnose_run(loop, folder: Path, log_probs, inputs) -> list[str]:
@@ -544,7 +589,7 @@ def checks_before(config: RunConfig, loop) -> None:
         print(f"overfit :: one batch, loss {first:.3f} to {last:.3f}: {verdict}", flush=True)
     if config.auto_batch:
         loop.progress.micro_batch = trainer.find_micro_batch(loop)
-        print(f"batch :: {loop.progress.micro_batch} sentences a forward pass, "
+        print(f"batch :: {counted(loop.progress.micro_batch, 'sentence')} a forward pass, "
               f"{config.batch_size * config.grad_accum} an optimizer step", flush=True)
 
 
@@ -555,8 +600,8 @@ def warmup_steps(config: RunConfig, steps_an_epoch: int) -> int:
     total = config.epochs * steps_an_epoch
     for name, unit in (("warmup_steps", 1), ("warmup_epochs", steps_an_epoch)):
         if (getattr(config, name) or 0) * unit > total:
-            raise ValueError(f"--{name} {getattr(config, name):g} is beyond the run's {total} steps, which come from "
-                             f"--epochs {config.epochs}")
+            raise ValueError(f"--{name} {getattr(config, name):g} is beyond the run's {counted(total, 'step')}, "
+                             f"which come from --epochs {config.epochs}")
     if config.warmup_steps is not None:
         return config.warmup_steps
     if config.warmup_epochs is not None:
@@ -592,25 +637,28 @@ def schedule_options(config: RunConfig) -> dict:
 
 
 def resumed(config: RunConfig) -> RunConfig:
-    """The options of the run that is resumed. Refuses other options, and data that has changed, by name."""
-    from dataclasses import fields, replace
+    """The options of the run, or of the series of --seeds or --folds, that is resumed. Refuses other options, and data
+    that has changed, by name."""
+    from dataclasses import replace
 
     import checkpoint
     import dataset
-    from trainer import RUN_FILE, lock
+    from trainer import RUN_FILE, is_finished, lock
 
     folder = Path(config.resume)
     if not (folder / RUN_FILE).is_file():
-        raise FileNotFoundError(f"{folder}: there is no run here (no {RUN_FILE})")
-    if (folder / "result.json").exists():
-        raise ValueError(f"{folder}: the run is finished; evaluate it with --option evaluate --run {folder}")
+        raise FileNotFoundError(f"{folder}: there is no run here (no {RUN_FILE}){near_run(folder)}")
+    if is_finished(folder):
+        runs = checkpoint.read_json(folder / "result.json").get("runs")
+        raise ValueError(f"{folder}: all its runs are finished; evaluate one with --option evaluate --run "
+                         f"{folder / runs[0]}" if runs else
+                         f"{folder}: the run is finished; evaluate it with --option evaluate --run {folder}")
     with lock(folder):  # is it still going? said at once, before everything is read
         described = checkpoint.read_json(folder / RUN_FILE)
     if not {"options", "given", "device", "versions"} <= described.keys():
         raise ValueError(f"{folder / RUN_FILE}: this is not what a run writes")
     checkpoint.run_files(folder / RUN_FILE)
-    saved = {f.name: described["options"].get(f.name, f.default) for f in fields(RunConfig) if f.metadata}
-    saved["milestones"] = tuple(saved["milestones"]) if saved["milestones"] else None
+    saved = options_of(described)
     asked = config.given - {"resume", "option"}
     differences = [f"--{n} is {saved[n]} in the run, {getattr(config, n)} now" for n in sorted(asked)
                    if getattr(config, n) != saved[n]]
@@ -627,31 +675,154 @@ def resumed(config: RunConfig) -> RunConfig:
                    given=frozenset(described["given"]))
 
 
-def repeat(config: RunConfig, runs: list, device) -> int:
-    """--seeds and --folds: the runs one after another, then mean and standard deviation of their accuracies."""
-    import statistics
+def options_of(described: dict) -> dict:
+    """The options that an args.json holds; one that is newer than the file has its default."""
+    from dataclasses import fields
+
+    saved = {f.name: described["options"].get(f.name, f.default) for f in fields(RunConfig) if f.metadata}
+    saved["milestones"] = tuple(saved["milestones"]) if saved["milestones"] else None
+    return saved
+
+
+def near_run(typed: Path) -> str:
+    """The end of a message about a folder that is not there: the run whose name is nearest to the one that was typed,
+    with numbers compared as numbers (1e-4 is 0.0001)."""
+    import difflib
+    import re
+
+    from trainer import RUN_FILE
+
+    def plain(name: str) -> str:
+        return re.sub(r"\d+(\.\d+)?(e[+-]?\d+)?", lambda number: str(float(number[0])), name.lower())
+
+    if typed.exists():
+        return ""
+    places = [place for place in (typed.parent, Path("runs")) if place.is_dir()]
+    runs = {plain(run.name): run for place in places for run in sorted(place.iterdir())
+            if (run / RUN_FILE).is_file() or (run / "best").is_dir()}
+    near = difflib.get_close_matches(plain(typed.name), runs, n=1, cutoff=0.8)
+    return f"; did you mean {runs[near[0]]}?" if near else ""
+
+
+def repeat(config: RunConfig, inputs, runs: list, device) -> int:
+    """--seeds and --folds: the runs one after another, each in a folder inside the series' own, then the summary.
+
+    The series' args.json is there before its first run, so that --resume can finish what was stopped: it reads the
+    results of the runs that are finished, goes on with the one that is not, and starts the missing ones.
+    """
+    import shlex
     from dataclasses import replace
 
     import trainer
 
-    folder = trainer.open_run(config)
-    scores: dict[str, list[float]] = {}
-    code = 0
-    for name, one, inputs in runs:
-        print(f"{name}:", flush=True)
-        one = replace(one, output_dir=str(folder / name), dev_out=None, test_out=None)
-        ended, result = train_one(one, inputs, device)
-        code = max(code, ended)
-        for split in ("dev", "test"):
-            if split in result:
-                scores.setdefault(split, []).append(result[split]["acc"])
-    summary = {}
-    for split, values in scores.items():
-        summary[split] = {"acc": values, "mean": statistics.mean(values), "std": statistics.stdev(values)}
-        print(f"{split} acc :: {summary[split]['mean']:.3f} +- {summary[split]['std']:.3f} over {len(values)} "
-              f"{'folds' if config.folds else 'seeds'}", flush=True)
-    trainer.save_result(folder, summary)
-    return code
+    folder = Path(config.resume) if config.resume else trainer.open_run(config)
+    members = {name: (replace(one, output_dir=str(folder / name), dev_out=None, test_out=None, resume=None), its)
+               for name, one, its in runs}
+    if not config.resume:
+        for one, _ in members.values():
+            trainer.open_run(one)  # a run that is in the way is refused (or replaced) before the first one begins
+    with trainer.lock(folder):
+        if not config.resume:
+            trainer.save_description(folder, trainer.describe(config, device, files_of(inputs)))
+        results = {}
+        try:
+            for name, (one, its) in members.items():
+                print(f"{name}:", flush=True)
+                results[name] = finish_member(one, its, device, folder)
+                if has_diverged(results[name]):
+                    print(f"{name} diverged: its accuracies are those of the weights from before that", flush=True)
+        except KeyboardInterrupt:  # between two runs, or the second ^C in one
+            notice(f"go on with: python run_llama.py --resume {shlex.quote(str(folder))}")
+            raise
+        summary = summarise(results, folder, "folds" if config.folds else "seeds")
+        trainer.save_result(folder, summary)
+    return exit_code(*results.values())
+
+
+def finish_member(one: RunConfig, inputs, device, series: Path) -> dict:
+    """The result of one run of a series: read where the run is finished, else it is gone on with, or started.
+
+    Raises ValueError when the run in its folder is not the series' own.
+    """
+    from dataclasses import replace
+
+    import checkpoint
+    from trainer import RUN_FILE, is_finished
+
+    folder = Path(one.output_dir)
+    if not (folder / RUN_FILE).is_file():
+        return train_one(one, inputs, device, series)
+    saved = options_of(checkpoint.read_json(folder / RUN_FILE))
+    places = {"output_dir", "overwrite", "resume", "dev_out", "test_out", "dataset", "train", "dev", "test",
+              "label_names", "tokenizer", "pretrained_model_path"}
+    other = [f"--{name} is {saved[name]} there, {getattr(one, name)} in {series}" for name in sorted(saved)
+             if name not in places and saved[name] != getattr(one, name)]
+    files, own = (checkpoint.run_files(where / RUN_FILE) for where in (folder, series))
+    other += [f"{files[name]['path'] if name in files else 'nothing'} is its {name} file" for name in own
+              if name not in files or files[name].get("sha256") != own[name].get("sha256")]
+    if other:
+        raise ValueError(f"{folder}: this run is not one of {series}: {'; '.join(other)}; move the folder away, and "
+                         "resume again")
+    if is_finished(folder):
+        notice(f"{folder} is finished: its result is taken as it is")
+        return checkpoint.read_json(folder / "result.json")
+    return train_one(replace(one, resume=str(folder)), inputs, device, series)
+
+
+def summarise(results: dict[str, dict], folder: Path, unit: str) -> dict:
+    """Print mean and standard deviation of the accuracies of a series' runs, and return what its result.json holds.
+
+    Of runs that diverged it says which they are, and what the others give alone. A fold's accuracy is flattered by the
+    choice of the best epoch on that same fold: the last epoch's, which nobody chose, is printed too.
+    """
+    diverged = [name for name, result in results.items() if has_diverged(result)]
+    summary = {"runs": list(results), "diverged": diverged}
+    for split in ("dev", "test"):
+        if all(split in result for result in results.values()):
+            summary[split] = mean_and_deviation([result[split]["acc"] for result in results.values()])
+    healthy = [result for name, result in results.items() if name not in diverged]
+    if diverged:
+        without = {split: mean_and_deviation([result[split]["acc"] for result in healthy])
+                   for split in ("dev", "test") if split in summary and healthy}
+        summary["without_diverged"] = without
+        said = ", ".join(f"{split} acc {in_words(without[split])}" for split in without)
+        print(f"diverged :: {', '.join(diverged)}, {len(diverged)} of {len(results)} {unit}"
+              + (f"; without {'it' if len(diverged) == 1 else 'them'}: {said}" if said else ""), flush=True)
+    if unit == "folds":
+        summary["dev_epoch"] = "the best of each fold, chosen on that same fold"
+        last = [last_dev_acc(folder / name) for name in results]
+        if None not in last:
+            summary["dev_last_epoch"] = mean_and_deviation(last)
+            print(f"last epoch :: dev acc {in_words(summary['dev_last_epoch'])} over {len(results)} folds", flush=True)
+        stopped = any(result["stopped"] == "patience" for result in results.values())
+        notice("dev acc is that of each fold's best epoch, chosen on that same fold, and so a little too high; the "
+               "last epoch's is not chosen" + (", but --patience stopped on the fold too (--patience 0: all epochs)"
+                                               if stopped else ""))
+    for split in ("dev", "test"):
+        if split in summary:
+            print(f"{split} acc :: {in_words(summary[split])} over {len(results)} {unit}", flush=True)
+    return summary
+
+
+def mean_and_deviation(values: list[float]) -> dict:
+    """The accuracies with their mean and their (sample) standard deviation, which one value alone does not have."""
+    import statistics
+
+    return {"acc": values, "mean": statistics.mean(values),
+            "std": statistics.stdev(values) if len(values) > 1 else None}
+
+
+def in_words(found: dict) -> str:
+    """0.412 +- 0.030, of `mean_and_deviation`."""
+    return f"{found['mean']:.3f}" + ("" if found["std"] is None else f" +- {found['std']:.3f}")
+
+
+def last_dev_acc(folder: Path) -> float | None:
+    """The dev accuracy in the last line of a run's epochs.jsonl; None where a divergence left no line."""
+    import json
+
+    lines = (folder / "epochs.jsonl").read_text(encoding="utf-8").splitlines()
+    return json.loads(lines[-1])["dev_acc"] if lines else None
 
 
 def lr_find(config: RunConfig) -> int:
@@ -659,7 +830,7 @@ def lr_find(config: RunConfig) -> int:
     import search
     import trainer
 
-    inputs = load_inputs(config, need=("train", "dev"))
+    inputs = limit_train(config, load_inputs(config, need=("train", "dev")))
     schedule_of(config, steps_an_epoch(config, inputs))  # --confirm and the command that is printed use it
     device = trainer.choose_device(config)
     folder = trainer.open_run(config)
@@ -692,10 +863,16 @@ def load_run(config: RunConfig):
     if not config.run:
         raise ValueError(f"--option {config.option} needs --run RUN, the folder of a finished fine-tuning run")
     folder = Path(config.run)
-    best = folder / "best" if (folder / "best").is_dir() else folder
+    best = best_of(folder)
     if not (best / "config.json").is_file():
-        raise FileNotFoundError(f"{folder}: there is no saved classifier here (no best/config.json); name the folder "
-                                "of a run that has finished an epoch")
+        inside = sorted(folder.glob("*/best/config.json"), key=lambda path: (len(path.parts[-3]), path))
+        if inside:
+            names = [str(path.parent.parent) for path in inside]
+            more = f", ... ({len(names)} in all)" if len(names) > 5 else ""
+            raise FileNotFoundError(f"{folder}: several runs are in this folder; name one of them: --run "
+                                    f"{', '.join(names[:5])}{more}")
+        raise FileNotFoundError(f"{folder}: there is no saved classifier here (no best/config.json)"
+                                + (near_run(folder) or "; name the folder of a run that has finished an epoch"))
     fixed = config.given & {"pretrained_model_path", "tokenizer", "n_layers", "attention", "pooling",
                             "max_sentence_len", "hidden_dropout_prob", "dropout"}
     if fixed:
@@ -706,47 +883,54 @@ def load_run(config: RunConfig):
     return folder, model.eval(), Tokenizer(tokenizer_model=best), settings
 
 
+def best_of(folder: Path) -> Path:
+    """Where the classifier of a run is; the folder itself may be a run's best/."""
+    return folder / "best" if (folder / "best").is_dir() else folder
+
+
 def evaluate(config: RunConfig) -> None:
     """A saved run on its own dev and test files, or on those that are given."""
     from dataclasses import replace
 
     import checkpoint
     import dataset
-    from trainer import RUN_FILE, choose_device, predict, warn
+    from trainer import RUN_FILE, choose_device, is_finished, predict, warn
 
     folder, model, tokenizer, settings = load_run(config)
     names = settings["label_names"]
     config = replace(config, max_sentence_len=settings["max_sentence_len"], loss=settings.get("loss", "ce"))
     is_own = not config.given & {"dataset", "train", "dev", "test"}
+    known = {}  # the baselines that the run itself found on the same sentences
     if is_own:
         home = folder if (folder / RUN_FILE).is_file() else folder.parent
         used = checkpoint.run_files(home / RUN_FILE)
         files = dataset.DataFiles(home.name, *(Path(used[n]["path"]) if n in used else None for n in (
             "train", "dev", "test", "label_names")))
+        if is_finished(home):
+            known = dict(checkpoint.read_json(home / "result.json").get("baselines", {}))
         if checkpoint.read_json(home / RUN_FILE)["options"].get("folds"):
+            known.pop("dev", None)  # that was the fold's
             warn(f"{folder}: the run is one of several --folds: it was trained on a part of the dev file")
         for name in ("dev", "test"):
             if name in used and dataset.sha256(getattr(files, name)) != used[name]["sha256"]:
+                known.pop(name, None)
                 warn(f"{getattr(files, name)}: the file has changed since the run")
     else:
         files = dataset.find_files(config)
         own_names = dataset.read_label_names(files.label_names)
         if own_names and own_names != names:
             warn(f"{files.label_names} names the labels {own_names}, the run {names}")
-    splits = load_splits(config, files, len(names), Path(config.run) / "best/config.json", tokenizer,
+    splits = load_splits(config, files, len(names), best_of(folder) / "config.json", tokenizer,
                          model.llama.config.max_seq_len)
     if not splits:
         raise ValueError("there is neither a --dev nor a --test file to evaluate")
-    known = None
-    if is_own and (home / "result.json").is_file():
-        known = checkpoint.read_json(home / "result.json").get("baselines")
-    print_baselines(files.train if files.train and files.train.is_file() else None, splits, known)
+    baselines = print_baselines(files.train if files.train and files.train.is_file() else None, splits, known)
     device = choose_device(config)
     use_kernels(config, model.to(device.where), device)
     outputs = {n: predict(model, s, tokenizer.pad_id, device, n) for n, s in splits.items()}
     default_out = {n: folder / (f"{n}-predictions.txt" if is_own else f"{files.name}-{n}-predictions.txt")
                    for n in outputs}
-    report_splits(config, splits, outputs, default_out, names)
+    report_splits(config, splits, outputs, default_out, names, baselines)
 
 
 def predict(config: RunConfig) -> None:
@@ -767,7 +951,8 @@ def predict(config: RunConfig) -> None:
     context = model.llama.config.max_seq_len
     tokens, n_cut = dataset.tokenize([s.strip() for s in sentences], tokenizer, context, settings["max_sentence_len"])
     if n_cut:
-        trainer.warn(f"{source}: {n_cut} sentences were cut to {settings['max_sentence_len'] or context} tokens")
+        trainer.warn(f"{source}: {counted(n_cut, 'sentence')} cut to "
+                     f"{counted(settings['max_sentence_len'] or context, 'token')}")
     split = dataset.Split(Path(source), sentences, tokens, np.zeros(len(tokens), dtype=np.int64), n_cut)
     device = trainer.choose_device(config)
     use_kernels(config, model.to(device.where), device)

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from checkpoint import write_atomically, write_json
-from config import RunConfig, options
+from config import RunConfig, counted, options
 from dataset import sha256
 from trainer import Device, Loop, peak_memory, untouched, warn
 
@@ -76,10 +76,11 @@ def plan(run: SimpleNamespace, config: RunConfig, device: Device, folder: Path, 
             seconds.append(time.perf_counter() - begin)
     step_seconds = sum(seconds[1:]) / len(seconds[1:])
     memory = n * bytes_each * (2 + moments + (1 if config.ema else 0))
-    print(f"plan :: {n_train} sentences, {config.batch_size * config.grad_accum} a step "
-          f"({config.batch_size} x {config.grad_accum}), {run.steps_an_epoch} steps an epoch, {steps} in all")
-    print(f"plan :: {config.scheduler}, warmup {warmup} steps, lr {lr[0]:.2e} at the start, {max(lr):.2e} at the peak, "
-          f"{lr[-1]:.2e} at the end")
+    print(f"plan :: {counted(n_train, 'sentence')}, {config.batch_size * config.grad_accum} a step "
+          f"({config.batch_size} x {config.grad_accum}), {counted(run.steps_an_epoch, 'step')} an epoch, {steps} in "
+          "all")
+    print(f"plan :: {config.scheduler}, warmup {counted(warmup, 'step')}, lr {lr[0]:.2e} at the start, {max(lr):.2e} "
+          f"at the peak, {lr[-1]:.2e} at the end")
     print(f"plan :: {n / 1e6:.1f}M trainable parameters; weights, gradients and {config.optimizer}'s state take "
           f"{memory / 2**30:.2f} GiB; with the longest batch, {peak_memory(device) / 2**30:.2f} GiB were in use")
     print(f"plan :: about {step_seconds:.2f} s a step on {device}: {step_seconds * run.steps_an_epoch / 60:.1f} min an "
@@ -165,8 +166,8 @@ def lr_find(make_run: Callable[[RunConfig], SimpleNamespace], config: RunConfig,
     for i in range(config.lr_repeats):
         points = range_test(make_run(replace(config, seed=config.seed + i)), config, device)
         if len(points) < 10:
-            raise ValueError(f"--lr_min {config.lr_min:g}: the loss was finite for {len(points)} steps only; begin "
-                             "lower")
+            raise ValueError(f"--lr_min {config.lr_min:g}: the loss was finite for {counted(len(points), 'step')} "
+                             "only; begin lower")
         tests.append(points)
         found.append(suggestion(points))
         print(f"range test {i + 1} of {config.lr_repeats}: {len(points)} steps, steepest at {found[-1][1]:.1e}",

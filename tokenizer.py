@@ -126,7 +126,7 @@ def _read_header(walk: _Walk) -> tuple[dict[str, Any], dict[str, GGUFTensor]]:
         records[name] = (tuple(reversed(dims)), walk.number("I", name), walk.number("Q", name))
     alignment = metadata.get("general.alignment", 32)
     if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
-        raise walk.fail(f"general.alignment is {alignment}, no power of two")
+        raise walk.fail(f"general.alignment is {alignment}, which is not a power of two")
     data_start = -(-walk.at // alignment) * alignment
     return metadata, _place_tensors(walk, records, data_start, alignment)
 
@@ -144,7 +144,7 @@ def _place_tensors(walk: _Walk, records: dict[str, tuple], data_start: int, alig
         for n in shape:
             count *= n  # Python's integers do not overflow
         if count == 0 or shape[-1] % per_block:
-            raise walk.fail(f"{name} has the shape {shape}, its rows are no multiple of {per_block}")
+            raise walk.fail(f"{name} has the shape {shape}, its rows are not a multiple of {per_block}")
         nbytes = count // per_block * block_bytes
         if offset % alignment or data_start + offset + nbytes > walk.size:
             raise walk.fail(f"{name} lies at {offset} + {nbytes} bytes, the file has {walk.size - data_start} for data")
@@ -234,7 +234,7 @@ class Tokenizer:
     first two; None: `tokenizer.model` in this folder. `max_len` cuts a sentence after that many tokens, the
     begin and end tokens not counted. `add_bos`: what the model saw in front of its texts, as the file says it.
     Attributes: `n_words`, `bos_id`, `eos_id`, `pad_id`, `max_len`, `add_bos`.
-    Raises FileNotFoundError for a missing file and ValueError for one that is no tokenizer.
+    Raises FileNotFoundError for a missing file and ValueError for one that is not a tokenizer.
     """
 
     def __init__(self, max_len: int | None = None, tokenizer_model: str | Path | None = None):
@@ -259,7 +259,7 @@ class Tokenizer:
         try:
             self._sentencepiece = SentencePieceProcessor(model_file=str(self.path))
         except (RuntimeError, OSError) as error:
-            raise ValueError(f"{self.path}: no SentencePiece model ({error})") from None
+            raise ValueError(f"{self.path}: not a SentencePiece model ({error})") from None
         self.n_words = self._sentencepiece.vocab_size()
         self.bos_id, self.eos_id = self._sentencepiece.bos_id(), self._sentencepiece.eos_id()
         self.pad_id = max(self._sentencepiece.piece_to_id("<0x00>"), 0)
@@ -271,7 +271,7 @@ class Tokenizer:
         try:
             self._backend = Backend.from_file(str(self.path))
         except Exception as error:  # the library raises a bare Exception for every fault
-            raise ValueError(f"{self.path}: no tokenizer.json ({error})") from None
+            raise ValueError(f"{self.path}: not a tokenizer.json ({error})") from None
         self._backend.no_padding()
         self._backend.no_truncation()
         settings = self._json_settings()
@@ -291,7 +291,7 @@ class Tokenizer:
                 try:
                     settings.update(json.loads(file.read_text(encoding="utf-8")))
                 except (ValueError, TypeError, RecursionError) as error:
-                    raise ValueError(f"{file}: no JSON object ({error})") from None
+                    raise ValueError(f"{file}: not a JSON object ({error})") from None
         return settings
 
     def _special(self, token: Any, name: str) -> int:
@@ -319,13 +319,13 @@ class Tokenizer:
         numbers = [metadata.get(f"tokenizer.ggml.{name}_token_id", default)
                    for name, default in (("bos", -1), ("eos", -1), ("padding", 0), ("unknown", 0))]
         if not isinstance(kinds, list) or not all(type(i) is int and -1 <= i < len(tokens) for i in numbers):
-            raise ValueError(f"{self.path}: its tokenizer's token types are no list, or a special token's number "
+            raise ValueError(f"{self.path}: its tokenizer's token types are not a list, or a special token's number "
                              f"is not among its {len(tokens)} tokens: {numbers}")
         try:
             self._backend = makers[kind](metadata, self.path)
         except ValueError:
             raise
-        except Exception as error:  # merges that are no text, fewer scores than tokens, ...
+        except Exception as error:  # merges that are not text, fewer scores than tokens, ...
             raise ValueError(f"{self.path}: its tokenizer cannot be built ({error!r})") from None
         control = [AddedToken(t, special=True, normalized=False) for t, k in zip(tokens, kinds, strict=False) if k == 3]
         self._backend.add_special_tokens(control)

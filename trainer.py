@@ -30,8 +30,8 @@ from tqdm import tqdm
 
 import guards
 import kernels
-from checkpoint import disk_full, has_states, join_tensors, load_state, save_state, split_tensors, write_json
-from config import RunConfig
+from checkpoint import disk_full, has_states, join_tensors, load_state, read_json, save_state, split_tensors, write_json
+from config import RunConfig, counted
 from dataset import Split, length_order, make_batch
 
 # --------------------------------------------------------------------------- the device and its precision
@@ -56,7 +56,7 @@ class Device:
 
     def __str__(self) -> str:
         is_gpu = self.where.type == "cuda"
-        name = torch.cuda.get_device_name(self.where) if is_gpu else f"{torch.get_num_threads()} threads"
+        name = torch.cuda.get_device_name(self.where) if is_gpu else counted(torch.get_num_threads(), "thread")
         return f"{self.where} ({name}), {str(self.dtype).removeprefix('torch.')}"
 
 
@@ -135,6 +135,7 @@ class Signals:
 
     def __exit__(self, *_: object) -> None:
         self._restore()
+        self.got = None  # it has been acted on
 
     def check(self) -> None:
         if self.got is not None:
@@ -247,6 +248,13 @@ def describe(config: RunConfig, device: Device, files: dict[str, Any]) -> dict[s
                      "c_compiler": kernels.compiler() if kernels.is_on() else "not used"},
         "platform": platform.platform(),
     }
+
+
+def save_description(folder: Path, described: dict[str, Any]) -> None:
+    """args.json, with which the folder is this run's: a result.json that another command (lr_find) left there is
+    removed, or it would pass for the run's own."""
+    (folder / "result.json").unlink(missing_ok=True)
+    write_json(folder / RUN_FILE, described)
 
 
 def write_line(file: BinaryIO, values: dict[str, Any]) -> None:
@@ -429,16 +437,18 @@ class Loop:
 
     `schedule(step, history)` is a factor on each parameter group's own rate. `after_step(step, lr, loss)`, if given,
     may return True to end the training (the range test's way out). With `keep_states=False` no state is saved; `quiet`
-    prints no epoch lines.
+    prints no epoch lines. `resume_folder`: what to resume after a signal, where it is not `folder` but that of the
+    series (of --seeds or --folds) that the run belongs to.
     """
 
     def __init__(
         self, task: Task, optimizer: torch.optim.Optimizer, schedule: Callable[[int, list[float]], float],
         config: RunConfig, device: Device, folder: Path, after_step: Callable[[int, float, float], bool] | None = None,
-        keep_states: bool = True, quiet: bool = False,
+        keep_states: bool = True, quiet: bool = False, resume_folder: Path | None = None,
     ):
         self.task, self.optimizer, self.schedule = task, optimizer, schedule
         self.config, self.device, self.folder = config, device, folder
+        self.resume_folder = resume_folder or folder
         self.after_step, self.keep_states, self.quiet = after_step, keep_states, quiet
         self.parameters = [p for p in task.model.parameters() if p.requires_grad]
         self.progress = Progress(micro_batch=config.batch_size)
@@ -462,7 +472,8 @@ class Loop:
             for name in LOGS:
                 self.logs[name] = stack.enter_context(open(self.folder / name, "ab", buffering=0))
             stack.enter_context(self.bar)
-            stack.enter_context(stoppable(self.folder if self.keep_states else None, lambda: self.save(good=False)))
+            stack.enter_context(stoppable(self.resume_folder if self.keep_states else None,
+                                          lambda: self.save(good=False)))
             self.save()
             while self.progress.epoch < config.epochs and not self.progress.stopped:
                 self.train_epoch()
@@ -756,7 +767,7 @@ class Loop:
         write_line(self.logs["epochs.jsonl"], line)
         if config.patience and progress.since_best >= config.patience and progress.epoch < config.epochs:
             progress.stopped = "patience"
-            print(f"early stop: no better {config.monitor} in {config.patience} evaluations", flush=True)
+            print(f"early stop: no better {config.monitor} in {counted(config.patience, 'evaluation')}", flush=True)
         self.save()
 
     # ----------------------------------------------------------------------- the state
@@ -963,5 +974,12 @@ def epoch_line(line: dict[str, Any]) -> str:
 
 
 def save_result(folder: Path, result: dict[str, Any]) -> None:
-    """result.json, the last file that a run writes: a folder that has it is a finished run."""
+    """result.json, the last file that a run writes: a folder that has it is a finished run, see `is_finished`."""
     write_json(folder / "result.json", result)
+
+
+def is_finished(folder: Path) -> bool:
+    """Has the run in this folder, or the series of --seeds or --folds, written its result? That of another
+    command, such as lr_find, does not count."""
+    path = folder / "result.json"
+    return path.is_file() and bool(read_json(path).keys() & {"best_epoch", "runs"})

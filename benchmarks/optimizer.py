@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path = [str(ROOT), *(p for p in sys.path if Path(p or ".").resolve() != Path(__file__).resolve().parent)]
 import kernels  # noqa: E402
 from benchmarks.measure import machine, ratio, seconds, write  # noqa: E402
+from config import counted  # noqa: E402
 from optimizer import AdamW  # noqa: E402
 
 VOCABULARY, DIM, KV, HIDDEN = 49152, 576, 192, 1536
@@ -62,7 +63,8 @@ def main() -> None:
     times = {name: found[2:] for name, found in times.items()}
     size = sum(p.numel() for p in made["ours"].param_groups[0]["params"])
     how = f"C, compiled in {compiling:.2f} s" if native else "eager PyTorch"
-    print(f"{size / 1e6:.1f}M parameters on {options.device}, {torch.get_num_threads()} threads; ours: {how}")
+    threads = counted(torch.get_num_threads(), "thread")
+    print(f"{size / 1e6:.1f}M parameters on {options.device}, {threads}; ours: {how}")
     result = {"machine": machine(options.device), "layers": options.layers, "parameters": size, "native": native,
               "compile_seconds": compiling if native else None, "rounds": options.rounds, "optimizers": {}}
     for name, found in times.items():

@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 import checkpoint
 from checkpoint import load_pretrained, read_weights
 from classifier import LlamaEmbeddingClassifier, empty_classifier
-from config import LlamaConfig
+from config import LlamaConfig, parse_args
 from tokenizer import Tokenizer
 
 SMOLLM = Path(checkpoint.__file__).parent / "models" / "smollm2-135m.gguf"
@@ -571,3 +571,16 @@ def test_dequantised_values_are_those_of_the_gguf_package(tmp_path):
         path.write_bytes(tiny.gguf_bytes((), (tiny.gguf_tensor("a", (96, 37), int(kind)),), data=raw.tobytes()))
         tensor = checkpoint.read_gguf(path)[1]["a"]
         assert np.array_equal(checkpoint._dequantise(path, tensor).numpy(), dequantize(raw, kind))
+
+
+@pytest.mark.parametrize("has_weights, missing", [(False, "stories42M.pt"), (True, "stories42M's tokenizer.model")])
+def test_what_is_used_instead_of_the_stories_model_says_what_fetches_it(tmp_path, monkeypatch, has_weights, missing):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(checkpoint, "__file__", str(tmp_path / "checkpoint.py"))
+    monkeypatch.setattr(checkpoint.prepare, "weights_path", lambda name: tmp_path / "models" / f"{name}.gguf")
+    monkeypatch.setattr(checkpoint.prepare, "fetch", lambda name: None)
+    if has_weights:
+        Path("stories42M.pt").touch()
+    assert checkpoint.find_model(parse_args([])).notice == (
+        f"{missing} is not here: using smollm2-135m instead; `python data/prepare.py stories42M` fetches the weights "
+        "and their tokenizer (or imports them: --from DIR)")

@@ -1,5 +1,6 @@
 """The command line: spellings, defaults, and messages."""
 
+import ast
 import re
 import subprocess
 import sys
@@ -74,8 +75,6 @@ def test_a_bad_value_is_one_line_and_exit_code_2(argv, words, capsys):
 
 @pytest.mark.parametrize("line, words", [
     ("--option finetune --seeds 2 --folds 3", "--seeds and --folds contradict each other; give one"),
-    ("--resume x --seeds 2", "--resume goes on with one run, and --seeds makes several"),
-    ("--resume x --folds 2", "--resume goes on with one run, and --folds makes several"),
     ("--resume x --option lr_find", "--resume goes on with a fine-tuning run, and --option is lr_find"),
     ("--plan", "--plan is about --option finetune, and --option is generate"),
     ("--option lr_find --seeds 2", "--seeds repeats --option finetune, and --option is lr_find"),
@@ -95,7 +94,8 @@ def test_options_that_contradict_each_other_are_both_named(line, words, capsys):
 
 
 def test_what_fits_together_is_accepted():
-    for line in ("--resume x", "--resume x --option finetune", "--option finetune --plan --seeds 2",
+    for line in ("--resume x", "--resume x --seeds 2", "--resume x --option finetune", "--option finetune --folds 2",
+                 "--option finetune --plan --seeds 2",
                  "--option finetune --folds 3 --fold 2", "--warmup_steps 0", "--nesterov --optimizer sgd",
                  "--monitor dev_loss", "--option lr_find --confirm --lr_min 1e-5 --lr_max 1e-4"):
         config.parse_args(line.split())
@@ -105,6 +105,39 @@ def test_the_schedulers_are_those_that_there_are():
     from optimizer import SCHEDULES
 
     assert config.SCHEDULERS == tuple(SCHEDULES)
+
+
+@pytest.mark.parametrize("argv, name", [
+    ("--early_stopping", "patience"), ("--early-stopping-patience=3", "patience"), ("--num_epochs 3", "epochs"),
+    ("--model_name_or_path x", "pretrained_model_path"), ("--gpu", "use_gpu"), ("--cuda", "use_gpu"),
+    ("--learning-rate 1", "lr"), ("--per_device_train_batch_size 8", "batch_size"), ("--no_cuda", "device"),
+])
+def test_what_other_programs_call_an_option_is_understood(argv, name, capsys):
+    with pytest.raises(SystemExit):
+        config.parse_args(argv.split())
+    assert f"did you mean --{name}?" in capsys.readouterr().err
+
+
+def test_other_names_lead_to_options_and_hide_none():
+    known = {f.name for f in config.options()}
+    assert set(config.MEANT.values()) <= known and not config.MEANT.keys() & (known | config.ALIASES.keys())
+    assert len(config.MEANT) == sum(len(names.split()) for names in config.OTHER_NAMES.values()), "a name twice"
+
+
+def test_one_is_no_plural():
+    assert [config.counted(n, "layer") for n in (0, 1, 2)] == ["0 layers", "1 layer", "2 layers"]
+
+
+def test_messages_say_is_not_where_a_translation_would_say_is_no():
+    """`is no integer`, `are no UTF-8`: found by what they look like in the source. `there is no file` is English."""
+    wrong = re.compile(r"(?<!there )\b(is|are) no \w+|: no (JSON|llama2|Llama|plain|saved|SentencePiece|tokenizer)")
+    said = {}
+    for path in sorted([*ROOT.glob("*.py"), *ROOT.glob("data/*.py")]):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and "\n" not in node.value:
+                if found := wrong.search(node.value):
+                    said[f"{path.name}:{node.lineno}"] = found[0]
+    assert not said
 
 
 def test_help_has_every_option_in_groups_and_does_not_import_torch():

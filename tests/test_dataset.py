@@ -33,10 +33,10 @@ def test_a_sentence_may_hold_the_separator_and_blank_lines_and_a_bom_are_skipped
 
 @pytest.mark.parametrize("line, words", [
     ("no separator", "no ` ||| `"),
-    ("x ||| a", "is no integer"),
-    ("1.5 ||| a", "is no integer"),
-    ("² ||| a", "is no integer"),
-    ("--1 ||| a", "is no integer"),
+    ("x ||| a", "is not an integer"),
+    ("1.5 ||| a", "is not an integer"),
+    ("² ||| a", "is not an integer"),
+    ("--1 ||| a", "is not an integer"),
     ("-1 ||| a", "out of range"),
     ("3 ||| a", "out of range"),
     ("1 |||   ", "sentence is empty"),
@@ -55,7 +55,10 @@ def test_of_many_bad_lines_ten_are_shown_and_all_counted(tmp_path):
     path.write_text("bad\n" * 25, encoding="utf-8")
     with pytest.raises(ValueError) as error:
         dataset.read_examples(path, 3)
-    assert str(error.value).count("\n") == 10 and "15 more" in str(error.value)
+    assert str(error.value).count("\n") == 10 and "15 more lines" in str(error.value)
+    path.write_text("bad\n" * 11, encoding="utf-8")
+    with pytest.raises(ValueError, match="and 1 more line with such a fault"):
+        dataset.read_examples(path, 3)
 
 
 def test_an_empty_file_and_other_bytes_are_refused(tmp_path):

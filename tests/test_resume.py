@@ -434,6 +434,21 @@ def test_what_cannot_be_resumed_is_refused_by_name(stopped, straight, inputs, tm
         assert str(tmp_path / "args.json") in refused(capsys, "--resume", tmp_path)
 
 
+@posix
+def test_a_result_of_another_command_does_not_pass_for_the_runs_own(inputs, straight, capsys, monkeypatch):
+    """lr_find leaves its result.json in the folder: neither a resume nor evaluate takes it for that of the run."""
+    assert main("--option", "lr_find", *inputs, *HARD, "--lr_steps", "12", "--output_dir", "run") == 0
+    found = Path("run/result.json").read_bytes()
+    stop_at(monkeypatch, (8,))
+    assert main("--option", "finetune", *inputs, *HARD, "--output_dir", "run") == 143
+    assert not Path("run/result.json").exists() and Path("run/lr_find.csv").exists()
+    Path("run/result.json").write_bytes(found)  # as earlier versions left it
+    assert main("--option", "evaluate", "--run", "run") == 0
+    assert main("--resume", "run") == 0
+    assert_same_end(Path("run"), straight(*HARD))
+    assert "the run is finished" in refused(capsys, "--resume", "run")
+
+
 # --------------------------------------------------------------------------- real processes
 
 SERVER = """

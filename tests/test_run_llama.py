@@ -38,8 +38,10 @@ def test_finetune_leaves_a_run_that_evaluate_and_predict_use(arguments, tiny_dat
     out = capsys.readouterr().out
     lines = out.splitlines()
     assert [int(m[1]) for m in re.finditer(f"^{EPOCH_LINE}$", out, re.M)] == list(range(8))
-    assert re.fullmatch(r"baseline :: majority \d\.\d{3}, tf-idf \+ logistic regression \d\.\d{3}", lines[-3])
-    assert lines[-2].startswith("dev acc :: ") and lines[-1].startswith("test acc :: ")
+    said = r"majority \d\.\d{3}, tf-idf \+ logistic regression \d\.\d{3}"
+    for line, form in zip(lines[-5:], (f"baseline :: {said}", r"dev acc :: \d\.\d{3}", f"dev baselines :: {said}",
+                                       r"test acc :: \d\.\d{3}", f"test baselines :: {said}"), strict=True):
+        assert re.fullmatch(form, line)
 
     run = Path("run")
     assert {p.name for p in run.iterdir()} == {
@@ -65,7 +67,7 @@ def test_finetune_leaves_a_run_that_evaluate_and_predict_use(arguments, tiny_dat
 
     assert run_llama.main(["--option", "evaluate", "--run", "run"]) == 0
     again = capsys.readouterr().out.splitlines()
-    assert again[-3:] == lines[-3:]
+    assert again[-5:] == lines[-5:]
 
     Path("in.txt").write_text("\n".join(t.partition(" ||| ")[2] for t in truth) + "\n", encoding="utf-8")
     assert run_llama.main(["--option", "predict", "--run", "run", "--input", "in.txt"]) == 0
@@ -91,9 +93,9 @@ def test_two_runs_with_one_seed_are_the_same(arguments):
 @pytest.mark.parametrize("pooling", ["mean", "max", "first"])
 def test_every_pooling_and_attention_survives_saving(arguments, pooling, attention, capsys):
     finetune(arguments, "--epochs", "1", "--pooling", pooling, "--attention", attention, "--n_layers", "1")
-    trained = capsys.readouterr().out.splitlines()[-2:]
+    trained = capsys.readouterr().out.splitlines()[-4:]
     assert run_llama.main(["--option", "evaluate", "--run", "runs/finetune-1-0.003"]) == 0
-    assert capsys.readouterr().out.splitlines()[-2:] == trained
+    assert capsys.readouterr().out.splitlines()[-4:] == trained
 
 
 def test_train_limit_and_full_train_eval(arguments, capsys):
@@ -106,7 +108,7 @@ def test_without_a_test_file_only_dev_is_reported(arguments, capsys):
     at = arguments.index("--test")
     finetune(arguments[:at] + arguments[at + 2:], "--epochs", "1")
     streams = capsys.readouterr()
-    assert streams.out.splitlines()[-1].startswith("dev acc ::") and "no test file" in streams.err
+    assert streams.out.splitlines()[-2].startswith("dev acc ::") and "no test file" in streams.err
 
 
 def test_without_label_names_the_numbers_are_the_names(arguments, tiny_data, capsys):
@@ -157,7 +159,7 @@ def test_bad_files_are_refused_before_a_run_folder_is_made(arguments, tiny_data,
 
     bad = Path("bad.txt")
     for content, words in ((b"no label here\n", "bad.txt:1"), (b"7 ||| a\n", "out of range"), (b"", "no sentence"),
-                           (b"0 ||| \xff\xfe\n", "UTF-8"), (b"x ||| a\n", "no integer")):
+                           (b"0 ||| \xff\xfe\n", "UTF-8"), (b"x ||| a\n", "not an integer")):
         bad.write_bytes(content)
         assert words in refused(capsys, *replaced("--dev", bad))
     assert "no such file" in refused(capsys, *replaced("--train", "nowhere.txt"))
@@ -181,6 +183,135 @@ def test_evaluate_and_predict_say_what_they_need(arguments, capsys):
     assert "--run" in refused(capsys, "--option", "evaluate")
     assert "no saved classifier" in refused(capsys, "--option", "evaluate", "--run", "nowhere")
     assert "--input" in refused(capsys, "--option", "predict", "--run", "x")
+
+
+def with_file(arguments, option, path, content=None):
+    """The arguments with another file, which has this content."""
+    if content is not None:
+        Path(path).write_text(content, encoding="utf-8")
+    at = arguments.index(option)
+    return [*arguments[: at + 1], str(path), *arguments[at + 2:]]
+
+
+@pytest.mark.parametrize("has_names", [True, False])
+def test_a_label_without_training_sentences_is_refused_in_every_split_before_the_training(arguments, tiny_data, capsys,
+                                                                                          has_names):
+    """With a name too: what no sentence teaches cannot be learned. A name that nobody uses is harmless."""
+    tiny_data["label_names"].unlink()
+    if has_names:
+        Path("toy-label-mapping.json").write_text('["bad", "fine", "good", "new"]', encoding="utf-8")
+    for split in ("dev", "test"):
+        file = with_file(arguments, f"--{split}", f"toy-{split}-more.txt", "0 ||| bad\n\n3 ||| new\n1 ||| plain\n")
+        for option in ("finetune", "lr_find"):
+            err = refused(capsys, "--option", option, *file)
+            assert f"toy-{split}-more.txt:3: the label 3 is not in {tiny_data['train']}" in err
+    assert not Path("runs").exists()
+    finetune(arguments, "--epochs", "1", "--output_dir", "run")
+    result = result_of("run")
+    assert result["label_names"] == (["bad", "fine", "good", "new"] if has_names else ["0", "1", "2"])
+    one_class = with_file(arguments, "--test", "ones.txt", "1 ||| plain\n1 ||| fine\n")
+    finetune(one_class, "--epochs", "1", "--output_dir", "ones")
+
+    more = Path("more.txt")
+    more.write_text("0 ||| bad\n4 ||| new\n", encoding="utf-8")
+    for run in ("run", "run/best"):
+        err = refused(capsys, "--option", "evaluate", "--run", run, "--test", str(more))
+        assert f"more.txt:2: the label 4 is out of range; labels are 0 to {3 if has_names else 2}" in err
+        assert f"{Path('run/best/config.json')}" in err
+    err = refused(capsys, "--option", "prompt", *with_file(arguments, "--test", more))
+    assert "more.txt:2: the label 4 is out of range" in err
+    # Of three classes, one of which dev does not have: prompting learns nothing, and answers.
+    some = with_file(arguments, "--dev", "some.txt", "0 ||| bad\n2 ||| good\n")
+    assert run_llama.main(["--option", "prompt", *some]) == 0
+
+
+def test_evaluate_names_runs_near_the_one_that_is_not_there(arguments, capsys):
+    finetune(arguments, "--epochs", "1", "--lr", "1e-4")
+    run = Path("runs/finetune-1-0.0001")
+    for typed in ("runs/finetune-1-1e-4", "runs/finetune-1-1e-04", "finetune-1-0.0001", "runs/fintune-1-1E-4",
+                  "runs/finetune-1-0.0001-2"):
+        for command in (["--option", "evaluate", "--run", typed], ["--resume", typed]):
+            assert f"did you mean {run}?" in refused(capsys, *command), command
+    for typed in ("nowhere", "runs/x", "elsewhere/y"):
+        for command in (["--option", "evaluate", "--run", typed], ["--resume", typed]):
+            assert "did you mean" not in refused(capsys, *command), command
+    assert f"name one of them: --run {run}" in refused(capsys, "--option", "evaluate", "--run", "runs")
+
+
+def test_each_split_stands_beside_its_own_baselines(arguments, tiny_data, capsys):
+    """The old line is about test; those of the splits are scikit-learn's on that split, in --option evaluate too."""
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+
+    def read(path):
+        rows = [line.split(" ||| ") for line in read_lines(path)]
+        return [s for _, s in rows], [int(label) for label, _ in rows]
+
+    train = [*tiny_sentences(40, 8), (2, "a film"), (0, "good"), (1, "awful and long")]  # it does not know all
+    arguments = with_file(arguments, "--train", "few-train.txt", "".join(f"{label} ||| {s}\n" for label, s in train))
+    dev = tiny_sentences(30, 1)[:20] + [(2, "the film is bad")] * 9
+    arguments = with_file(arguments, "--dev", "few-dev.txt", "".join(f"{label} ||| {s}\n" for label, s in dev))
+    finetune(arguments, "--epochs", "1", "--output_dir", "run", "--ordinal")
+    sentences, labels = read("few-train.txt")
+    model = make_pipeline(TfidfVectorizer(ngram_range=(1, 2)), LogisticRegression(max_iter=200)).fit(sentences, labels)
+    most = max(set(labels), key=labels.count)
+    said = {}
+    for name, path in (("dev", "few-dev.txt"), ("test", tiny_data["test"])):
+        sentences, labels = read(path)
+        majority = sum(label == most for label in labels) / len(labels)
+        said[name] = f"majority {majority:.3f}, tf-idf + logistic regression {model.score(sentences, labels):.3f}"
+    assert said["dev"] != said["test"]
+    trained = capsys.readouterr().out.splitlines()
+    assert run_llama.main(["--option", "evaluate", "--run", "run"]) == 0
+    Path("run/result.json").unlink()  # a run that was stopped: the baselines are found anew
+    again = capsys.readouterr().out.splitlines()
+    assert run_llama.main(["--option", "evaluate", "--run", "run"]) == 0
+    for out in (trained, again, capsys.readouterr().out.splitlines()):
+        places = [out.index(f"baseline :: {said['test']}")]
+        for name in ("dev", "test"):
+            (at,) = (i for i, line in enumerate(out) if re.fullmatch(rf"{name} acc :: \d\.\d{{3}}", line))
+            assert out[at + 1] == f"{name} baselines :: {said[name]}"
+            places.append(at)
+        assert places == sorted(places), "the old line is where it was"
+        assert sum(line.startswith("baseline ::") for line in out) == 1
+    finetune(arguments, "--epochs", "1", "--folds", "2", "--fold", "0", "--output_dir", "fold")
+    fold = capsys.readouterr().out.splitlines()
+    assert run_llama.main(["--option", "evaluate", "--run", "fold"]) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert f"dev baselines :: {said['dev']}" in out, "of the file, as the accuracy, not of the fold"
+    assert out[-1] == fold[-1] != f"test baselines :: {said['test']}", "of what the fold was trained on"
+
+
+def test_predict_answers_each_line_a_blank_one_too(arguments, capsys):
+    finetune(arguments, "--epochs", "1", "--output_dir", "run")
+    sentences = [s for _, s in tiny_sentences(3, 9)]
+
+    def answers(text):
+        Path("in.txt").write_bytes(text.encode())
+        capsys.readouterr()
+        assert run_llama.main(["--option", "predict", "--run", "run", "--input", "in.txt"]) == 0
+        return capsys.readouterr().out.splitlines()
+
+    plain = answers("\n".join(sentences))
+    assert len(plain) == 3
+    for blank, end in (("", ""), ("  ", "\n"), ("\t", "\r\n")):
+        found = answers("\n".join([blank, sentences[0], blank, blank, *sentences[1:], blank, "x"]) + end)
+        assert len(found) == 8 and all(len(line.split("\t")) == 3 for line in found)
+        assert [found[1], *found[4:6]] == plain
+
+
+def test_messages_count_one_as_one(arguments, capsys):
+    finetune(arguments, "--epochs", "1", "--n_layers", "1", "--output_dir", "run", "--max_sentence_len", "1")
+    streams = capsys.readouterr()
+    assert ", 1 layer, " in streams.out and "on cpu (1 thread), " in streams.out
+    assert "96 of 96 sentences cut to 1 token\n" in streams.err
+    Path("one.txt").write_text("0 ||| good film\n", encoding="utf-8")
+    assert run_llama.main(["--option", "evaluate", "--run", "run", "--dev", "one.txt"]) == 0
+    assert "1 of 1 sentence cut to 1 token\n" in capsys.readouterr().err
+    Path("in.txt").write_text("good film\n", encoding="utf-8")
+    assert run_llama.main(["--option", "predict", "--run", "run", "--input", "in.txt"]) == 0
+    assert "1 sentence cut to 1 token\n" in capsys.readouterr().err
 
 
 def test_an_output_file_that_cannot_be_written_is_refused_first(arguments, capsys):
@@ -327,7 +458,7 @@ def test_an_ordinal_run_reports_its_scores_and_survives_saving(arguments, monito
             f"off by one :: {result['dev']['off_by_one']:.3f}") in out.splitlines()
     predictions = read_lines("run/dev-predictions.txt")
     assert run_llama.main(["--option", "evaluate", "--run", "run"]) == 0
-    assert capsys.readouterr().out.splitlines()[-4:] == out.splitlines()[-4:]
+    assert capsys.readouterr().out.splitlines()[-6:] == out.splitlines()[-6:]
     assert read_lines("run/dev-predictions.txt") == predictions
     Path("in.txt").write_text("\n".join(p.partition(" ||| ")[2] for p in predictions), encoding="utf-8")
     assert run_llama.main(["--option", "predict", "--run", "run", "--input", "in.txt"]) == 0
