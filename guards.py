@@ -12,7 +12,8 @@ PER_STEP = 32  # sentences of one step among them, at most: so they come from te
 TRIMMED = 0.3  # this part of them, those with the highest losses, is left out: wrong labels cannot raise an alarm
 ABOVE = 1.2  # a typical loss this many times that of guessing means that training has diverged
 WORSE = 1.15  # the same for the mean loss between two evaluations, if all predictions are one class
-FAR_WORSE = 1.5  # the same with predictions of several classes, if the dev loss is above that of guessing too
+FAR_WORSE = 1.5  # the same with predictions of several classes, if the dev loss is no better than guessing
+NO_BETTER = 0.95  # the dev loss is no better than guessing when it is this many times that of guessing, or more
 STUCK = 1.02  # the same after a rollback
 NOT_FINITE_IN_A_ROW = 3
 ERRORS = 3.0  # standard errors by which an accuracy must fall before the fall counts as real
@@ -65,7 +66,7 @@ def decline(scores: dict[str, Any], best: dict[str, Any], n_dev: int, mean_loss:
     """
     is_one_class = "one_class" in scores
     if (is_one_class and mean_loss > WORSE * guessing) or (had_rollback and mean_loss > STUCK * guessing) or (
-            mean_loss > FAR_WORSE * guessing and scores["dev_loss"] > guessing):
+            mean_loss > FAR_WORSE * guessing and scores["dev_loss"] > NO_BETTER * guessing):
         return f"the mean loss since the last evaluation is {mean_loss:.3g}, where guessing has {guessing:.3g}"
     if not is_one_class or not best or None in (scores["train_loss"], best["train_loss"]):
         return ""
