@@ -288,8 +288,8 @@ def start(config: RunConfig, inputs, folder: Path | None, device):
                 "hidden_dropout_prob": config.hidden_dropout_prob, "max_sentence_len": config.max_sentence_len}
     model = LlamaEmbeddingClassifier(SimpleNamespace(**settings), llama).to(device.where)
     if not use_kernels(config, model, device):
-        trainer.warn(f"the C compiler `{os.environ.get('CC') or 'cc'}` does not work here: norms, positions, SwiGLU "
-                     "and AdamW run in PyTorch, which is slower ($CC names another; --kernels off stops this warning)")
+        trainer.warn(f"{kernels.fault()}: norms, positions, SwiGLU and AdamW run in PyTorch, which is slower "
+                     "(--kernels off stops this warning)")
     # AdamW without decay is the same for a gradient that has only the batch's words in it, and has far less to read.
     llama.tok_embeddings.sparse = (kernels.suits(llama.tok_embeddings.weight) and config.optimizer == "adamw"
                                    and not config.weight_decay)
