@@ -337,7 +337,7 @@ def start(config: RunConfig, inputs, folder: Path | None, device):
     optimizer = OPTIMIZERS[config.optimizer](groups, lr=config.lr * scale, **more)
     steps = len(task.order(0))
     return SimpleNamespace(model=model, task=task, optimizer=optimizer, schedule=schedule_of(config, steps),
-                           settings=settings, steps_an_epoch=steps)
+                           settings=settings, steps_an_epoch=steps, dev=dev, pad_id=tokenizer.pad_id)
 
 
 def set_switches(config: RunConfig) -> None:
@@ -631,6 +631,7 @@ def repeat(config: RunConfig, runs: list, device) -> int:
     return code
 
 
+@without_readers()
 def lr_find(config: RunConfig) -> int:
     """Look for the learning rate; see search.lr_find."""
     import search
@@ -651,6 +652,7 @@ def lr_find(config: RunConfig) -> int:
     return 0
 
 
+@without_readers()
 def verify_resume(config: RunConfig) -> int:
     """Run, kill, resume, compare; see search.verify_resume."""
     import search
