@@ -267,15 +267,15 @@ class RunConfig:
     lr_steps: int = _option(100, "Range test", "lr_find: how many steps", check=AT_LEAST_TEN)
     lr_repeats: int = _option(1, "Range test", "lr_find: repeat over N seeds, for an interval", metavar="N",
         check=AT_LEAST_ONE)
-    confirm: bool = _option(False, "Range test", "lr_find: follow with short training runs across the interval, ranked "
-        "by dev loss")
+    confirm: bool = _option(False, "Range test", "lr_find: train briefly at five rates across the interval, with up to "
+        "three seeds, and recommend the best where it can be told from chance")
 
     use_gpu: bool = _option(False, "Device", "short for --device cuda; without a GPU it warns and uses the CPU")
     device: str | None = _option(None, "Device", "cpu, cuda, cuda:1 or mps (default: cpu)")
     dtype: str = _option("auto", "Device", "precision of the matrix products; auto is bfloat16 where the device is "
         "fast at it", choices=("auto", "float32", "bfloat16"))
     kernels: str = _option("auto", "Device", "auto: on a CPU the norms, positions, SwiGLU and AdamW of a large model "
-        "run in C (kernels.c), compiled in a second; off: all in PyTorch", choices=("auto", "off"))
+        "run in C (kernels.c), compiled at the first start; off: all in PyTorch", choices=("auto", "off"))
 
     output_dir: str | None = _option(None, "Output", "the run folder (default: runs/<option>-<epochs>-<lr>, with -2, "
         "-3 behind it when it exists)", metavar="DIR")

@@ -1,14 +1,18 @@
 """The loops of kernels.c as PyTorch functions: on a CPU, what PyTorch does in many passes over memory, in one.
 
-`library()` compiles that file once a process, in about a second, with $CC or cc. `switch(True)` makes the model of
-`llama.py` use it for tensors on the CPU; until then, without a compiler and on other devices it takes the plain way,
-which gives the same to rounding (tests/test_kernels.py).
+`library()` compiles that file with $CC or cc, in a second or more, and keeps the result in the user's cache folder for
+the next start. `switch(True)` makes the model of `llama.py` use it for tensors on the CPU; until then, without a
+compiler and on other devices it takes the plain way, which gives the same to rounding (tests/test_kernels.py).
 """
 
+import contextlib
 import ctypes
 import functools
+import hashlib
 import os
+import platform
 import shlex
+import stat
 import subprocess
 import sys
 import tempfile
@@ -48,32 +52,166 @@ _SIGNATURES = {
 
 
 def library() -> ctypes.CDLL | None:
-    """The compiled file; None where no C compiler works."""
+    """The compiled file; None where no C compiler works, and `fault()` then says why."""
     with _LOCK:  # a run compiles beside its loading
         return _compiled()
 
 
+_fault = ""
+
+
+def fault() -> str:
+    """Why there is no library, and what to do about it; "" where there is one."""
+    return _fault
+
+
 @functools.cache
 def _compiled() -> ctypes.CDLL | None:
-    # Without fused multiply-adds that are not asked for (-ffp-contract=off) each operation is rounded as IEEE 754 has
-    # it: how AdamW's work is divided among threads changes no bit. Apple's compiler has no OpenMP, and another's would
-    # meet PyTorch's in one process: there, all but AdamW runs on one thread.
-    threads = [["-fopenmp-simd"]] if sys.platform == "darwin" else [["-fopenmp"], ["-fopenmp-simd"]]
-    for more in [["-march=native", *t] for t in threads] + [["-march=native"], []]:
-        try:
-            with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-                out = Path(folder, "kernels.so")
-                command = [*_compiler(), *_FLAGS, *more, str(SOURCE), "-o", str(out), "-lm"]
-                subprocess.run(command, check=True, capture_output=True, timeout=60)
-                found = ctypes.CDLL(str(out))
-            for name, arguments in _SIGNATURES.items():
-                getattr(found, name).argtypes, getattr(found, name).restype = arguments, None
-            return found
-        except FileNotFoundError:
-            return None
-        except (OSError, AttributeError, ValueError, subprocess.SubprocessError):
-            continue
+    global _fault
+    found, _fault = _find()
+    return found
+
+
+# Without fused multiply-adds that are not asked for (-ffp-contract=off) each operation is rounded as IEEE 754 has it:
+# how AdamW's work is divided among threads changes no bit. Apple's compiler has no OpenMP, and another's would meet
+# PyTorch's in one process: there, all but AdamW runs on one thread.
+_THREADS = [["-fopenmp-simd"]] if sys.platform == "darwin" else [["-fopenmp"], ["-fopenmp-simd"]]
+_VARIANTS = [["-march=native", *t] for t in _THREADS] + [["-march=native"], []]  # the first one that works
+
+
+def _find() -> tuple[ctypes.CDLL | None, str]:
+    """The library, from the cache or else compiled, and why there is none."""
+    try:
+        cache, key, command = _cache(), _key(), _compiler()
+        if cache and (cached := _from_cache(cache, key)):
+            return cached, ""
+        temporary, is_certain = Path(tempfile.gettempdir()), True
+        if _is_noexec(temporary) and (cache is None or _is_noexec(cache)):
+            return None, _noexec(temporary)
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+            out = Path(folder, "kernels.so")
+            for more in _VARIANTS:
+                try:
+                    subprocess.run([*command, *_FLAGS, *more, str(SOURCE), "-o", str(out), "-lm"], check=True,
+                                   capture_output=True, timeout=60)
+                except subprocess.TimeoutExpired:  # on a busy machine: another day this variant may work
+                    is_certain = False
+                    continue
+                except subprocess.SubprocessError:
+                    continue
+                kept = _keep(out, cache, key) if cache and is_certain else out
+                try:
+                    return _load(kept), ""
+                except AttributeError:
+                    continue
+                except OSError as error:
+                    if kept == out and (_is_noexec(temporary) or "not permitted" in str(error)):
+                        return None, _noexec(temporary)
+    except (OSError, ValueError):
+        pass
+    return None, f"the C compiler `{os.environ.get('CC') or 'cc'}` does not work here ($CC names another)"
+
+
+def _load(path: Path) -> ctypes.CDLL:
+    """Raises OSError or AttributeError for a file that is not the library, or cannot be loaded here."""
+    found = ctypes.CDLL(str(path))
+    for name, arguments in _SIGNATURES.items():
+        getattr(found, name).argtypes, getattr(found, name).restype = arguments, None
+    return found
+
+
+def _noexec(folder: Path) -> str:
+    return (f"{folder} is mounted noexec: what is compiled there cannot be loaded (set TMPDIR to a folder on another "
+            "file system)")
+
+
+def _is_noexec(folder: Path) -> bool:
+    """Must nothing in that folder be executed? Where the system does not tell: no."""
+    try:
+        return bool(os.statvfs(folder).f_flag & os.ST_NOEXEC)
+    except (AttributeError, OSError):  # Windows, macOS
+        return False
+
+
+# --------------------------------------------------------------------------- the cache
+#
+# A file of it is called KEY-SHA256.so: the key says what it was made from and for, the sha256 what is in it. What is
+# loaded runs with all of the user's rights: so only a file that nobody else can have written is.
+
+
+def _cache() -> Path | None:
+    """The user's folder for compiled files, made if need be; None where there is none that only the user can write."""
+    try:
+        if os.name == "nt":
+            base = os.environ.get("LOCALAPPDATA") or Path.home() / "AppData/Local"
+        elif sys.platform == "darwin":
+            base = Path.home() / "Library/Caches"
+        else:
+            named = os.environ.get("XDG_CACHE_HOME", "")
+            base = named if os.path.isabs(named) else Path.home() / ".cache"  # as the XDG specification wants it
+        folder = Path(base, "minllama")
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        return folder if _is_ours(folder) else None
+    except (OSError, RuntimeError):  # there is no home, or it cannot be written
+        return None
+
+
+def _is_ours(path: Path) -> bool:
+    """A file or folder, not a link to one, that is this user's and that nobody else can write."""
+    found = os.lstat(path)
+    if stat.S_ISLNK(found.st_mode):
+        return False
+    if os.name == "nt":  # the folder is the user's own there, and modes say nothing
+        return True
+    return found.st_uid == os.getuid() and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+
+
+def _key() -> str:
+    """Another source, compiler, set of flags or processor has another key."""
+    made_from = [hashlib.sha256(SOURCE.read_bytes()).hexdigest(), _FLAGS, _VARIANTS, _compiler(), compiler(),
+                 sys.platform, platform.machine(), _processor()]
+    return hashlib.sha256(repr(made_from).encode()).hexdigest()[:32]
+
+
+def _processor() -> str:
+    """What -march=native goes by: the processor's model and, where the system tells, what it can do."""
+    try:
+        if sys.platform == "darwin":
+            asked = ["sysctl", "-n", "machdep.cpu.brand_string"]
+            return subprocess.run(asked, capture_output=True, text=True, timeout=10).stdout
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
+            first = file.read().partition("\n\n")[0].splitlines()
+        return "\n".join(line for line in first if "MHz" not in line and "mips" not in line.lower())
+    except (OSError, subprocess.SubprocessError):
+        return platform.processor()
+
+
+def _from_cache(cache: Path, key: str) -> ctypes.CDLL | None:
+    """The file of that key. One that is damaged, that others can write, or that does not load any more is removed."""
+    for path in cache.glob(f"{key}-*.so"):
+        with contextlib.suppress(OSError, AttributeError):
+            if _is_ours(path) and path.stem == f"{key}-{hashlib.sha256(path.read_bytes()).hexdigest()}":
+                return _load(path)
+        with contextlib.suppress(OSError):
+            path.unlink()
     return None
+
+
+def _keep(out: Path, cache: Path, key: str) -> Path:
+    """A copy of the compiled file in the cache, there at once and whole; the file itself where none can be written."""
+    content = out.read_bytes()
+    path, part = cache / f"{key}-{hashlib.sha256(content).hexdigest()}.so", None
+    try:
+        descriptor, part = tempfile.mkstemp(dir=cache)  # of mode 0600
+        with open(descriptor, "wb") as file:
+            file.write(content)
+        os.replace(part, path)
+        return path
+    except OSError:
+        if part:
+            with contextlib.suppress(OSError):
+                os.unlink(part)
+        return out
 
 
 def _compiler() -> list[str]:

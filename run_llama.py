@@ -299,8 +299,8 @@ def start(config: RunConfig, inputs, folder: Path | None, device):
                 "hidden_dropout_prob": config.hidden_dropout_prob, "max_sentence_len": config.max_sentence_len}
     model = LlamaEmbeddingClassifier(SimpleNamespace(**settings), llama).to(device.where)
     if not use_kernels(config, model, device):
-        trainer.warn(f"the C compiler `{os.environ.get('CC') or 'cc'}` does not work here: norms, positions, SwiGLU "
-                     "and AdamW run in PyTorch, which is slower ($CC names another; --kernels off stops this warning)")
+        trainer.warn(f"{kernels.fault()}: norms, positions, SwiGLU and AdamW run in PyTorch, which is slower "
+                     "(--kernels off stops this warning)")
     # AdamW without decay is the same for a gradient that has only the batch's words in it, and has far less to read.
     llama.tok_embeddings.sparse = (kernels.suits(llama.tok_embeddings.weight) and config.optimizer == "adamw"
                                    and not config.weight_decay)
@@ -353,7 +353,7 @@ def start(config: RunConfig, inputs, folder: Path | None, device):
     optimizer = OPTIMIZERS[config.optimizer](groups, lr=config.lr * scale, **more)
     steps = len(task.order(0))
     return SimpleNamespace(model=model, task=task, optimizer=optimizer, schedule=schedule_of(config, steps),
-                           settings=settings, steps_an_epoch=steps)
+                           settings=settings, steps_an_epoch=steps, dev=dev, pad_id=tokenizer.pad_id)
 
 
 def set_switches(config: RunConfig) -> None:
@@ -825,6 +825,7 @@ def last_dev_acc(folder: Path) -> float | None:
     return json.loads(lines[-1])["dev_acc"] if lines else None
 
 
+@without_readers()
 def lr_find(config: RunConfig) -> int:
     """Look for the learning rate; see search.lr_find."""
     import search
@@ -845,6 +846,7 @@ def lr_find(config: RunConfig) -> int:
     return 0
 
 
+@without_readers()
 def verify_resume(config: RunConfig) -> int:
     """Run, kill, resume, compare; see search.verify_resume."""
     import search

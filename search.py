@@ -15,8 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import replace
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,7 +25,7 @@ import numpy as np
 from checkpoint import write_atomically, write_json
 from config import RunConfig, counted, options
 from dataset import sha256
-from trainer import Device, Loop, peak_memory, untouched, warn
+from trainer import SIGNALS, Device, Loop, peak_memory, predict, stoppable, untouched, warn
 
 
 def _axes(title: str, x: str, y: str):
@@ -158,7 +157,8 @@ def suggestion(points: list[tuple[float, float]]) -> tuple[float, float, float]:
 
 def lr_find(make_run: Callable[[RunConfig], SimpleNamespace], config: RunConfig, device: Device, folder: Path) -> None:
     """The range test, repeated over --lr_repeats seeds; writes lr_find.csv, lr_find.png and result.json, prints the
-    range and the command that would use it. --confirm trains briefly at rates across it and ranks them by dev loss.
+    range and the command that would use it. --confirm trains briefly at rates across it, and the command has the rate
+    that is the best one of them, if that can be told from chance.
 
     Raises ValueError when the loss was finite for too few steps to say anything.
     """
@@ -181,10 +181,15 @@ def lr_find(make_run: Callable[[RunConfig], SimpleNamespace], config: RunConfig,
     print(f"lr range :: {low:.1e} to {high:.1e}, steepest {best:.1e}" + (f" ({spread})" if len(found) > 1 else ""))
     choice = best
     if config.confirm:
-        ranked = confirm(make_run, config, device, low, high)
-        result["confirmed"] = ranked
-        if ranked[0]["dev_loss"] is not None:
-            choice = ranked[0]["lr"]
+        confirmed = confirm(make_run, config, device, low, high)
+        result |= {"confirmed": confirmed.rates, "decided": confirmed.lr, "undecided": confirmed.doubt}
+        choice = confirmed.lr or best
+        if confirmed.doubt:
+            print(f"confirm :: undecided: {confirmed.doubt}. The command below has the range test's steepest rate, "
+                  "which nothing confirms", flush=True)
+        else:
+            print(f"confirm :: decided: lr {choice:.1e} has the lowest dev loss with each of {CONFIRM_SEEDS} seeds, by "
+                  f"more than chance{_at_the_edge(confirmed)}", flush=True)
     write_atomically(folder / "lr_find.csv", lambda path: _write_tests(path, config.seed, tests))
     figure, axes = _axes("learning-rate range test", "learning rate", "training loss")
     for points in tests:
@@ -218,34 +223,130 @@ def at_rate(config: RunConfig, lr: float) -> RunConfig:
     return replace(config, lr=lr, head_lr=config.head_lr and config.head_lr * lr / config.lr)
 
 
+CONFIRM_SEEDS = 3
+CONFIRM_RATES = 5
+CHANCE = 0.05  # how often --confirm may take chance for a difference
+
+
+@dataclass(frozen=True)
+class Confirmed:
+    """What --confirm found: the best rate, or None and why not; every rate's {lr, dev_loss, dev_acc}, the means over
+    the seeds, the lowest dev loss first. Where a training diverged the two are None, and come last."""
+
+    lr: float | None
+    doubt: str
+    rates: list[dict[str, Any]]
+
+
 def confirm(make_run: Callable[[RunConfig], SimpleNamespace], config: RunConfig, device: Device, low: float,
-            high: float, n: int = 5) -> list[dict[str, Any]]:
-    """Train --lr_steps steps, with the run's own schedule squeezed into them, at n rates from a tenth of `low`, where
-    fine-tuning may want it, to `high`. Returns {lr, dev_loss, dev_acc}, the lowest dev loss first; where the training
-    diverged they are None, and come last."""
-    ranked: list[dict[str, Any]] = []
-    for lr in map(float, np.geomspace(low / 10, high, n)):
-        run = make_run(at_rate(config, lr))
-        windows = run.task.order(0)[: config.lr_steps]
-        task = replace(run.task, order=lambda epoch, windows=windows: windows)
-        short = replace(at_rate(config, lr), epochs=1, patience=0, eval_every=1.0)
-        with tempfile.TemporaryDirectory() as folder:
-            stretch = run.steps_an_epoch * config.epochs / len(windows)
-            loop = Loop(task, run.optimizer, partial(_stretched, run.schedule, stretch), short, device, Path(folder),
-                        keep_states=False, quiet=True)
-            scores = loop.run()
-        if math.isfinite(scores.get("dev_loss", math.nan)):
-            ranked.append({"lr": lr, "dev_loss": scores["dev_loss"], "dev_acc": scores["dev_acc"]})
-            said = f"dev loss {scores['dev_loss']:.3f}, dev acc {scores['dev_acc']:.3f} after {len(windows)} steps"
-        else:
-            ranked.append({"lr": lr, "dev_loss": None, "dev_acc": None})
-            said = "it diverged"
-        print(f"confirm :: lr {lr:.1e}: {said}", flush=True)
-    return sorted(ranked, key=lambda r: math.inf if r["dev_loss"] is None else r["dev_loss"])
+            high: float) -> Confirmed:
+    """Which of CONFIRM_RATES rates is the best, from a tenth of `low`, where fine-tuning may want it, to `high`?
+
+    Each trains briefly, once for each of CONFIRM_SEEDS seeds. A rate is the best only if it has the lowest dev loss
+    with every seed (of five equal ones, the same one wins three times by chance in 1 of 25 cases), and each time by
+    more than chance on the dev sentences (see `doubt`). It ends with the first seed that leaves a doubt.
+    """
+    lrs = [float(lr) for lr in np.geomspace(low / 10, high, CONFIRM_RATES)]
+    outputs: list[list[np.ndarray | None]] = []
+    first, reason = -1, ""
+    for seed in range(config.seed, config.seed + CONFIRM_SEEDS):
+        outputs.append([])
+        for lr in lrs:
+            log_probs, labels, steps = short_run(make_run, replace(at_rate(config, lr), seed=seed), device)
+            outputs[-1].append(log_probs)
+            said = "it diverged" if log_probs is None else (
+                f"dev loss {_losses(log_probs, labels).mean():.3f}, dev acc "
+                f"{(log_probs.argmax(1) == labels).mean():.3f} after {steps} steps")
+            print(f"confirm :: lr {lr:.1e}, seed {seed}: {said}", flush=True)
+        best, reason = doubt(lrs, outputs[-1], labels)
+        if not reason and seed > config.seed and best != first:
+            reason = (f"with seed {seed - 1} lr {lrs[first]:.1e} is best, with seed {seed} lr {lrs[best]:.1e}; more "
+                      "--lr_steps may decide between them")
+        if reason:
+            break
+        first = best
+    rates_ = []
+    for lr, each in zip(lrs, zip(*outputs, strict=True), strict=True):
+        diverged = any(log_probs is None for log_probs in each)
+        rates_.append({"lr": lr,
+                       "dev_loss": None if diverged else float(np.mean([_losses(o, labels) for o in each])),
+                       "dev_acc": None if diverged else float(np.mean([o.argmax(1) == labels for o in each]))})
+    rates_.sort(key=lambda rate: math.inf if rate["dev_loss"] is None else rate["dev_loss"])
+    return Confirmed(None if reason else lrs[first], reason, rates_)
 
 
-def _stretched(schedule: Callable, stretch: float, step: int, history: list[float]) -> float:
-    return schedule(int(step * stretch), history)
+def short_run(make_run: Callable[[RunConfig], SimpleNamespace], config: RunConfig,
+              device: Device) -> tuple[np.ndarray | None, np.ndarray, int]:
+    """Train --lr_steps steps, but none more than the run itself has, with the run's own schedule squeezed into them.
+
+    Returns the log-probabilities of the dev sentences (N, C), or None where the training diverged; the labels (N,);
+    the number of steps.
+    """
+    run, found = make_run(config), []
+    total = run.steps_an_epoch * config.epochs
+    windows = [rows for epoch in range(config.epochs) if epoch * run.steps_an_epoch < config.lr_steps
+               for rows in run.task.order(epoch)][: config.lr_steps]
+
+    def evaluate() -> dict[str, float]:
+        found.append(predict(run.model, run.dev, run.pad_id, device, "dev").double().numpy())
+        return {"train_acc": 0.0, "dev_acc": 0.0, "dev_loss": 0.0, config.monitor: 0.0}
+
+    task = replace(run.task, order=lambda epoch: windows, evaluate=evaluate)
+    short = replace(config, epochs=1, patience=0, eval_every=1.0)
+    with tempfile.TemporaryDirectory() as folder:
+        Loop(task, run.optimizer, lambda step, history: run.schedule(step * total // len(windows), history), short,
+             device, Path(folder), keep_states=False, quiet=True).run()
+    log_probs = found[-1] if found and np.isfinite(found[-1]).all() else None
+    return log_probs, run.dev.labels, len(windows)
+
+
+def doubt(lrs: list[float], outputs: list[np.ndarray | None], labels: np.ndarray) -> tuple[int, str]:
+    """(index of the rate with the lowest dev loss, what speaks against calling it the best; "" when nothing does).
+
+    `outputs`: for each rate the log-probabilities (N, C), or None. Two tests on the sentences, both paired and
+    one-sided, each at a level of CHANCE divided by how many there could have been (Bonferroni).
+
+    Does it know the sentences at all? Its loss against the one to expect if the same labels were dealt out among them
+    at random: that is no better for a model which has only learned how frequent the labels are. And is its loss lower
+    than that of each other rate?
+    """
+    there = [i for i, log_probs in enumerate(outputs) if log_probs is not None]
+    if not there:
+        return -1, "the training diverged at every rate; a lower --lr_min and --lr_max may decide"
+    losses = {i: _losses(outputs[i], labels) for i in there}
+    best = min(there, key=lambda i: losses[i].mean())
+    frequencies = np.bincount(labels, minlength=outputs[best].shape[1]) / len(labels)
+    p = _p_value(-outputs[best] @ frequencies - losses[best])
+    if p > CHANCE / len(lrs):
+        return best, (f"no rate has learned anything yet that {len(labels)} dev sentences can tell from chance (lr "
+                      f"{lrs[best]:.1e}: p = {p:.2g}); more --lr_steps, a wider range (--lr_min, --lr_max) or more dev "
+                      "sentences may decide")
+    p, other = max(((_p_value(losses[i] - losses[best]), i) for i in there if i != best), default=(0.0, best))
+    if p > CHANCE / (len(lrs) - 1):
+        return best, (f"{len(labels)} dev sentences do not tell lr {lrs[best]:.1e} from lr {lrs[other]:.1e} (dev loss "
+                      f"{losses[best].mean():.4f} and {losses[other].mean():.4f}: p = {p:.2g}); more --lr_steps or "
+                      "more dev sentences may decide")
+    return best, ""
+
+
+def _losses(log_probs: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Each sentence's loss (N,)."""
+    return -log_probs[np.arange(len(labels)), labels]
+
+
+def _p_value(gains: np.ndarray) -> float:
+    """How likely a mean gain this far above 0 is where there is none in truth: Student's paired t-test, one-sided."""
+    from scipy.stats import ttest_1samp
+
+    if len(gains) < 2 or np.ptp(gains) == 0:
+        return 1.0
+    return float(ttest_1samp(gains, 0.0, alternative="greater").pvalue)
+
+
+def _at_the_edge(confirmed: Confirmed) -> str:
+    tried = [rate["lr"] for rate in confirmed.rates]
+    sides = {min(tried): "lowest", max(tried): "highest"}
+    return f"; it is the {sides[confirmed.lr]} that was tried" if confirmed.lr in sides else ""
 
 
 def command(config: RunConfig, **changed: Any) -> str:
@@ -266,10 +367,11 @@ def command(config: RunConfig, **changed: Any) -> str:
 
 
 def verify_resume(config: RunConfig, folder: Path, program: Path, kills: int = 3) -> int:
-    """Run once straight, once killed at `kills` random moments and resumed; compare the best weights, the last state
+    """Run once straight, once killed after `kills` random steps and resumed; compare the best weights, the last state
     (weights, optimizer, random numbers), and steps.jsonl.
 
-    Returns 0 when they are the same to the bit, 1 when not. Raises ValueError when the run fails by itself.
+    Returns 0 when they are the same to the bit, 1 when not. A signal ends this program and the one that it runs.
+    Raises ValueError when the run fails by itself, and when it cannot be killed.
     """
     given = {name: getattr(config, name) for name in config.given - {"option", "output_dir", "overwrite", "resume"}}
     words = []
@@ -279,44 +381,55 @@ def verify_resume(config: RunConfig, folder: Path, program: Path, kills: int = 3
     base = [sys.executable, str(program)]
     straight, stopped = folder / "straight", folder / "stopped"
 
-    def run(*arguments: str, kill_at: int | None = None) -> bool:
-        """One process; killed once its steps.jsonl has kill_at lines. Did it reach its end?"""
+    def steps_done() -> int:
+        log = stopped / "steps.jsonl"
+        return log.read_bytes().count(b"\n") if log.exists() else 0
+
+    def run(*arguments: str, kill_after: float = math.inf) -> bool:
+        """One process; killed once its steps.jsonl has `kill_after` lines. Was it killed, and did not end by itself?"""
         with tempfile.TemporaryFile() as errors:  # a pipe that nobody reads would fill up and stop the process
             process = subprocess.Popen([*base, *arguments], stdout=subprocess.DEVNULL, stderr=errors)
-            killed = False
-            while kill_at is not None and process.poll() is None:
-                log = stopped / "steps.jsonl"
-                if log.exists() and log.read_bytes().count(b"\n") >= kill_at:
-                    process.kill()
-                    killed = True
-                    break
-                time.sleep(0.02)
-            code = process.wait()
+            try:
+                while process.poll() is None and steps_done() < kill_after:
+                    SIGNALS.check()
+                    time.sleep(0.02)
+            finally:
+                is_killed = process.poll() is None
+                process.kill()
+                code = process.wait()
             errors.seek(0)
             said = errors.read().decode("utf-8", errors="replace").strip()
-        if code not in (0, 3) and not killed:
+        if code in (0, 3):
+            return False
+        if not is_killed:
             raise ValueError(f"the run itself failed:\n{said.splitlines()[-1] if said else f'exit code {code}'}")
-        return code in (0, 3)
+        return True
 
-    print("verify :: the straight run", flush=True)
-    run("--option", "finetune", *words, "--output_dir", str(straight))
-    n_steps = len(_steps(straight))
-    moments = sorted(random.Random(config.seed).randrange(1, max(2, n_steps)) for _ in range(kills))
-    for i, moment in enumerate(moments):
-        start = ["--resume", str(stopped)] if i else ["--option", "finetune", *words, "--output_dir", str(stopped)]
-        print(f"verify :: killed after step {moment} of {n_steps}", flush=True)
-        if run(*start, kill_at=moment):
-            warn("it was finished before it could be killed")
-            break
-    if not (stopped / "result.json").exists():
-        run("--resume", str(stopped))
+    with stoppable(None):
+        print("verify :: the straight run", flush=True)
+        run("--option", "finetune", *words, "--output_dir", str(straight))
+        n_steps, killed_at = len(_steps(straight)), []
+        moments = range(1, max(2, n_steps))
+        for moment in sorted(random.Random(config.seed).sample(moments, min(kills, len(moments)))):
+            start = ["--resume", str(stopped)] if killed_at else ["--option", "finetune", *words, "--output_dir",
+                                                                  str(stopped)]
+            # A resumed run has the lines of the one before, until it cuts them off: only a later one is its own.
+            if not run(*start, kill_after=max(moment, steps_done() + 1)):
+                warn(f"it was finished before it could be killed after step {moment}")
+                break
+            killed_at.append(steps_done())
+            print(f"verify :: killed after step {killed_at[-1]} of {n_steps}", flush=True)
+        if not (stopped / "result.json").exists():
+            run("--resume", str(stopped))
     same = {"weights": sha256(straight / "best/model.safetensors") == sha256(stopped / "best/model.safetensors"),
             "state": _state(straight) == _state(stopped), "steps": _steps(straight) == _steps(stopped)}
     said = {name: "identical" if is_same else "DIFFERENT" for name, is_same in same.items()}
     print(f"verify :: best weights {said['weights']}, last state {said['state']}, steps.jsonl {said['steps']} "
           f"({n_steps} steps)", flush=True)
     write_json(folder / "result.json", {**{f"same_{name}": is_same for name, is_same in same.items()},
-                                        "killed_at": moments})
+                                        "killed_at": killed_at})
+    if not killed_at:
+        raise ValueError("nothing is proved: the run was finished before it could be killed; give it more --epochs")
     return 0 if all(same.values()) else 1
 
 

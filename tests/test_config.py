@@ -1,6 +1,8 @@
 """The command line: spellings, defaults, and messages."""
 
 import ast
+import functools
+import inspect
 import re
 import subprocess
 import sys
@@ -138,6 +140,72 @@ def test_messages_say_is_not_where_a_translation_would_say_is_no():
                 if found := wrong.search(node.value):
                     said[f"{path.name}:{node.lineno}"] = found[0]
     assert not said
+
+
+def option_of(keyword):
+    """The option of the command line that gives a schedule its keyword."""
+    return {"patience": "plateau_patience", "plateau_mode": "monitor"}.get(keyword, keyword)
+
+
+def schedule_keywords():
+    from optimizer import SCHEDULE_OPTIONS
+
+    return [(name, keyword) for name, keywords in SCHEDULE_OPTIONS.items() for keyword in keywords]
+
+
+def test_every_list_has_every_option_of_the_schedules():
+    """A schedule's signature is where its options are; what else must know them: the options of the command line, the
+    checks, what run_llama passes on (and names when it has no effect), and the table in README.md."""
+    import optimizer
+    import run_llama
+
+    keywords = {keyword for _, keyword in schedule_keywords()}
+    assert set(run_llama.schedule_options(config.RunConfig())) == keywords
+    assert set(optimizer._CHECKS) == keywords
+    assert {option_of(keyword) for keyword in keywords} <= {f.name for f in config.options()}
+    of_schedules = {f.name for f in config.options() if f.metadata["group"] == "Schedule"}
+    general = {"scheduler", "schedule_every"} | {n for n in of_schedules if n.startswith("warmup_")}
+    assert of_schedules - general == {option_of(keyword) for keyword in keywords} - {"monitor"}
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for name, taken in optimizer.SCHEDULE_OPTIONS.items():
+        row = re.search(rf"^\| `{name}`.*\|(.*)\|$", readme, re.MULTILINE)[1]
+        assert set(re.findall(r"--(\w+)", row)) == {option_of(k) for k in taken} - {"monitor"}, name
+
+
+def typed(option):
+    """Words of a command line that give an option a value which is not its default, and the value."""
+    values = next(f.metadata.get("choices") for f in config.options() if f.name == option) or ("0.5", "3", "2,3")
+    for value in values:
+        try:
+            parsed = getattr(config.parse_args([f"--{option}", value]), option)
+        except SystemExit:
+            continue
+        if parsed != getattr(config.RunConfig(), option):
+            return [f"--{option}", value], parsed
+
+
+@pytest.mark.parametrize("name, keyword", schedule_keywords())
+def test_every_option_of_a_schedule_reaches_it_from_the_command_line(name, keyword, monkeypatch):
+    import optimizer
+    import run_llama
+
+    reached, real = {}, optimizer.SCHEDULES[name]
+
+    @functools.wraps(real)  # its signature too
+    def schedule(*arguments, **keywords):
+        reached.update(keywords)
+        return real(*arguments, **keywords)
+
+    words, value = typed(option_of(keyword))
+    needed = [word for other in optimizer.SCHEDULE_OPTIONS[name] if other != keyword and
+              inspect.signature(real).parameters[other].default is inspect.Parameter.empty
+              for word in typed(option_of(other))[0]]
+    monkeypatch.setitem(optimizer.SCHEDULES, name, schedule)
+    monkeypatch.setattr(optimizer, name, schedule)
+    made = run_llama.schedule_of(config.parse_args(["--scheduler", name, *words, *needed]), 10)
+    made(20, [0.5])
+    assert reached[keyword] == ({"dev_loss": "min", "dev_mae": "min"}.get(value, "max") if keyword == "plateau_mode"
+                                else value)
 
 
 def test_help_has_every_option_in_groups_and_does_not_import_torch():

@@ -1,6 +1,13 @@
 """What runs in C against PyTorch in float64, and whole models with it against the same models without."""
 
+import ctypes
+import hashlib
 import math
+import os
+import subprocess
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -274,3 +281,175 @@ def test_norm_weights_in_other_types_are_read_right():
         ours = norm(x)
         kernels.switch(False)
         torch.testing.assert_close(ours, norm(x), rtol=0.02, atol=0.02)
+
+
+# --------------------------------------------------------------------------- compiled once
+
+posix = pytest.mark.skipif(os.name == "nt", reason="the compiler of these tests is a shell script")
+TINY = "float twice(float x) { return 2 * x; }\n"
+
+
+@pytest.fixture
+def compiled(tmp_path, monkeypatch):
+    """Compiles a tiny file, in a cache of the test's own; returns the commands that compiled (and not those that asked
+    for the version)."""
+    log, cc, source = tmp_path / "log", tmp_path / "cc", tmp_path / "tiny.c"
+    cc.write_text(f'#!/bin/sh\necho "$@" >> "{log}"\nexec cc "$@"\n', encoding="utf-8")
+    cc.chmod(0o755)
+    source.write_text(TINY, encoding="utf-8")
+    log.touch()
+    for name, value in {"CC": cc, "HOME": tmp_path, "XDG_CACHE_HOME": tmp_path / "cache"}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(kernels, "SOURCE", source)
+    monkeypatch.setattr(kernels, "_SIGNATURES", {"twice": [ctypes.c_float]})
+    return lambda: [line for line in log.read_text(encoding="utf-8").splitlines() if "-o" in line.split()]
+
+
+def works():
+    """Is there a library now that a new process would have?"""
+    found, fault = kernels._find()
+    found.twice.restype = ctypes.c_float
+    assert fault == ""
+    return found.twice(21.0) == 42.0
+
+
+@posix
+def test_a_second_start_compiles_nothing(compiled):
+    assert works() and len(compiled()) == 1
+    assert works() and len(compiled()) == 1
+    (file,) = kernels._cache().iterdir()
+    assert file.stat().st_mode & 0o777 == 0o600 and kernels._cache().stat().st_mode & 0o777 == 0o700
+
+
+@posix
+@pytest.mark.parametrize("what", ["source", "flags", "compiler", "processor"])
+def test_what_it_was_compiled_from_and_for_decides(what, compiled, monkeypatch):
+    assert works()
+    if what == "source":
+        kernels.SOURCE.write_text(TINY + "/* */", encoding="utf-8")
+    elif what == "flags":
+        monkeypatch.setattr(kernels, "_FLAGS", [*kernels._FLAGS, "-g0"])
+    elif what == "compiler":
+        monkeypatch.setattr(kernels, "compiler", lambda: "cc 99")
+    else:
+        monkeypatch.setattr(kernels, "_processor", lambda: "another")
+    assert works() and len(compiled()) == 2
+    assert works() and len(compiled()) == 2
+
+
+@posix
+@pytest.mark.parametrize("damage", ["a flipped bit", "cut off", "empty", "does not load", "others can write it",
+                                    "another's", "a link"])
+def test_a_damaged_or_foreign_file_is_compiled_anew(damage, compiled, tmp_path, monkeypatch):
+    assert works()
+    (file,) = kernels._cache().iterdir()
+    content, stem = file.read_bytes(), file.stem
+    if damage in ("a flipped bit", "cut off", "empty"):
+        file.unlink()  # and not written over: this process has it mapped
+    if damage == "a flipped bit":
+        file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    elif damage == "cut off":
+        file.write_bytes(content[:1000])
+    elif damage == "empty":
+        file.write_bytes(b"")
+    elif damage == "does not load":
+        key = stem.partition("-")[0]
+        file.unlink()
+        (file.parent / f"{key}-{hashlib.sha256(b'x').hexdigest()}.so").write_bytes(b"x")
+    elif damage == "others can write it":
+        file.chmod(0o666)
+    elif damage == "another's":
+        real = os.lstat
+        monkeypatch.setattr(os, "lstat", lambda path: SimpleNamespace(
+            st_mode=real(path).st_mode, st_uid=real(path).st_uid + (Path(path).suffix == ".so")))
+    else:
+        os.rename(file, tmp_path / "elsewhere")
+        os.symlink(tmp_path / "elsewhere", file)
+    assert works() and len(compiled()) == 2
+    assert [path.read_bytes() for path in file.parent.iterdir()] == [content]
+    if damage != "another's":  # which the new one is too
+        assert works() and len(compiled()) == 2
+
+
+@posix
+@pytest.mark.parametrize("fault", ["others can write it", "another's", "a link", "a file", "full", "no home"])
+def test_without_a_cache_it_is_compiled_at_each_start(fault, compiled, tmp_path, monkeypatch):
+    place = tmp_path / "cache" / "minllama"
+    place.mkdir(parents=True, mode=0o700)
+    if fault == "others can write it":
+        place.chmod(0o777)
+    elif fault == "another's":
+        monkeypatch.setattr(os, "getuid", lambda: place.stat().st_uid + 1)
+    elif fault == "a link":
+        place.rename(tmp_path / "elsewhere")
+        place.symlink_to(tmp_path / "elsewhere")
+    elif fault == "a file":
+        place.rmdir()
+        place.touch()
+    elif fault == "full":
+        def full(**_):
+            raise OSError(28, "No space left on device")
+        monkeypatch.setattr(kernels.tempfile, "mkstemp", full)
+    else:
+        monkeypatch.delenv("XDG_CACHE_HOME")
+        monkeypatch.setattr(Path, "home", lambda: exec("raise RuntimeError"))
+    assert works() and works() and len(compiled()) == 2
+    assert place.is_file() or not list(place.iterdir())
+
+
+@posix
+def test_first_starts_at_once_spoil_nothing(compiled):
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(lambda _: works(), range(4)))
+    before = len(compiled())
+    assert works() and len(compiled()) == before
+    for file in kernels._cache().iterdir():
+        assert file.stem.endswith(hashlib.sha256(file.read_bytes()).hexdigest())
+
+
+@posix
+def test_where_nothing_may_be_executed_it_says_so_at_once(compiled, tmp_path, monkeypatch):
+    monkeypatch.setattr(kernels, "_is_noexec", lambda folder: True)
+    found, fault = kernels._find()
+    assert found is None and not compiled()
+    assert fault == (f"{tempfile.gettempdir()} is mounted noexec: what is compiled there cannot be loaded (set TMPDIR "
+                     "to a folder on another file system)")
+
+
+@posix
+def test_a_temporary_folder_without_execution_is_no_hindrance_where_there_is_a_cache(compiled, monkeypatch):
+    load = kernels._load
+    monkeypatch.setattr(kernels, "_is_noexec", lambda folder: folder == Path(tempfile.gettempdir()))
+
+    def noexec(path):
+        if kernels._cache() not in path.parents:
+            raise OSError(f"{path}: failed to map segment from shared object")
+        return load(path)
+
+    monkeypatch.setattr(kernels, "_load", noexec)
+    assert works() and len(compiled()) == 1
+    monkeypatch.setattr(kernels, "_cache", lambda: None)
+    assert kernels._find()[0] is None and len(compiled()) == 1
+
+
+@posix
+def test_a_compiler_that_took_too_long_does_not_decide_for_ever(compiled, monkeypatch):
+    run, calls = subprocess.run, []
+
+    def slow(command, **more):
+        if "-o" in command:
+            calls.append(command)
+            if len(calls) == 1:
+                raise subprocess.TimeoutExpired(command, 60)
+        return run(command, **more)
+
+    monkeypatch.setattr(kernels.subprocess, "run", slow)
+    assert works() and len(calls) == 2 and not list(kernels._cache().iterdir())
+    assert works() and works() and len(calls) == 3
+
+
+@posix
+def test_a_compiler_that_does_not_work_is_named(compiled, monkeypatch):
+    for command in ("/nowhere/cc", "false", '"'):
+        monkeypatch.setenv("CC", command)
+        assert kernels._find() == (None, f"the C compiler `{command}` does not work here ($CC names another)")

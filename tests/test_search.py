@@ -4,6 +4,7 @@ import copy
 import csv
 import json
 import math
+import random
 import shlex
 from dataclasses import replace
 from pathlib import Path
@@ -12,12 +13,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import tiny_sentences, write_split
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import run_llama
 import search
 import trainer
+from benchmarks import lr_confirm
 from config import parse_args
 
 CPU = trainer.Device(torch.device("cpu"), torch.float32)
@@ -203,9 +206,111 @@ def test_repeats_give_an_interval_and_confirm_ranks_by_dev_loss(arguments, capsy
     rates = sorted(row["lr"] for row in result["confirmed"])
     assert losses == sorted(losses) and len(set(losses)) > 1
     assert rates == pytest.approx(np.geomspace(result["low"] / 10, result["high"], 5))
-    config = parse_args(shlex.split(out.splitlines()[-1])[5:])  # use it :: python run_llama.py
-    assert config.lr == pytest.approx(result["confirmed"][0]["lr"], rel=0.05)
+    assert bool(result["decided"]) != bool(result["undecided"])
+    config = used(out)
+    assert config.lr == pytest.approx(result["decided"] or result["steepest"], rel=0.05)
     assert config.head_lr == pytest.approx(2 * config.lr, rel=0.1), "it keeps its proportion to the rate"
+
+
+def used(out):
+    """The options of the command that lr_find prints last."""
+    return parse_args(shlex.split(out.splitlines()[-1])[5:])  # use it :: python run_llama.py
+
+
+def test_where_the_labels_mean_nothing_no_rate_is_recommended(arguments, tiny_data, capsys):
+    draw = random.Random(0)
+    for split in ("train", "dev"):
+        write_split(tiny_data[split], [(draw.randrange(3), sentence) for _, sentence in tiny_sentences(90, 1)])
+    assert main(*FIND, *arguments, "--confirm", "--lr_steps", "20") == 0
+    out = capsys.readouterr().out
+    result = json.loads(Path("find/result.json").read_text(encoding="utf-8"))
+    assert result["decided"] is None and f"confirm :: undecided: {result['undecided']}" in out
+    assert "no rate has learned anything yet that 90 dev sentences can tell from chance" in result["undecided"]
+    assert "more --lr_steps, a wider range (--lr_min, --lr_max)" in result["undecided"]
+    assert "the range test's steepest rate, which nothing confirms" in out and "confirm :: decided" not in out
+    assert used(out).lr == pytest.approx(result["steepest"], rel=0.05)
+    assert result["steepest"] != pytest.approx(result["confirmed"][0]["lr"], rel=0.1)
+
+
+def test_the_one_rate_that_learns_is_found_and_recommended(arguments, tiny_data, capsys, monkeypatch):
+    write_split(tiny_data["dev"], tiny_sentences(120, 5))
+    monkeypatch.setattr(search, "suggestion", lambda points: (3e-6, 1e-4, 3e-3))  # 3e-7, ..., 3e-4, 3e-3
+    assert main(*FIND, *arguments, "--confirm", "--epochs", "3", "--scheduler", "constant") == 0
+    out = capsys.readouterr().out
+    result = json.loads(Path("find/result.json").read_text(encoding="utf-8"))
+    assert result["decided"] == pytest.approx(3e-3) and not result["undecided"]
+    assert out.count("confirm :: lr 3.0e-03, seed ") == 3, "each of three seeds agrees"
+    assert ("confirm :: decided: lr 3.0e-03 has the lowest dev loss with each of 3 seeds, by more than chance; it is "
+            "the highest that was tried") in out
+    assert used(out).lr == pytest.approx(3e-3)
+
+
+def test_confirm_decides_where_a_rate_is_right_and_not_where_none_is():
+    """A short form of benchmarks/lr_confirm.py, which counts over hundreds of repetitions."""
+    assert lr_confirm.is_right("middle", lr_confirm.confirmed("middle", seed=1, steps=30))
+    for case in ("noise", "equal"):
+        assert [lr_confirm.confirmed(case, seed, steps=20).lr for seed in range(2)] == [None] * 2
+
+
+# Three classes of 20 sentences; what a model says of them.
+LABELS = np.repeat([0, 1, 2], 20)
+KNOWS = np.log(np.full((60, 3), 0.1) + 0.7 * np.eye(3)[LABELS])
+KNOWS_LITTLE = np.log(np.full((60, 3), 0.3) + 0.1 * np.eye(3)[LABELS])
+
+
+def noisy(log_probs, scale=0.1, seed=0):
+    raw = log_probs + scale * np.random.default_rng(seed).standard_normal(log_probs.shape)
+    return raw - np.log(np.exp(raw).sum(1, keepdims=True))
+
+
+@pytest.mark.parametrize("outputs, best, said", [
+    ([noisy(KNOWS), noisy(KNOWS_LITTLE, seed=1), None], 0, ""),
+    ([None, noisy(KNOWS), None], 1, ""),
+    ([None, None, None], -1, "the training diverged at every rate"),
+    ([noisy(KNOWS), noisy(KNOWS, seed=1), noisy(KNOWS_LITTLE)], None, "60 dev sentences do not tell lr"),
+    ([noisy(KNOWS), noisy(KNOWS), noisy(KNOWS_LITTLE)], 0, "60 dev sentences do not tell lr 1.0e-03 from lr 1.0e-02"),
+    ([noisy(np.zeros((60, 3)), 1), noisy(np.zeros((60, 3)), 1, 1), noisy(KNOWS[::-1], 0.1, 2)], None,
+     "no rate has learned anything yet that 60 dev sentences can tell from chance"),
+])
+def test_what_speaks_against_a_rate(outputs, best, said):
+    found, reason = search.doubt([1e-3, 1e-2, 1e-1], outputs, LABELS)
+    assert (reason.startswith(said) if said else not reason) and found == (found if best is None else best)
+
+
+def test_a_rate_that_has_learned_the_classes_frequencies_alone_knows_nothing():
+    """Its loss is far below that of the others, whose heads begin elsewhere, and it beats chance on no sentence."""
+    labels = np.repeat([0, 1, 2], [45, 10, 5])
+    frequent = noisy(np.tile(np.log([0.75, 0.17, 0.08]), (60, 1)), 0.01)
+    others = [noisy(np.tile(np.log([0.2, 0.4, 0.4]), (60, 1)), 0.01, seed) for seed in (1, 2)]
+    assert (search._losses(frequent, labels).mean() < search._losses(others[0], labels).mean() - 0.5)
+    assert search.doubt([1e-3, 1e-2, 1e-1], [frequent, *others], labels)[1].startswith("no rate has learned")
+
+
+def test_chance_is_taken_for_a_difference_as_often_as_it_says():
+    """Labels that know nothing of 2,000 models' answers: a test at a level p says yes in a part p of them."""
+    draw = np.random.default_rng(0)
+    outputs = [noisy(np.zeros((100, 3)), 1, seed) for seed in range(2000)]
+    values = []
+    for log_probs in outputs:
+        labels = draw.integers(3, size=100)
+        frequencies = np.bincount(labels, minlength=3) / 100
+        values.append(search._p_value(-log_probs @ frequencies - search._losses(log_probs, labels)))
+    for level in (0.01, 0.05, 0.25):
+        assert abs(np.mean(np.array(values) < level) - level) < 4 * math.sqrt(level * (1 - level) / 2000)
+
+
+def test_seeds_that_prefer_different_rates_leave_it_undecided(arguments, monkeypatch, capsys):
+    config = parse_args(["--option", "lr_find", *arguments, "--seed", "7"])
+    at = {1e-3: (KNOWS, KNOWS_LITTLE), 1e-1: (KNOWS_LITTLE, KNOWS)}
+
+    def short_run(make_run, config, device):
+        two = next((two for lr, two in at.items() if math.isclose(lr, config.lr)), (np.zeros((60, 3)) - 1,) * 2)
+        return noisy(two[config.seed - 7], seed=config.seed), LABELS, 10
+
+    monkeypatch.setattr(search, "short_run", short_run)
+    found = search.confirm(None, config, CPU, 1e-2, 1e-1)
+    assert found.lr is None and found.doubt.startswith("with seed 7 lr 1.0e-03 is best, with seed 8 lr 1.0e-01;")
+    assert "seed 9" not in capsys.readouterr().out
 
 
 def test_a_rate_at_which_the_training_diverges_is_ranked_last(arguments, capsys):
@@ -214,13 +319,14 @@ def test_a_rate_at_which_the_training_diverges_is_ranked_last(arguments, capsys)
 
     def make_run(changed):
         run = run_llama.start(changed, inputs, None, CPU)
-        if changed.lr < 1e-2:
+        if changed.lr < 3e-3:
             run.task = replace(run.task, losses=lambda batch, real=run.task.losses: real(batch) * math.nan)
         return run
 
-    ranked = search.confirm(make_run, replace(config, lr_steps=10), CPU, 1e-2, 1e-1, n=3)
-    assert [row["dev_loss"] is None for row in ranked] == [False, False, True]
-    assert "it diverged" in capsys.readouterr().out
+    found = search.confirm(make_run, replace(config, lr_steps=10), CPU, 1e-2, 1e-1)  # 1e-3, 3.2e-3, ..., 1e-1
+    assert [row["dev_loss"] is None for row in found.rates] == [False] * 4 + [True]
+    assert found.rates[-1]["lr"] == pytest.approx(1e-3)
+    assert "lr 1.0e-03, seed 1337: it diverged" in capsys.readouterr().out
 
 
 def test_the_short_runs_of_confirm_go_through_the_whole_runs_schedule(arguments):
@@ -232,8 +338,11 @@ def test_the_short_runs_of_confirm_go_through_the_whole_runs_schedule(arguments)
         run.schedule = lambda step, history: seen.append(step) or 1.0
         return run
 
-    search.confirm(make_run, config, CPU, 1e-3, 1e-2, n=1)
-    assert seen == [0, 4, 8, 12, 16, 20]  # 6 steps (no more are in an epoch) for 4 epochs of 6
+    search.short_run(make_run, config, CPU)
+    assert seen == [0, 2, 4, 7, 9, 12, 14, 16, 19, 21]  # 10 steps for 4 epochs of 6: two of them have a part
+    seen.clear()
+    search.short_run(make_run, replace(config, lr_steps=50), CPU)
+    assert seen == list(range(24)), "never longer than the run itself"
 
 
 def test_a_range_that_begins_too_high_is_refused_and_leaves_no_folder(arguments, capsys, monkeypatch):
