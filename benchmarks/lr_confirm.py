@@ -62,7 +62,8 @@ def runs(train: Split, dev: Split, weights: dict, is_equal: bool):
         llama.load_state_dict(weights)
         settings = SimpleNamespace(num_labels=CLASSES, hidden_dropout_prob=0.1, pooling="mean")
         model = LlamaEmbeddingClassifier(settings, llama)
-        task = Task(model, train, n_classes=CLASSES, evaluate=dict, save_best=lambda: None,
+        task = Task(model, train, class_names=[str(i) for i in range(CLASSES)], n_dev=len(dev), evaluate=dict,
+                    save_best=lambda: None,
                     order=lambda epoch: epoch_order(train.lengths, config.batch_size, config.seed, epoch),
                     make_batch=lambda rows, epoch: make_batch(train, rows, 0),
                     losses=lambda batch: classification_loss(model, batch))
