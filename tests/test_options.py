@@ -551,8 +551,8 @@ def test_a_step_of_sgd_is_the_gradient_times_the_rate(finetune):
 
 
 @pytest.mark.parametrize("text, more", [
-    ("--momentum 0.9", {"momentum": 0.9}),
-    ("--momentum 0.9 --nesterov", {"momentum": 0.9, "nesterov": True}),
+    ("--momentum 0.8", {"momentum": 0.8}),
+    ("--momentum 0.8 --nesterov", {"momentum": 0.8, "nesterov": True}),
 ])
 def test_momentum_is_that_of_torchs_sgd(finetune, text, more):
     run = finetune(text)
