@@ -1,0 +1,288 @@
+"""Do the tests notice? Each option and guard is broken on purpose, one at a time, and the tests must fail.
+
+    python tests/breaks.py                  all of them, and docs/breaks.md anew
+    python tests/breaks.py --only dropout   one, or those whose names begin like that
+    python tests/breaks.py --list
+
+A break is a text in a file and what stands there instead. It is made in a copy of the tracked files in a temporary
+folder; the working tree stays as it is. A break whose text does not occur exactly once is an error: the code has
+changed, and the break must follow. Before anything is broken, the whole copy must pass the tests that are to notice.
+"""
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+RUN, TRAINER, SEARCH, DATASET = "run_llama.py", "trainer.py", "search.py", "dataset.py"
+
+
+@dataclass(frozen=True)
+class Break:
+    name: str
+    file: str
+    old: str
+    new: str
+    pick: str = ""  # pytest's -k: which tests of the file
+    test: str = "test_options"
+
+
+BREAKS = [
+    # The loss
+    Break("label smoothing never reaches the loss", RUN, "config.label_smoothing, config.r_drop",
+          "0.0, config.r_drop", "smoothing"),
+    Break("r_drop never reaches the loss", RUN, "config.label_smoothing, config.r_drop",
+          "config.label_smoothing, 0.0", "r_drop"),
+    Break("class weights never reach the loss", RUN, "    if config.class_weights:", "    if False:", "class_weights"),
+    Break("loss ordinal is cross-entropy", RUN, '"loss": config.loss', '"loss": "ce"', "ordinal"),
+    Break("ordinal reports nothing more", RUN, "return config.ordinal or", "return", "ordinal"),
+    Break("hidden dropout is 0", RUN, '"hidden_dropout_prob": config.hidden_dropout_prob',
+          '"hidden_dropout_prob": 0.0', "dropout"),
+    Break("dropout never reaches the stack", RUN, "config.n_layers, config.dropout, config.attention)",
+          "config.n_layers, 0.0, config.attention)", "dropout"),
+    Break("dropout misses the attention", "llama.py", "dropout_p=self.config.dropout if self.training else 0.0",
+          "dropout_p=0.0", "dropout"),
+
+    # The model
+    Break("n_layers is ignored", RUN, "inputs.weights, config.n_layers, config.dropout",
+          "inputs.weights, None, config.dropout", "first_loss"),
+    Break("attention is always causal", RUN, "config.dropout, config.attention)", 'config.dropout, "causal")',
+          "first_loss"),
+    Break("pooling is always last", RUN, '"pooling": config.pooling', '"pooling": "last"', "first_loss"),
+    Break("grad_checkpoint is ignored", RUN, "llama.grad_checkpoint = config.grad_checkpoint",
+          "llama.grad_checkpoint = False", "checkpointed"),
+    Break("tokenizer is ignored", "checkpoint.py", "    if config.tokenizer:", "    if False:", "tokenizer"),
+
+    # The data
+    Break("max_sentence_len is ignored", RUN, "tokenizer, context, config.max_sentence_len,",
+          "tokenizer, context, None,", "first_loss"),
+    Break("test is read from dev", DATASET, 'typed["train"], typed["dev"], typed["test"]',
+          'typed["train"], typed["dev"], typed["dev"]', "each_split"),
+    Break("label_names is ignored", DATASET, 'labels = typed["label_names"]', "labels = None", "each_split"),
+    Break("dev_out and test_out are ignored", RUN, 'getattr(config, f"{name}_out") or default_out[name]',
+          "default_out[name]", "each_split"),
+    Break("train_eval is always sample", RUN, 'config.train_eval == "sample" and ', "", "train_acc"),
+    Break("train_eval is always full", RUN, 'config.train_eval == "sample" and ', "False and ", "train_acc"),
+    Break("the sampler is off", RUN, "balance = train.labels if config.sampler else None", "balance = None", "sampler"),
+    Break("aug_delete is ignored", RUN, "Augmentation(config.aug_delete, ", "Augmentation(0.0, ", "aug"),
+    Break("aug_swap is ignored", RUN, "config.aug_delete, config.aug_swap, config.aug_replace, near",
+          "config.aug_delete, 0.0, config.aug_replace, near", "aug"),
+    Break("aug_replace is ignored", RUN, "config.aug_swap, config.aug_replace, near",
+          "config.aug_swap, 0.0, near", "aug"),
+    Break("augmentation is the same each epoch", RUN, "augment, (config.seed, epoch))", "augment, (config.seed, 0))",
+          "aug"),
+    Break("the order is the same each epoch", RUN, "config.seed, epoch, balance)", "config.seed, 0, balance)",
+          "batch_size"),
+    Break("the seed draws no head", RUN, "torch.manual_seed(config.seed)\n    llama", "torch.manual_seed(0)\n    llama",
+          "seed"),
+    Break("the seed draws no order", RUN, "effective, config.seed, epoch", "effective, 0, epoch", "seed"),
+
+    # The batch
+    Break("grad_accum is ignored", RUN, "effective = train.lengths, config.batch_size * config.grad_accum",
+          "effective = train.lengths, config.batch_size", "batch_size"),
+    Break("a forward pass has all the sentences", TRAINER, "Progress(micro_batch=config.batch_size)",
+          "Progress(micro_batch=10**6)", "batch_size"),
+    Break("a micro-batch weighs as much as any other", TRAINER, "(losses.sum() / len(rows)).backward()",
+          "losses.mean().backward()", "micro_batches or check_gradients", "test_trainer"),
+    Break("auto_batch finds a size and drops it", RUN,
+          "loop.progress.micro_batch = trainer.find_micro_batch(loop)", "trainer.find_micro_batch(loop)", "auto_batch"),
+    Break("epochs is always 1", TRAINER, "self.progress.epoch < config.epochs and", "self.progress.epoch < 1 and",
+          "batch_size"),
+
+    # The optimizer
+    Break("weight_decay is ignored", RUN, "config.lr * scale, config.weight_decay, config.layerwise",
+          "config.lr * scale, 0.0, config.layerwise", "decay"),
+    Break("decay_all is ignored", RUN, "config.head_lr * scale, config.decay_all)", "config.head_lr * scale, False)",
+          "decay"),
+    Break("weight decay is not decoupled", RUN, '"decoupled": True', '"decoupled": False', "decay"),
+    Break("head_lr is ignored", RUN, "config.head_lr and config.head_lr * scale", "None", "head or rates"),
+    Break("head_lr is not scaled", RUN, "config.head_lr and config.head_lr * scale", "config.head_lr", "rates"),
+    Break("layerwise_lr_decay is ignored", RUN, "config.weight_decay, config.layerwise_lr_decay,",
+          "config.weight_decay, 1.0,", "head"),
+    Break("lr_scaling is ignored", RUN,
+          "lr_scale(config.lr_scaling, effective, config.base_batch_size) if config.lr_scaling else 1.0", "1.0",
+          "rates"),
+    Break("base_batch_size is ignored", RUN, "effective, config.base_batch_size)", "effective, 80)", "rates"),
+    Break("momentum is ignored", RUN, '"momentum": config.momentum', '"momentum": 0.9', "sgd"),
+    Break("nesterov is ignored", RUN, '"nesterov": config.nesterov', '"nesterov": False', "sgd"),
+    Break("lion is adamw", "optimizer.py", '"lion": Lion', '"lion": AdamW', "lion"),
+    Break("adafactor is adamw", "optimizer.py", '"adafactor": Adafactor}', '"adafactor": AdamW}', "adafactor"),
+    Break("max_grad_norm is ignored", TRAINER, "clip_(self.parameters, config.max_grad_norm, config",
+          "clip_(self.parameters, 0.0, config", "clipped"),
+    Break("max_grad_value is ignored", TRAINER, "config.max_grad_norm, config.max_grad_value)",
+          "config.max_grad_norm, 0.0)", "clipped"),
+
+    # The schedule
+    Break("the schedule changes no rate", TRAINER, 'group["lr"] = base * factor', 'group["lr"] = base', "formula"),
+    Break("gamma is dropped on its way", RUN, '"milestones", "gamma",', '"milestones",', "formula"),
+    Break("cycle_mult is dropped on its way", RUN, '"cycles", "cycle_mult", "cycle_decay",',
+          '"cycles", "cycle_decay",', "formula"),
+    Break("cycle_decay is dropped on its way", RUN, '"cycle_mult", "cycle_decay", "cyclic_mode",',
+          '"cycle_mult", "cyclic_mode",', "formula"),
+    Break("cyclic_mode is dropped on its way", RUN, '"cycle_decay", "cyclic_mode",', '"cycle_decay",', "formula"),
+    Break("pct_start is dropped on its way", RUN, '"power", "pct_start", "decay_fraction")',
+          '"power", "decay_fraction")', "formula"),
+    Break("decay_fraction is dropped on its way", RUN, '"pct_start", "decay_fraction")', '"pct_start")', "formula"),
+    Break("min_lr_ratio is dropped on its way", RUN, 'names = ("min_lr_ratio", ', "names = (", "formula"),
+    Break("warmup_epochs counts steps", RUN, "round(config.warmup_epochs * steps_an_epoch)",
+          "round(config.warmup_epochs)", "formula"),
+    Break("warmup_ratio is ignored", RUN, "ratio = config.warmup_ratio\n", "ratio = None\n", "formula"),
+    Break("warmup_kind is ignored", RUN, "warmup_kind=config.warmup_kind", 'warmup_kind="linear"', "formula"),
+    Break("warmup_start is ignored", RUN, "warmup_start=config.warmup_start", "warmup_start=0.0", "formula"),
+    Break("schedule_every is ignored", RUN, "schedule_every=config.schedule_every", 'schedule_every="step"', "formula"),
+    Break("plateau_patience is ignored", RUN, '"patience": config.plateau_patience', '"patience": None', "plateau"),
+    Break("plateau does not know which way is better", RUN, '"plateau_mode": mode', '"plateau_mode": "max"', "plateau"),
+
+    # Stopping and checks
+    Break("the monitor is always dev_acc", TRAINER, "value = scores[config.monitor] if config.monitor in RISING else "
+          "-scores[config.monitor]", 'value = scores["dev_acc"]', "monitor"),
+    Break("a larger error is better", TRAINER, 'RISING = ("dev_acc", "dev_f1", "dev_qwk")',
+          'RISING = ("dev_acc", "dev_f1", "dev_qwk", "dev_mae")', "monitor"),
+    Break("patience is ignored", TRAINER, "if config.patience and progress", "if False and progress", "patience"),
+    Break("eval_every is ignored", TRAINER, "n = max(1, round(1 / self.config.eval_every))", "n = 1", "eval_every"),
+    Break("save_every is ignored", TRAINER, "if self.config.save_every and", "if False and", "save_every"),
+    Break("detect_anomaly is ignored", RUN, "set_detect_anomaly(config.detect_anomaly)", "set_detect_anomaly(False)",
+          "anomaly"),
+    Break("deterministic is ignored", RUN, "torch.use_deterministic_algorithms(config.deterministic)", "pass",
+          "switches", "test_run_llama"),
+    Break("overfit_batch is always content", RUN, 'if last < 0.5 * first else (', "if True else (", "overfit"),
+    Break("check_gradients accepts everything", TRAINER, "if difference > 1e-4:", "if False:", "check_gradients"),
+
+    # Several runs, resume
+    Break("seeds repeats one seed", RUN, "replace(config, seed=seed, seeds=None)", "replace(config, seeds=None)",
+          "several_runs", "test_run_llama"),
+    Break("every fold is the first", DATASET, '"dev": both.take(parts[i])', '"dev": both.take(parts[0])',
+          "fold", "test_dataset"),
+    Break("fold is ignored", RUN, "config, part(config.fold))", "config, part(0))", "fold_alone", "test_run_llama"),
+    Break("a resume forgets the optimizer", TRAINER, 'self.optimizer.load_state_dict(state["optimizer"])', "pass",
+          "early_stopping", "test_resume"),
+    Break("a resume forgets the random state", TRAINER, 'self.set_random_state(state["random"])', "pass",
+          "signal_saves", "test_resume"),
+    Break("plan trains", RUN, "    if config.plan:", "    if False:", "plan_says", "test_search"),
+
+    # The range test
+    Break("lr_min is ignored", SEARCH, "return config.lr_min * (", "return 1e-7 * (", "lr_find"),
+    Break("lr_repeats is ignored", SEARCH, "for i in range(config.lr_repeats):", "for i in range(1):", "lr_find"),
+    Break("each repeat has the first seed", SEARCH, "replace(config, seed=config.seed + i)", "config",
+          "repeats", "test_search"),
+    Break("confirm is ignored", SEARCH, "    if config.confirm:", "    if False:", "confirm", "test_search"),
+
+    # Device, output, generation and prompting
+    Break("device is ignored", TRAINER, 'name = config.device or (', "name = (", "device"),
+    Break("use_gpu without a GPU fails", TRAINER, "if config.use_gpu and not config.device and not torch",
+          "if False and not torch", "device"),
+    Break("dtype is always float32", TRAINER, "getattr(torch, config.dtype))", "torch.float32)", "dtype"),
+    Break("kernels off is ignored", RUN, 'wanted = config.kernels == "auto" and device', "wanted = device",
+          "run_with_c", "test_run_llama"),
+    Break("output_dir is ignored", TRAINER, "if config.output_dir is None:", "if True:", "clipped"),
+    Break("a run is replaced without overwrite", TRAINER, "if not config.overwrite:", "if False:",
+          "holds_a_run", "test_run_llama"),
+    Break("prefix is ignored", RUN, "encode(config.prefix,", 'encode("the",', "generate"),
+    Break("max_new_tokens is ignored", RUN, "config.max_new_tokens, temperature)", "75, temperature)", "generate"),
+    Break("the greedy file is elsewhere", RUN, "(0.0, config.generated_sentence_low_temp_out)",
+          '(0.0, "generated-sentence-temp-0.txt")', "generate"),
+    Break("question is ignored", RUN, "config.question, inputs.names)", '"Is it", inputs.names)', "question"),
+
+    # The moving average
+    Break("best holds the raw weights", TRAINER, "                self.task.save_best()\n",
+          "                with self.averaged():\n                    self.task.save_best()\n", "moving_average"),
+    Break("the raw weights are evaluated", TRAINER, "with self.averaged():\n            scores",
+          "with suppress():\n            scores", "moving_average"),
+    Break("the moving average never moves", TRAINER, "if self.ema:\n                torch._foreach_lerp_",
+          "if False:\n                torch._foreach_lerp_", "moving_average"),
+    Break("ema's decay is always a half", TRAINER, "1 - config.ema)", "0.5)", "moving_average"),
+
+    # The guards
+    Break("a step that is not finite is taken", TRAINER, 'if finite or config.guards == "off":', "if True:", "guards"),
+    Break("guards off is ignored", TRAINER, 'if finite or config.guards == "off":', "if finite:", "guards"),
+    Break("nothing is rolled back", TRAINER, "if progress.bad_in_a_row >= BAD_IN_A_ROW:", "if False:", "rollback"),
+    Break("a rollback keeps the rate", TRAINER, "self.progress.history) * self.progress.lr_factor",
+          "self.progress.history)", "rollback"),
+    Break("the collapse guard is off", TRAINER, 'is_wild = ("collapsed" in scores and', "is_wild = (False and",
+          "collapse"),
+    Break("min_delta is ignored", TRAINER, "progress.since_best = 0 if gain > config.min_delta else",
+          "progress.since_best = 0 if gain > 0 else", "min_delta"),
+    Break("train_limit is ignored", RUN, 'if config.train_limit and "train" in splits:', "if False:", "train_limit"),
+]
+
+
+def copy_of_the_code(folder: Path) -> Path:
+    """The tracked files as they are in the working tree."""
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True).stdout
+    for name in listed.decode().split("\0"):
+        if name and (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, folder / name)
+    return folder
+
+
+def failing_tests(folder: Path, *words: str) -> list[str]:
+    """pytest in that folder: the tests that failed. Raises SystemExit when it could not run any."""
+    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-rfE", "--tb=no", "-p", "no:cacheprovider",
+                           "-W", "ignore", *words], cwd=folder, capture_output=True, text=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ""})
+    failed = re.findall(r"^(?:FAILED|ERROR) (tests/\S+::\w+)", done.stdout, re.M)
+    if done.returncode not in (0, 1) or bool(failed) != bool(done.returncode):
+        sys.exit(f"pytest {' '.join(words)}: it did not run\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+    return failed
+
+
+def tried(one: Break, ignored: list[str]) -> str:
+    """The name of the test that noticed the break, or ""."""
+    with tempfile.TemporaryDirectory() as temporary:
+        path = copy_of_the_code(Path(temporary)) / one.file
+        text = path.read_text(encoding="utf-8")
+        path.write_text(text.replace(one.old, one.new), encoding="utf-8", newline="\n")
+        compile(path.read_text(encoding="utf-8"), one.file, "exec")  # a file that cannot be read proves nothing
+        words = ["-x", f"tests/{one.test}.py", "-k", one.pick or "test", *(f"--deselect={test}" for test in ignored)]
+        return "".join(failing_tests(Path(temporary), *words)[:1])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Break the code on purpose and see the tests fail.")
+    parser.add_argument("--only", metavar="NAME", help="the breaks whose names begin like that")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="so many at once (default: 1)")
+    parser.add_argument("--list", action="store_true", help="their names, and nothing else")
+    arguments = parser.parse_args()
+    chosen = [one for one in BREAKS if one.name.startswith(arguments.only or "")]
+    if arguments.list or not chosen:
+        print("\n".join(one.name for one in chosen) or f"no break begins with {arguments.only}")
+        return 0 if chosen else 2
+    for one in chosen:
+        n = (ROOT / one.file).read_text(encoding="utf-8").count(one.old)
+        if n != 1:
+            sys.exit(f"{one.name}: this is {n} times in {one.file}, and should be there once: {one.old}")
+
+    with tempfile.TemporaryDirectory() as temporary:
+        copy = copy_of_the_code(Path(temporary))
+        unfit = failing_tests(copy, *sorted({f"tests/{one.test}.py" for one in chosen}))
+    for test in unfit:
+        print(f"FAILS ON THE UNBROKEN CODE, so it is left out: {test}", flush=True)
+
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        caught = []
+        for one, by in zip(chosen, pool.map(lambda one: tried(one, unfit), chosen), strict=True):
+            caught.append(by)
+            print(f"{'caught' if by else 'SURVIVED':8}  {one.name:45}  {by.partition('/')[2]}", flush=True)
+    summary = f"{len(chosen)} breaks, {sum(map(bool, caught))} caught, {caught.count('')} survived"
+    print(summary)
+    if len(chosen) == len(BREAKS):
+        rows = "".join(f"| {one.name} | `{one.file}` | {f'`{by[6:]}`' if by else '**nothing**'} |\n"
+                       for one, by in zip(chosen, caught, strict=True))
+        (ROOT / "docs/breaks.md").write_text(
+            f"# Do the tests notice?\n\n{summary}. Made by `python tests/breaks.py`, which has the texts.\n\n"
+            + "".join(f"Left out, since it fails on the unbroken code: `{test[6:]}`.\n\n" for test in unfit) +
+            f"| What was broken | where | the first test that failed |\n|---|---|---|\n{rows}",
+            encoding="utf-8", newline="\n")
+    return 1 if unfit or not all(caught) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
