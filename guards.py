@@ -65,8 +65,9 @@ def decline(scores: dict[str, Any], best: dict[str, Any], n_dev: int, mean_loss:
     explains and its training loss too. A healthy run has no rollback, so after one less evidence is enough.
     """
     is_one_class = "one_class" in scores
-    if (is_one_class and mean_loss > WORSE * guessing) or (had_rollback and mean_loss > STUCK * guessing) or (
-            mean_loss > FAR_WORSE * guessing and scores["dev_loss"] > NO_BETTER * guessing):
+    most = STUCK if had_rollback else FAR_WORSE
+    if (is_one_class and mean_loss > WORSE * guessing) or (
+            mean_loss > most * guessing and scores["dev_loss"] > NO_BETTER * guessing):
         return f"the mean loss since the last evaluation is {mean_loss:.3g}, where guessing has {guessing:.3g}"
     if not is_one_class or not best or None in (scores["train_loss"], best["train_loss"]):
         return ""

@@ -195,21 +195,21 @@ BREAKS = [
           "                with self.averaged():\n                    self.task.save_best()\n", "moving_average"),
     Break("the raw weights are evaluated", TRAINER, "with self.averaged():\n            scores",
           "with suppress():\n            scores", "moving_average"),
-    Break("the moving average never moves", TRAINER, "if self.ema:\n                torch._foreach_lerp_",
-          "if False:\n                torch._foreach_lerp_", "moving_average"),
-    Break("ema's decay is always a half", TRAINER, "1 - config.ema)", "0.5)", "moving_average"),
+    Break("the moving average never moves", TRAINER, "        if self.ema:\n", "        if False:\n", "moving_average"),
+    Break("ema's decay is always a half", TRAINER, "min(self.config.ema, (1 + t) / (10 + t))", "0.5", "moving_average"),
+    Break("the moving average does not warm up", TRAINER, "min(self.config.ema, (1 + t) / (10 + t))", "self.config.ema",
+          "moving_average"),
 
     # The guards
     Break("a step that is not finite is taken", TRAINER, 'if finite or config.guards == "off":', "if True:", "guards"),
     Break("guards off is ignored", TRAINER, 'if finite or config.guards == "off":', "if finite:", "guards"),
-    Break("nothing is rolled back", TRAINER, "if progress.bad_in_a_row >= BAD_IN_A_ROW:", "if False:", "rollback"),
+    Break("nothing is rolled back", TRAINER, "if why := guards.divergence(progress.recent, "
+          "self.guessing_loss(), progress.not_finite_in_a_row):", "if False:", "rollback"),
     Break("a rollback keeps the rate", TRAINER, "self.progress.history) * self.progress.lr_factor",
           "self.progress.history)", "rollback"),
-    Break("the collapse guard is off", TRAINER, 'is_wild = ("collapsed" in scores and', "is_wild = (False and",
-          "collapse"),
-    Break("min_delta is ignored", TRAINER, "progress.since_best = 0 if gain > config.min_delta else",
-          "progress.since_best = 0 if gain > 0 else", "min_delta"),
-    Break("train_limit is ignored", RUN, 'if config.train_limit and "train" in splits:', "if False:", "train_limit"),
+    Break("the collapse guard is off", TRAINER, 'if why and config.guards == "on":', "if False:", "collapse"),
+    Break("min_delta is ignored", TRAINER, "value > best + config.min_delta", "value > best", "min_delta"),
+    Break("train_limit is ignored", RUN, "if not config.train_limit:", "if True:", "train_limit"),
 ]
 
 

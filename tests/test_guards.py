@@ -129,6 +129,7 @@ def test_an_evaluation_is_a_decline_only_where_training_got_worse():
     assert decline({**several, "dev_loss": 0.6}, {}, 1.1) == "", "dev is better than guessing"
     assert decline({**several, "dev_loss": 0.68}, {}, 1.1) != "", "dev is no better"
     assert decline(several, {}, 0.72) == "" and decline(several, {}, 0.72, had_rollback=True) != ""
+    assert decline({**several, "dev_loss": 0.6}, {}, 0.72, had_rollback=True) == "", "it learns"
     assert decline(several, {}, 0.69, had_rollback=True) == ""
     assert decline(bad, {}, math.nan, had_rollback=True) == ""
 

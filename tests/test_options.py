@@ -710,7 +710,7 @@ SCHEDULES = {
 
 @pytest.mark.parametrize("text", SCHEDULES)
 def test_the_rate_of_each_step_is_the_schedules_formula(finetune, few, text):
-    run = finetune(f"{few} --epochs 2 {text}")
+    run = finetune(f"{few} --epochs 2 --guards off {text}")  # at this rate a rollback may come
     assert run.rates == pytest.approx([LR * SCHEDULES[text](i) for i in range(12)], rel=1e-9)
     assert "no effect" not in run.err
     same(moved(run, NORM, 7), -run.rates[7] * run.gradients[7][NORM])

@@ -375,7 +375,7 @@ def test_a_spike_is_counted_and_of_several_in_a_row_one_is_said(parts, tmp_path)
     loop = make_loop(parts, tmp_path, "--epochs", "3", "--batch_size", "10")
     real = loop.task.losses
     loop.task = replace(loop.task, losses=lambda batch: real(batch) * (
-        9.0 if loop.progress.step + 1 in (20, 21, 25) else 1.0))
+        3.0 if loop.progress.step + 1 in (20, 21, 25) else 1.0))
     loop.run()
     assert loop.progress.spikes == 3
     assert [(e["event"], e["step"]) for e in read_jsonl(tmp_path / "events.jsonl")] == [("spike", 20), ("spike", 25)]
