@@ -669,7 +669,7 @@ class Loop:
         progress, was_in_spike = self.progress, self.progress.is_in_spike
         progress.is_in_spike = guards.is_spike(losses.tolist(), self.guessing_loss())
         progress.spikes += progress.is_in_spike
-        if progress.is_in_spike and not was_in_spike and progress.spikes <= 5:
+        if progress.is_in_spike and not was_in_spike and progress.spikes <= 5 and not self.quiet:
             self.event("spike", f"the loss of most sentences of this step is {guards.typical(losses.tolist()):.3g} on "
                                 f"average; guessing has {self.guessing_loss():.3g}")
 

@@ -119,14 +119,12 @@ def healthy_runs(bench: Bench, n: int) -> dict[str, Any]:
         on = bench.run(drawn, "on")
         is_touched = on["rollbacks"] > 0 or on["stopped"] != "finished"
         runs.append({**drawn, "on": on, "off": bench.run(drawn, "off") if is_touched else None})
-        if is_touched:
-            print(f"false alarm: {runs[-1]}", flush=True)
     touched = [run for run in runs if run["off"]]
     counts = {"runs": n, "rolled back": sum(run["on"]["rollbacks"] > 0 for run in runs),
               "ended early": sum(run["on"]["stopped"] != "finished" for run in runs),
               "worse than without guards": sum(run["off"]["acc"] - run["on"]["acc"] > 0.1 for run in touched),
               "above the majority class": sum(run["on"]["beats_majority"] for run in runs)}
-    return {"counts": counts, "runs": runs}
+    return {"counts": counts, "touched": touched}
 
 
 def diverging_runs(bench: Bench, n: int) -> dict[str, Any]:
@@ -143,16 +141,14 @@ def diverging_runs(bench: Bench, n: int) -> dict[str, Any]:
         runs.append({**drawn, "off": off, "on": on, "lower": lower,
                      "is_noticed": on["rollbacks"] > 0 or bool(on["diagnosis"]),
                      "lower_rate_saves": any(run["beats_majority"] for run in lower)})
-        run = runs[-1]
-        if not run["is_noticed"] or (run["lower_rate_saves"] and not on["beats_majority"]):
-            print(f"missed: {run}", flush=True)
     savable = [run for run in runs if run["lower_rate_saves"]]
     counts = {"candidates": number, "diverging": n, "noticed": sum(run["is_noticed"] for run in runs),
               "rolled back": sum(run["on"]["rollbacks"] > 0 for run in runs), "savable": len(savable),
               "saved": sum(run["on"]["beats_majority"] for run in savable),
               "above the majority class without guards": sum(run["off"]["beats_majority"] for run in runs),
               "above the majority class with guards": sum(run["on"]["beats_majority"] for run in runs)}
-    return {"counts": counts, "runs": runs}
+    missed = [run for run in runs if not run["is_noticed"] or (run in savable and not run["on"]["beats_majority"])]
+    return {"counts": counts, "missed": missed}
 
 
 def main() -> None:

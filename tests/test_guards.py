@@ -43,7 +43,7 @@ def test_wrong_labels_end_no_run(model, tmp_path):
     """Batches of 8 from sentences that one word decides, 5% of them with the wrong label: a clean batch has a tiny
     loss, and one with a wrong label hundreds of times as much."""
     draw = random.Random(2)
-    rows, dev = tiny.labelled_sentences(draw, 500, flipped=0.05), tiny.labelled_sentences(draw, 60)
+    rows, dev = tiny.labelled_sentences(draw, 400, flipped=0.05), tiny.labelled_sentences(draw, 60)
     code, result, events = finetune(model, tmp_path, rows, dev, "--lr", "6e-3", "--epochs", "3")
     assert (code, result["stopped"], result["rollbacks"], events) == (0, "finished", 0, [])
     assert result["dev"]["acc"] == 1.0
@@ -143,7 +143,7 @@ def test_a_rollback_returns_only_to_a_state_that_is_no_worse_than_guessing():
 
 def test_a_run_that_diverges_is_said_and_a_lower_rate_saves_it(model, tmp_path, capsys):
     draw = random.Random(5)
-    rows, dev = tiny.labelled_sentences(draw, 400), tiny.labelled_sentences(draw, 100)
+    rows, dev = tiny.labelled_sentences(draw, 320), tiny.labelled_sentences(draw, 100)
     options = ["--lr", "3", "--epochs", "3", "--scheduler", "constant"]
     _, off, events = finetune(model, tmp_path, rows, dev, *options, "--guards", "off")
     assert off["dev"]["acc"] < 0.65 and {e["event"] for e in events} == {"spike"} and len(events) <= 5
