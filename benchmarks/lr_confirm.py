@@ -62,8 +62,7 @@ def runs(train: Split, dev: Split, weights: dict, is_equal: bool):
         llama.load_state_dict(weights)
         settings = SimpleNamespace(num_labels=CLASSES, hidden_dropout_prob=0.1, pooling="mean")
         model = LlamaEmbeddingClassifier(settings, llama)
-        task = Task(model, train, class_names=[str(i) for i in range(CLASSES)], n_dev=len(dev), evaluate=dict,
-                    save_best=lambda: None,
+        task = Task(model, train, class_names=list("abc"), n_dev=len(dev), evaluate=dict, save_best=lambda: None,
                     order=lambda epoch: epoch_order(train.lengths, config.batch_size, config.seed, epoch),
                     make_batch=lambda rows, epoch: make_batch(train, rows, 0),
                     losses=lambda batch: classification_loss(model, batch))
@@ -83,7 +82,7 @@ def confirmed(case: str, seed: int, steps: int, n_train: int = 240, n_dev: int =
     torch.manual_seed(seed)
     weights = tiny_llama().state_dict()
     config = RunConfig(epochs=10, batch_size=16, lr=RATE, lr_steps=steps, guards="off", seed=seed)
-    with contextlib.redirect_stdout(io.StringIO()):
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         return search.confirm(runs(train, dev, weights, case == "equal"), config, CPU, *CASES[case])
 
 
