@@ -1,6 +1,7 @@
 """Exact resume: a run that was stopped, killed or damaged ends where the undisturbed run ends, to the bit."""
 
 import errno
+import itertools
 import json
 import os
 import random
@@ -166,6 +167,21 @@ def test_early_stopping_and_a_regular_save_go_on_counting(inputs, straight, tmp_
     stop_at(monkeypatch, (4, 5, 6, 12, 13))
     assert run_and_resume(tmp_path / "run", *inputs, *options) == 5
     assert_same_end(tmp_path / "run", expected)
+
+
+@posix
+def test_the_seconds_of_a_resumed_run_go_on_counting(inputs, tmp_path, monkeypatch):
+    """Each process's clock begins at 0: here every look at it is a second later than the one before."""
+    run = tmp_path / "run"
+    stop_at(monkeypatch, (9,))
+    for options in (["--option", "finetune", *inputs, *HARD, "--output_dir", run], ["--resume", run]):
+        clock = itertools.count()
+        monkeypatch.setattr(trainer.time, "perf_counter", lambda clock=clock: float(next(clock)))
+        main(*options)
+    seconds = [json.loads(line)["seconds"] for line in (run / "steps.jsonl").read_text(encoding="utf-8").splitlines()]
+    result = json.loads((run / "result.json").read_text(encoding="utf-8"))
+    assert seconds == sorted(seconds) and len(set(seconds)) == 18
+    assert result["seconds"] >= result["train_seconds"] >= seconds[-1] > 2 * seconds[7] > 0
 
 
 def poison(monkeypatch, bad: range) -> None:
