@@ -11,7 +11,8 @@ REMEMBERED = 320  # sentences whose losses the test of divergence looks at
 PER_STEP = 32  # sentences of one step among them, at most: so they come from ten steps or more
 TRIMMED = 0.3  # this part of them, those with the highest losses, is left out: wrong labels cannot raise an alarm
 ABOVE = 1.2  # a typical loss this many times that of guessing means that training has diverged
-WORSE = 1.15  # the same for the mean loss between two evaluations, if all predictions are one class
+ENOUGH = 64  # sentences of an epoch whose mean loss says something
+WORSE = 1.15  # the same for the mean loss of an epoch, if all predictions are one class
 FAR_WORSE = 1.5  # the same with predictions of several classes, if the dev loss is no better than guessing
 NO_BETTER = 0.95  # the dev loss is no better than guessing when it is this many times that of guessing, or more
 STUCK = 1.02  # the same after a rollback
@@ -59,16 +60,17 @@ def decline(scores: dict[str, Any], best: dict[str, Any], n_dev: int, mean_loss:
             had_rollback: bool) -> str:
     """What an evaluation shows that a rollback should undo, or "".
 
-    `mean_loss` is that of all sentences since the last evaluation, nan where there was none. Every prediction being one
-    class is no evidence by itself: so begins each healthy run whose classes are unequal. Training must have got worse:
-    the mean loss is above that of guessing, or an earlier evaluation was better, its accuracy by more than chance
-    explains and its training loss too. A healthy run has no rollback, so after one less evidence is enough.
+    `mean_loss` is that of a whole epoch of ENOUGH sentences, else nan: a healthy run may begin with many bad steps.
+    Every prediction being one class is no evidence by itself: so begins each healthy run whose classes are unequal.
+    Training must have got worse: the mean loss is above that of guessing, or an earlier evaluation was better, its
+    accuracy by more than chance explains and its training loss too. A healthy run has no rollback, so after one less
+    evidence is enough.
     """
     is_one_class = "one_class" in scores
     most = STUCK if had_rollback else FAR_WORSE
     if (is_one_class and mean_loss > WORSE * guessing) or (
             mean_loss > most * guessing and scores["dev_loss"] > NO_BETTER * guessing):
-        return f"the mean loss since the last evaluation is {mean_loss:.3g}, where guessing has {guessing:.3g}"
+        return f"the mean loss of the epoch is {mean_loss:.3g}, where guessing has {guessing:.3g}"
     if not is_one_class or not best or None in (scores["train_loss"], best["train_loss"]):
         return ""
     a, b = scores["dev_acc"], best["dev_acc"]

@@ -349,7 +349,8 @@ class Progress:
     window: int = 0  # windows (effective batches) of this epoch that are done
     evaluated: int = 0  # evaluations of this epoch that are done
     loss_sum: float = 0.0  # of the sentences since the last evaluation
-    plain_sum: float = 0.0  # the same without the batches' weights
+    epoch_loss_sum: float = 0.0  # of the sentences of this epoch so far, without the batches' weights
+    epoch_n_seen: int = 0
     n_seen: int = 0
     first_loss: float | None = None  # of the first step, for the guards
     recent: list[float] = field(default_factory=list)  # the last sentences' losses, for the guards
@@ -536,7 +537,8 @@ class Loop:
         if finite:
             self.note_spike(plain)
             progress.loss_sum += math.fsum(losses)
-            progress.plain_sum += math.fsum(plain)
+            progress.epoch_loss_sum += math.fsum(plain)
+            progress.epoch_n_seen += len(rows)
             progress.n_seen += len(rows)
             progress.recent = guards.remember(progress.recent, plain.tolist())
         progress.not_finite_in_a_row = 0 if finite else progress.not_finite_in_a_row + 1
@@ -738,7 +740,9 @@ class Loop:
                     "train_loss": progress.loss_sum / progress.n_seen if progress.n_seen else None, **scores,
                     "lr": max(group["lr"] for group in self.optimizer.param_groups),
                     "seconds": round(self.seconds(), 3)}
-            mean_loss = progress.plain_sum / progress.n_seen if progress.n_seen else math.nan
+            mean_loss = math.nan
+            if last and progress.epoch_n_seen >= guards.ENOUGH:
+                mean_loss = progress.epoch_loss_sum / progress.epoch_n_seen
             why = guards.decline(line, progress.best, self.task.n_dev, mean_loss, self.guessing_loss(),
                                  had_rollback=0 < progress.rollbacks < ROLLBACKS)
             one_class = ""
@@ -760,10 +764,11 @@ class Loop:
         if last:
             line["update_ratio"] = progress.update_ratios
             progress.epoch, progress.window = progress.epoch + 1, 0
+            progress.epoch_loss_sum, progress.epoch_n_seen = 0.0, 0
         progress.evaluated = 0 if last else progress.evaluated + 1
         progress.since_best = 0 if is_better else progress.since_best + 1
         progress.history.append(scores[config.monitor])
-        progress.loss_sum, progress.plain_sum, progress.n_seen = 0.0, 0.0, 0
+        progress.loss_sum, progress.n_seen = 0.0, 0
         write_line(self.logs["epochs.jsonl"], line)
         if config.patience and progress.since_best >= config.patience and progress.epoch < config.epochs:
             progress.stopped = "patience"

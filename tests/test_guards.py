@@ -124,7 +124,7 @@ def test_an_evaluation_is_a_decline_only_where_training_got_worse():
     assert decline({**bad, "dev_acc": 0.85}, good) == "", "chance"
     assert decline({**bad, "train_loss": 0.2}, good) == "", "training got no worse"
     assert decline(several, good) == "", "several classes"
-    assert decline(bad, {}, 0.9).startswith("the mean loss since the last evaluation is 0.9, where guessing has 0.693")
+    assert decline(bad, {}, 0.9).startswith("the mean loss of the epoch is 0.9, where guessing has 0.693")
     assert decline(several, {}, 0.9) == "" and decline(several, {}, 1.1) != ""
     assert decline({**several, "dev_loss": 0.6}, {}, 1.1) == "", "dev is better than guessing"
     assert decline({**several, "dev_loss": 0.68}, {}, 1.1) != "", "dev is no better"

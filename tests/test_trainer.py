@@ -476,6 +476,16 @@ def test_a_collapse_is_rolled_back_and_the_class_is_named(parts, tmp_path, capsy
         assert ("every prediction is good, and dev acc is 0.300 after 0.900" in err) == (guards == "on")
 
 
+@pytest.mark.parametrize("second_half, rollbacks", [(0.5, 0), (1.8, 3)])
+def test_a_bad_part_of_an_epoch_is_no_decline_and_a_bad_epoch_is(parts, tmp_path, second_half, rollbacks):
+    loop = make_loop(parts, tmp_path, "--epochs", "1", "--batch_size", "24", "--eval_every", "0.5")
+    real = loop.task.losses
+    loop.task = replace(loop.task, losses=lambda batch: real(batch) * (
+        1.0 if loop.progress.step == 0 else 1.8 if loop.progress.step < 2 else second_half))
+    loop.run()
+    assert loop.progress.rollbacks == rollbacks
+
+
 class NoDoubles(TorchDispatchMode):
     """Apple's GPUs have no float64."""
 
