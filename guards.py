@@ -66,12 +66,14 @@ def decline(scores: dict[str, Any], best: dict[str, Any], n_dev: int, mean_loss:
     accuracy by more than chance explains and its training loss too. A healthy run has no rollback, so after one less
     evidence is enough.
     """
+    if not math.isfinite(scores["dev_loss"]):
+        return "the dev loss is not finite"
     is_one_class = "one_class" in scores
     most = STUCK if had_rollback else FAR_WORSE
     if (is_one_class and mean_loss > WORSE * guessing) or (
             mean_loss > most * guessing and scores["dev_loss"] > NO_BETTER * guessing):
         return f"the mean loss of the epoch is {mean_loss:.3g}, where guessing has {guessing:.3g}"
-    if not is_one_class or not best or None in (scores["train_loss"], best["train_loss"]):
+    if not is_one_class or math.isnan(mean_loss) or not best or best["train_loss"] is None:
         return ""
     a, b = scores["dev_acc"], best["dev_acc"]
     error = math.sqrt((a * (1 - a) + b * (1 - b)) / n_dev)

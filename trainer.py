@@ -492,6 +492,7 @@ class Progress:
     loss_sum: float = 0.0  # of the sentences since the last evaluation
     epoch_loss_sum: float = 0.0  # of the sentences of this epoch so far, without the batches' weights
     epoch_n_seen: int = 0
+    mean_loss: float | None = None  # of the last whole epoch, without the batches' weights
     n_seen: int = 0
     first_loss: float | None = None  # of the first step, for the guards
     recent: list[float] = field(default_factory=list)  # the last sentences' losses, for the guards
@@ -708,7 +709,7 @@ class Loop:
             self.update_average()
         else:
             self.event("skipped", f"the {'gradient' if math.isfinite(loss) else 'loss'} is not finite "
-                                  f"({self.find_not_finite(rows)}); the step was skipped")
+                                  f"({self.find_not_finite(rows)})", progress.step + 1)
             progress.skipped += 1
         self.optimizer.zero_grad(set_to_none=True)
         if finite and progress.first_loss is None:
@@ -866,28 +867,32 @@ class Loop:
             return
         sizes = dict(self.put_back(only_good=True)[0]["logs"])
         sizes.pop("events.jsonl", None)
-        for name in ("rollbacks", "lr_factor", "skipped", "best", "seconds", "micro_batch"):
+        for name in ("rollbacks", "lr_factor", "skipped", "spikes", "seconds", "micro_batch"):
             setattr(self.progress, name, getattr(keep, name))
+        if self.progress.best.get("step") != keep.best.get("step"):
+            self.progress.best = {}  # best/ is of steps that are undone now: the next evaluation replaces it
         if keep.rollbacks < ROLLBACKS:
             self.progress.rollbacks += 1
             self.progress.lr_factor *= RATE_CUT
-            self.event("rollback", f"at step {at}, {why}. Back to step {self.progress.step}, with the learning rate "
-                                   f"times {self.progress.lr_factor:g}")
+            self.event("rollback", f"{why}. Back to step {self.progress.step}, with the learning rate times "
+                                   f"{self.progress.lr_factor:g}", at)
         else:
             self.progress.stopped = "diverged"
-            self.event("diverged", f"at step {at}, after {ROLLBACKS} rollbacks, {why}. Stopping with the weights of "
-                                   f"step {self.progress.step}. Try a far lower --lr, or a longer --warmup_ratio")
+            self.event("diverged", f"{why}, after {ROLLBACKS} rollbacks. Stopping with the weights of step "
+                                   f"{self.progress.step}. Try a far lower --lr, or a longer --warmup_ratio", at)
         self.bar.reset(self.bar.total)
         self.bar.update(self.progress.step)
         self.save(sizes=sizes)
         self.cut_logs(sizes)
 
-    def event(self, kind: str, detail: str) -> None:
-        """Something that the user should know: a line on stderr and in events.jsonl."""
+    def event(self, kind: str, detail: str, step: int | None = None) -> None:
+        """Something that the user should know of a step, by default the last one that is done: a line on stderr and in
+        events.jsonl."""
+        step = self.progress.step if step is None else step
         self.bar.clear()
-        warn(f"step {self.progress.step}: {kind}: {detail}")
+        warn(f"step {step}: {kind}: {detail}")
         if self.logs:
-            self.log("events.jsonl", {"step": self.progress.step, "event": kind, "detail": detail})
+            self.log("events.jsonl", {"step": step, "event": kind, "detail": detail})
 
     def log(self, name: str, values: dict[str, Any]) -> None:
         """A line of one of the logs."""
@@ -930,26 +935,29 @@ class Loop:
                 mean_loss = progress.epoch_loss_sum / progress.epoch_n_seen
             why = guards.decline(line, progress.best, self.task.n_dev, mean_loss, self.guessing_loss(),
                                  had_rollback=0 < progress.rollbacks < ROLLBACKS)
+            class_index = line.pop("one_class", None)
             one_class = ""
-            if why and "one_class" in scores:
-                one_class = f"every prediction is {self.task.class_names[scores['one_class']]}"
+            if why and class_index is not None:
+                one_class = f"every prediction is {self.task.class_names[class_index]}"
             self.bar.clear()
             if not self.quiet:
                 print(epoch_line(line) + (f", collapsed: {one_class}" if one_class else ""), flush=True)
-            if why and config.guards == "on":
-                self.diverged(", and ".join(filter(None, (one_class, why))))
-                return
+            is_rolled_back = bool(why) and config.guards == "on" and not progress.stopped
             value = scores[config.monitor] if config.monitor in RISING else -scores[config.monitor]
             if math.isnan(value) or math.isnan(scores.get("dev_loss", 0.0)):  # of NaN outputs, the accuracy is chance
                 value = -math.inf
             best = progress.best.get("monitor")
             is_better = best is None or value > best + config.min_delta
-            if is_better or (value == best and scores["dev_loss"] < progress.best["dev_loss"]):
+            if not is_rolled_back and (is_better or (value == best and scores["dev_loss"] < progress.best["dev_loss"])):
                 digest = self.task.save_best()
                 progress.best = {**line, "monitor": value, "manifest": digest}
+        if is_rolled_back:  # outside `averaged`, which puts the weights back
+            self.diverged(", and ".join(filter(None, (one_class, why))))
+            return
         if last:
             line["update_ratio"] = progress.update_ratios
             progress.epoch, progress.window = progress.epoch + 1, 0
+            progress.mean_loss = None if math.isnan(mean_loss) else mean_loss
             progress.epoch_loss_sum, progress.epoch_n_seen = 0.0, 0
         progress.evaluated = 0 if last else progress.evaluated + 1
         progress.since_best = 0 if is_better else progress.since_best + 1

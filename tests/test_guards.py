@@ -131,7 +131,8 @@ def test_an_evaluation_is_a_decline_only_where_training_got_worse():
     assert decline(several, {}, 0.72) == "" and decline(several, {}, 0.72, had_rollback=True) != ""
     assert decline({**several, "dev_loss": 0.6}, {}, 0.72, had_rollback=True) == "", "it learns"
     assert decline(several, {}, 0.69, had_rollback=True) == ""
-    assert decline(bad, {}, math.nan, had_rollback=True) == ""
+    assert decline(bad, {}, math.nan, had_rollback=True) == decline(bad, good, math.nan) == "", "too few sentences"
+    assert decline({**several, "dev_loss": math.nan}, good) == "the dev loss is not finite"
 
 
 def test_a_rollback_returns_only_to_a_state_that_is_no_worse_than_guessing():

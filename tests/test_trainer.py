@@ -430,11 +430,10 @@ def test_looking_for_what_is_not_finite_takes_micro_batches_and_survives_without
     assert loop.find_not_finite(np.arange(8)) == "there is not enough memory to look where"
 
 
-@pytest.mark.parametrize("guards", ["on", "off"])
-def test_the_weights_are_kept_when_the_monitored_score_is_not_a_number(parts, tmp_path, guards):
+def test_the_weights_are_kept_when_the_monitored_score_is_not_a_number(parts, tmp_path):
     saved, left = [], iter([math.nan, 0.5, math.nan])
     loop = make_loop(parts, tmp_path, "--epochs", "3", "--batch_size", "96", "--monitor", "dev_loss",
-                     "--guards", guards,
+                     "--guards", "off",
                      evaluate=lambda: {"train_acc": 0.0, "dev_loss": next(left), "dev_acc": 0.0},
                      save_best=lambda: saved.append(1))
     assert loop.run()["epoch"] == 1 and len(saved) == 2
@@ -484,6 +483,54 @@ def test_a_bad_part_of_an_epoch_is_no_decline_and_a_bad_epoch_is(parts, tmp_path
         1.0 if loop.progress.step == 0 else 1.8 if loop.progress.step < 2 else second_half))
     loop.run()
     assert loop.progress.rollbacks == rollbacks
+
+
+def test_an_evaluation_that_is_not_finite_is_rolled_back_and_never_the_best(parts, tmp_path):
+    """The accuracy of NaN outputs is the share of the first class, which may be the highest."""
+    left = iter([(math.nan, 0.9), (0.5, 0.4), (0.5, 0.3)])
+
+    def evaluate():
+        loss, acc = next(left)
+        return {"train_acc": 0.0, "dev_loss": loss, "dev_acc": acc}
+
+    loop = make_loop(parts, tmp_path, "--epochs", "2", "--batch_size", "96", evaluate=evaluate)
+    assert loop.run()["dev_acc"] == 0.4 and loop.progress.rollbacks == 1
+
+
+def test_a_rollback_from_an_evaluation_restores_the_weights_and_their_average_where_they_belong(parts, tmp_path):
+    """The evaluation is of the average, whose tensors are exchanged with the weights' meanwhile."""
+    bad = {"train_acc": 0.3, "dev_loss": math.nan, "dev_acc": 0.3}
+    loop = make_loop(parts, tmp_path, "--epochs", "2", "--batch_size", "24", "--ema", "0.9", "--lr", "1e-2")
+    real, seen = loop.task.evaluate, []
+    loop.task = replace(loop.task, evaluate=lambda: seen.append(1) or (dict(bad) if len(seen) == 2 else real()))
+    good, step = {}, loop.step
+
+    def watched(rows, measure):
+        if loop.progress.step == 4 and not good:
+            good.update(weights=[p.detach().clone() for p in loop.parameters], mean=[m.clone() for m in loop.ema])
+        elif loop.progress.step == 4:
+            assert all(map(torch.equal, loop.parameters, good["weights"]))
+            assert all(map(torch.equal, loop.ema, good["mean"]))
+            good["again"] = True
+        step(rows, measure)
+
+    loop.step = watched
+    loop.run()
+    assert good["again"] and loop.progress.rollbacks == 1
+
+
+def test_the_best_evaluation_is_none_of_a_future_that_was_discarded(parts, tmp_path):
+    """Two good epochs, of which the second state is not one to return to; then three steps that are not finite."""
+    left = iter([0.5, 0.9, 0.6, 0.55])
+    loop = make_loop(parts, tmp_path, "--epochs", "3", "--batch_size", "96",
+                     evaluate=lambda: {"train_acc": 0.0, "dev_loss": 1.0, "dev_acc": next(left)})
+    real_save, real_step = loop.save, loop.step
+    loop.save = lambda good=True, sizes=None: real_save(good and loop.progress.step < 2, sizes)
+    loop.step = lambda rows, measure: (loop.diverged("a test") if loop.progress.step == 2 and not loop.progress.rollbacks
+                                       else real_step(rows, measure))
+    best = loop.run()
+    assert (best["dev_acc"], best["epoch"]) == (0.6, 1) and loop.progress.rollbacks == 1
+    assert [line["dev_acc"] for line in read_jsonl(tmp_path / "epochs.jsonl")] == [0.5, 0.6, 0.55]
 
 
 class NoDoubles(TorchDispatchMode):
