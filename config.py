@@ -413,7 +413,7 @@ def parse_args(argv: list[str] | None = None) -> RunConfig:
     if unknown:
         name = unknown[0].partition("=")[0]
         meant = MEANT.get(name.lstrip("-").replace("-", "_"))
-        near = [meant] if meant else difflib.get_close_matches(name.lstrip("-"), known, n=1)
+        near = [meant] if meant else difflib.get_close_matches(name.lstrip("-"), [*known, *ALIASES], n=1)
         hint = f"did you mean --{near[0]}?" if near else "see --help"
         parser.error(f"unknown option {name}: {hint}")
     given = vars(namespace)

@@ -438,10 +438,15 @@ def is_series(config: RunConfig) -> bool:
 def limit_train(config: RunConfig, inputs) -> SimpleNamespace:
     """The inputs with the training sentences that --train_limit and --seed choose; all of them without a limit."""
     import dataset
+    from trainer import warn
 
     if not config.train_limit:
         return inputs
     train = dataset.limit(inputs.splits["train"], config.train_limit, config.seed)
+    missing = sorted(set(inputs.splits["train"].labels.tolist()) - set(train.labels.tolist()))
+    if missing:
+        named = ", ".join(inputs.names[label] for label in missing)
+        warn(f"--train_limit {config.train_limit} with seed {config.seed} leaves no training sentence of: {named}")
     return SimpleNamespace(**{**vars(inputs), "splits": {**inputs.splits, "train": train}})
 
 
@@ -503,10 +508,10 @@ def train_one(config: RunConfig, inputs, device, series: Path | None = None) -> 
                        for n, s in held_out.items()}
         for name in outputs:
             check_finite(outputs[name], f"{folder}: {name}")
-        diagnosis = diagnose_run(loop, folder, outputs["dev"], inputs)
+        found = print_baselines(inputs.splits["train"], inputs.splits)
+        diagnosis = diagnose_run(loop, folder, outputs["dev"], inputs, found["dev"]["majority"])
         for line in diagnosis:
             print(f"diagnosis :: {line}", flush=True)
-        found = print_baselines(inputs.splits["train"], inputs.splits)
         default_out = {name: folder / f"{name}-predictions.txt" for name in outputs}
         scores = report_splits(config, inputs.splits, outputs, default_out, inputs.names, found)
         progress = loop.progress
@@ -532,8 +537,9 @@ def exit_code(*results: dict) -> int:
     return 3 if any(map(has_diverged, results)) else 0
 
 
-def diagnose_run(loop, folder: Path, log_probs, inputs) -> list[str]:
-    """What is wrong with the run that has just ended; see diagnosis.diagnose. `log_probs` (N, C): of dev."""
+def diagnose_run(loop, folder: Path, log_probs, inputs, majority: float) -> list[str]:
+    """What is wrong with the run that has just ended; see diagnosis.diagnose. `log_probs` (N, C): of dev; `majority`:
+    the accuracy there of the most frequent class of training."""
     from diagnosis import diagnose
     from trainer import read_log, score
 
@@ -541,8 +547,8 @@ def diagnose_run(loop, folder: Path, log_probs, inputs) -> list[str]:
     known = {"epoch", "train_loss", "train_acc", "dev_loss", "dev_acc"}
     epochs = [line for line in read_log(folder / "epochs.jsonl") if known <= line.keys()]  # others are damaged
     return diagnose(epochs, progress.best["epoch"], log_probs.argmax(1).numpy(), labels, inputs.names,
-                    score(log_probs, labels)["f1"], loop.guessing_loss(), progress.update_ratios,
-                    ended_by_epochs=not progress.stopped)
+                    score(log_probs, labels)["f1"], majority, loop.guessing_loss(), progress.mean_loss,
+                    loop.config.lr, progress.rollbacks, progress.stopped)
 
 
 def show_plan(config: RunConfig, runs: list, device) -> int:

@@ -179,6 +179,9 @@ def lr_find(make_run: Callable[[RunConfig], SimpleNamespace], config: RunConfig,
     result: dict[str, Any] = {"low": low, "steepest": best, "high": high, "each": found}
     spread = f"{min(f[1] for f in found):.1e} to {max(f[1] for f in found):.1e} over {config.lr_repeats} seeds"
     print(f"lr range :: {low:.1e} to {high:.1e}, steepest {best:.1e}" + (f" ({spread})" if len(found) > 1 else ""))
+    if not 2 * config.lr_min < best < config.lr_max / 2:
+        warn(f"the loss fell fastest at an end of the rates that were tried, which says little: widen --lr_min "
+             f"{config.lr_min:g} and --lr_max {config.lr_max:g}, or take more --lr_steps")
     choice = best
     if config.confirm:
         confirmed = confirm(make_run, config, device, low, high)
@@ -206,7 +209,7 @@ def lr_find(make_run: Callable[[RunConfig], SimpleNamespace], config: RunConfig,
     print(f"written :: {folder / 'lr_find.csv'}, {folder / 'lr_find.png'}")
     chosen = at_rate(config, choice)
     words = {"lr": f"{chosen.lr:.1e}", **({"head_lr": f"{chosen.head_lr:.1e}"} if chosen.head_lr else {})}
-    print(f"use it :: {command(config, **words)}", flush=True)
+    print(f"{'not confirmed' if result.get('undecided') else 'use it'} :: {command(config, **words)}", flush=True)
 
 
 def _write_tests(path: Path, seed: int, tests: list[list[tuple[float, float]]]) -> None:

@@ -104,6 +104,12 @@ def test_train_limit_and_full_train_eval(arguments, capsys):
     assert len(steps) == 2
 
 
+def test_a_class_that_train_limit_leaves_out_is_named(arguments, capsys):
+    finetune(arguments, "--train_limit", "2", "--epochs", "1", "--output_dir", "two")
+    err = capsys.readouterr().err
+    assert re.search(r"--train_limit 2 with seed 1337 leaves no training sentence of: (bad|fine|good)", err)
+
+
 def test_without_a_test_file_only_dev_is_reported(arguments, capsys):
     at = arguments.index("--test")
     finetune(arguments[:at] + arguments[at + 2:], "--epochs", "1")

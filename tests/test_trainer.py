@@ -526,8 +526,8 @@ def test_the_best_evaluation_is_none_of_a_future_that_was_discarded(parts, tmp_p
                      evaluate=lambda: {"train_acc": 0.0, "dev_loss": 1.0, "dev_acc": next(left)})
     real_save, real_step = loop.save, loop.step
     loop.save = lambda good=True, sizes=None: real_save(good and loop.progress.step < 2, sizes)
-    loop.step = lambda rows, measure: (loop.diverged("a test") if loop.progress.step == 2 and not loop.progress.rollbacks
-                                       else real_step(rows, measure))
+    loop.step = lambda rows, measure: (
+        real_step(rows, measure) if loop.progress.step != 2 or loop.progress.rollbacks else loop.diverged("a test"))
     best = loop.run()
     assert (best["dev_acc"], best["epoch"]) == (0.6, 1) and loop.progress.rollbacks == 1
     assert [line["dev_acc"] for line in read_jsonl(tmp_path / "epochs.jsonl")] == [0.5, 0.6, 0.55]
