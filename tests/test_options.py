@@ -809,8 +809,8 @@ def test_the_guards_skip_a_step_that_is_not_finite(finetune):
     on = finetune("", poisoned({2}))
     assert on.result["skipped_steps"] == 1 and [e["event"] for e in on.lines("events.jsonl")] == ["skipped"]
     assert len(on.after) == 2 and all(torch.isfinite(w).all() for w in on.after[-1].values())
-    off = finetune("--guards off", poisoned({2}))
-    assert off.result["skipped_steps"] == 0 and not off.lines("events.jsonl")
+    off = finetune("--guards off", poisoned({2}), code=2)
+    assert "is not finite" in off.err and not off.lines("events.jsonl")
     assert len(off.after) == 3 and not torch.isfinite(off.after[-1][HEAD]).any()
 
 
