@@ -227,6 +227,7 @@ def test_where_the_labels_mean_nothing_no_rate_is_recommended(arguments, tiny_da
     out = capsys.readouterr().out
     result = json.loads(Path("find/result.json").read_text(encoding="utf-8"))
     assert result["decided"] is None and f"confirm :: undecided: {result['undecided']}" in out
+    assert out.splitlines()[-1].startswith("not confirmed :: python run_llama.py")
     assert "no rate has learned anything yet that 90 dev sentences can tell from chance" in result["undecided"]
     assert "more --lr_steps, a wider range (--lr_min, --lr_max)" in result["undecided"]
     assert "the range test's steepest rate, which nothing confirms" in out and "confirm :: decided" not in out
