@@ -1132,8 +1132,8 @@ def answer(argv: list[str] | None, stdout_was_open: bool) -> int:
 
 if __name__ == "__main__":
     try:
-        code_of_main = main()
-    except KeyboardInterrupt:  # in front of its first line, or behind its last
-        code_of_main = 130
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # while the interpreter ends, ^C would only add a traceback
-    sys.exit(code_of_main)
+        sys.exit(main())
+    except KeyboardInterrupt:  # in front of main's first line, or behind its last
+        sys.exit(130)
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # while the interpreter ends, ^C would only add a traceback
