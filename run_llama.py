@@ -120,6 +120,7 @@ def load_inputs(config: RunConfig, need: tuple[str, ...]):
     import dataset
     import kernels
     from tokenizer import Tokenizer
+    from trainer import warn
 
     files = dataset.find_files(config)
     for split in need:
@@ -142,6 +143,10 @@ def load_inputs(config: RunConfig, need: tuple[str, ...]):
     if "train" in splits:
         for split in held_out:
             dataset.check_labels(split, first)
+    classes = len(set(first.labels.tolist()))
+    if names and len(names) >= 10 * classes:
+        warn(f"{files.label_names} has {len(names)} names, of which {first.path} has only {classes}; is it the right "
+             "file?")
     names = names or dataset.number_names(first)
     for split in held_out:
         dataset.check_names(split, len(names), first)

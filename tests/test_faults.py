@@ -232,6 +232,14 @@ def test_weights_that_are_no_numbers_are_named(arguments, tiny_model, tiny_data,
         assert "the weights hold numbers that are not" in err and "Traceback" not in err
 
 
+def test_far_more_names_than_labels_are_said_before_the_training(arguments, tmp_path, capsys):
+    (tmp_path / "many.json").write_text(json.dumps([f"name {i}" for i in range(2000)]), encoding="utf-8")
+    assert run_llama.main(["--option", "finetune", *arguments, "--label_names", "many.json"]) == 0
+    assert "many.json has 2000 names, of which" in capsys.readouterr().err
+    result = json.loads(Path("run/result.json").read_text(encoding="utf-8"))
+    assert sum(count for *_, count in result["dev"]["confusion_pairs"]) == 30
+
+
 def test_of_many_classes_the_pairs_that_occur_are_kept():
     assert run_llama.confusion([0, 1, 1], [0, 0, 1], 2) == {"confusion_matrix": [[1, 0], [1, 1]]}
     many = run_llama.confusion([0, 99_999, 0], [3, 0, 3], 100_000)
