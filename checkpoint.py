@@ -12,6 +12,7 @@ import os
 import pickle
 import re
 import shutil
+import tempfile
 from collections.abc import Callable, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
@@ -22,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from config import LlamaConfig, RunConfig, counted
+from config import LlamaConfig, RunConfig, counted, is_out_of_memory
 from data import prepare
 from dataset import sha256
 from llama import Llama
@@ -128,10 +129,6 @@ def _config(path: Path, **values: Any) -> LlamaConfig:
         value = values.get(name)
         if name in values and not (type(value) is int and 0 < value < 2**28 or (name, value) == ("n_kv_heads", None)):
             raise ValueError(f"{path}: {name} is {value!r}, expected a whole number above 0")
-    for name in ("layer_norm_eps", "rope_theta"):
-        value = values.get(name, 1.0)
-        if type(value) not in (int, float) or not 0 < value < math.inf:
-            raise ValueError(f"{path}: {name} is {value!r}, expected a number above 0")
     try:
         return LlamaConfig(**values)
     except ValueError as error:
@@ -150,6 +147,8 @@ def read_pt(path: Path) -> Weights:
         raise ValueError(f"{path}: refused, {_what_it_calls(path, error)}; ask for the weights as safetensors, or for "
                          "a file with tensors and plain values only") from None
     except Exception as error:  # in a damaged file torch runs into anything: AssertionError, IndexError, ...
+        if is_out_of_memory(error):
+            raise
         raise _damaged(path, str(error).splitlines()[0] if str(error) else type(error).__name__) from None
     if not isinstance(saved, dict) or not {"model", "model_args"} <= saved.keys():
         raise ValueError(f"{path}: not a llama2.c checkpoint; expected a dict with `model_args` and `model`, found "
@@ -372,7 +371,10 @@ def open_safetensors(path: Path):
         raise FileNotFoundError(f"{path}: there is no such file")
     try:
         return safe_open(str(path), framework="pt", device="cpu")
-    except (SafetensorError, OSError) as error:  # the library checks every count and offset against the file's size
+    except (SafetensorError, OSError) as error:
+        if is_out_of_memory(error):
+            raise
+        # The library checks every count and offset against the file's size.
         raise _damaged(path, error) from None
 
 
@@ -442,10 +444,11 @@ def load_pretrained(checkpoint: str | Path | Weights, n_layers: int | None = Non
 
 
 def check_vocabulary(tokenizer: Tokenizer, config: LlamaConfig) -> None:
-    """Raises ValueError for a tokenizer that knows more words than the embedding has rows."""
+    """Raises ValueError for a tokenizer that knows more words than the embedding has rows, added ones included."""
     if tokenizer.n_words > config.vocab_size:
-        raise ValueError(f"{tokenizer.path}: the tokenizer has {counted(tokenizer.n_words, 'word')}, the model's "
-                         f"embedding only {config.vocab_size}; they do not belong together (--tokenizer names another)")
+        raise ValueError(f"{tokenizer.path}: the tokenizer numbers {counted(tokenizer.n_words, 'word')}, the model's "
+                         f"embedding has only {config.vocab_size} rows; they do not belong together (--tokenizer names "
+                         "another)")
 
 
 # --------------------------------------------------------------------------- our own files
@@ -459,8 +462,8 @@ def check_writable(path: Path, option: str) -> None:
         if path.is_dir():
             raise IsADirectoryError(0, "it is a folder; name a file")
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path.with_name(path.name + ".probe"), Path.touch)
-        path.with_name(path.name + ".probe").unlink()
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", suffix=".tmp"):  # a name that nobody has
+            pass
     except OSError as error:
         raise OSError(f"{option} {path}: it cannot be written ({error.strerror})") from None
 

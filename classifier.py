@@ -127,8 +127,9 @@ def empty_classifier(settings: dict[str, Any], path: Path) -> LlamaEmbeddingClas
     """A classifier of the shape that a saved config.json describes, on the device "meta": its weights come from
     `checkpoint.load_state`. Raises ValueError, naming `path`, for settings that cannot be."""
     names, longest = settings.get("label_names"), settings.get("max_sentence_len")
-    if not isinstance(names, list) or not all(isinstance(n, str) for n in names) or len(names) < 2 or (
-            settings.get("num_labels") != len(names) or not (longest is None or type(longest) is int and longest > 0)
+    if not isinstance(names, list) or not all(isinstance(n, str) and n.isprintable() for n in names) or (
+            len(names) < 2 or settings.get("num_labels") != len(names)
+            or not (longest is None or type(longest) is int and longest > 0)
             or settings.get("pooling") not in POOLINGS):
         raise ValueError(f"{path}: not a saved classifier (label_names, num_labels, pooling or max_sentence_len is "
                          "odd)")

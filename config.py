@@ -6,8 +6,10 @@ Nothing here imports torch, so `python run_llama.py --help` answers at once. An 
 
 import argparse
 import difflib
+import errno
 import itertools
 import math
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
@@ -17,6 +19,29 @@ from typing import Any
 def counted(n: int, noun: str) -> str:
     """1 layer, 2 layers: a number and its noun, for messages."""
     return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
+
+
+# Control characters but tab and line feed, and those that reverse or break a line (Unicode's bidi controls, U+2028/9).
+_TERMINAL_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+
+
+def shown(text: object) -> str:
+    """Text for a person's terminal: a name or path from a file could hold codes that move the cursor, hide text or
+    reverse it, so they are written out, as \\x1b or \\u202e."""
+    return _TERMINAL_CONTROLS.sub(lambda match: match[0].encode("unicode_escape").decode("ascii"), str(text))
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Was there not enough memory (of a GPU, of the machine, or under the limits of `ulimit`), or no room for another
+    thread? PyTorch and the libraries say so with many kinds of errors."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # the latter is torch's
+        return True
+    if isinstance(error, OSError) and error.errno == errno.ENOMEM:
+        return True
+    text = str(error).lower()
+    return not isinstance(error, ValueError) and any(words in text for words in (
+        "can't allocate memory", "cannot allocate memory", "not enough memory", "paging file", "bad_alloc",
+        "bad allocation", "can't start new thread", "thread creation failed"))
 
 
 # --------------------------------------------------------------------------- the model
@@ -58,6 +83,13 @@ class LlamaConfig:
             raise ValueError(f"dim {self.dim} does not divide into {self.n_heads} heads of an even size")
         if not isinstance(self.n_kv_heads, int) or self.n_kv_heads < 1 or self.n_heads % self.n_kv_heads:
             raise ValueError(f"n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}")
+        for name, most in (("layer_norm_eps", 1.0), ("rope_theta", 1e15)):
+            value = getattr(self, name)
+            if type(value) not in (int, float) or not 0 < value <= most:
+                raise ValueError(f"{name} is {value!r}; it must be a number above 0 and at most {most:g}")
+            setattr(self, name, float(value))
+        if type(self.dropout) not in (int, float) or not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout is {self.dropout!r}; it must be at least 0 and below 1")
         if self.attention not in ("causal", "bidirectional"):
             raise ValueError(f"attention is {self.attention!r}; it can be causal or bidirectional")
 
@@ -83,9 +115,11 @@ class Check:
     words: str
 
 
-POSITIVE = Check(lambda x: 0 < x < math.inf, "above 0")
-NOT_NEGATIVE = Check(lambda x: 0 <= x < math.inf, "0 or more")
-AT_LEAST_ONE = Check(lambda x: x >= 1, "1 or more")
+# The upper limits keep every product of options inside a float32 and an int64.
+RATE = Check(lambda x: 0 < x <= 1e6, "above 0 and at most 1e6")
+POSITIVE = Check(lambda x: 0 < x <= 1e30, "above 0 and at most 1e30")
+NOT_NEGATIVE = Check(lambda x: 0 <= x <= 1e30, "0 or more, and at most 1e30")
+AT_LEAST_ONE = Check(lambda x: 1 <= x < 2**31, "1 or more, and below 2^31")
 AT_LEAST_TWO = Check(lambda x: x >= 2, "2 or more")
 AT_LEAST_TEN = Check(lambda x: x >= 10, "10 or more")
 PROBABILITY = Check(lambda x: 0 <= x < 1, "at least 0 and below 1")
@@ -175,8 +209,8 @@ class RunConfig:
         check=NOT_NEGATIVE)
 
     optimizer: str = _option("adamw", "Optimizer", "which one", choices=("adamw", "sgd", "lion", "adafactor"))
-    lr: float = _option(1e-5, "Optimizer", "learning rate at its peak", check=POSITIVE)
-    head_lr: float | None = _option(None, "Optimizer", "the classification head's own rate", check=POSITIVE)
+    lr: float = _option(1e-5, "Optimizer", "learning rate at its peak", check=RATE)
+    head_lr: float | None = _option(None, "Optimizer", "the classification head's own rate", check=RATE)
     layerwise_lr_decay: float = _option(1.0, "Optimizer", "each layer's rate is this times that of the layer above",
         check=FRACTION)
     lr_scaling: str | None = _option(None, "Optimizer", "scale the rates with effective batch / --base_batch_size",
@@ -262,8 +296,8 @@ class RunConfig:
     deterministic: bool = _option(False, "Stopping and guards", "bit-identical runs on a GPU too, a little slower")
     plan: bool = _option(False, "Stopping and guards", "train nothing: print what the run would do, draw its schedule")
 
-    lr_min: float = _option(1e-7, "Range test", "lr_find: the first rate", check=POSITIVE)
-    lr_max: float = _option(1e-2, "Range test", "lr_find: the last rate", check=POSITIVE)
+    lr_min: float = _option(1e-7, "Range test", "lr_find: the first rate", check=RATE)
+    lr_max: float = _option(1e-2, "Range test", "lr_find: the last rate", check=RATE)
     lr_steps: int = _option(100, "Range test", "lr_find: how many steps", check=AT_LEAST_TEN)
     lr_repeats: int = _option(1, "Range test", "lr_find: repeat over N seeds, for an interval", metavar="N",
         check=AT_LEAST_ONE)
@@ -308,7 +342,7 @@ def options() -> list:
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None:
         """One line, without the usage of every option in front of it. Exit code 2."""
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        self.exit(2, f"{self.prog}: error: {shown(message)}\n")
 
 
 def _value_type(kind: str) -> type:

@@ -94,15 +94,20 @@ def decode(raw: bytes, path: str | Path) -> str:
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
+        line = len(split_lines(raw[: error.start].decode("utf-8-sig")))
         raise ValueError(f"{path}:{line}: the bytes {raw[error.start:error.end]!r} are not UTF-8; save the file as "
                          "UTF-8") from None
 
 
+def split_lines(text: str) -> list[str]:
+    """The lines of a text with the line ends of Unix, Windows or the old Mac, in any mixture. (str.splitlines would
+    also cut at characters that a sentence may hold, such as U+2028.)"""
+    return text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+
+
 def read_lines(path: str | Path) -> list[tuple[int, str]]:
     """The lines of a text file that are not blank, each with its number from 1."""
-    lines = read_text(path).replace("\r\n", "\n").split("\n")
-    return [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    return [(number, line) for number, line in enumerate(split_lines(read_text(path)), 1) if line.strip()]
 
 
 def read_label_names(path: Path | None) -> list[str] | None:

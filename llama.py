@@ -244,7 +244,7 @@ class Llama(nn.Module):
 
         temperature 0 takes the most likely token; above 0 samples from softmax(logits / temperature). Keys and
         values are cached; beyond the context only the last max_seq_len tokens are seen. Raises ValueError for a
-        negative temperature, an empty idx, or a bidirectional model.
+        negative temperature, an empty idx, a bidirectional model, or logits that are not finite.
         """
         if temperature < 0 or idx.shape[1] == 0 or self.config.attention != "causal":
             raise ValueError("generate wants a temperature of 0 or more, at least one token, and causal attention")
@@ -271,6 +271,9 @@ class Llama(nn.Module):
                 last = self.hidden(window, caches=caches, start=seen)[:, -1]
             seen += window.shape[1]
             logits = self.output(last)
+            if not torch.isfinite(logits).all():
+                raise ValueError("the model's output is not finite: the weights hold numbers that are not, or that are "
+                                 "far too large; fetch or copy the file again")
             if temperature == 0:
                 following = logits.argmax(-1, keepdim=True)
             else:

@@ -6,6 +6,7 @@
 
 import math
 import os
+import signal
 import sys
 import threading
 import traceback
@@ -15,7 +16,7 @@ from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
 
-from config import RunConfig, counted, parse_args
+from config import RunConfig, counted, is_out_of_memory, parse_args, shown
 
 # The other rooms are imported by the options that need them: torch alone takes two seconds.
 
@@ -23,7 +24,57 @@ from config import RunConfig, counted, parse_args
 def notice(text: str) -> None:
     """A line for a person, on stderr; stdout is for results."""
     if text:
-        print(text, file=sys.stderr, flush=True)
+        print(shown(text), file=sys.stderr, flush=True)
+
+
+def open_streams() -> bool:
+    """Give the standard streams that the caller closed (`>&-`) an empty end, or the next file that is opened would get
+    their number and the messages. Returns whether stdout was open."""
+    was_open = sys.stdout is not None
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        if getattr(sys, name) is None:
+            handle = os.open(os.devnull, os.O_RDWR)
+            if handle != number:
+                os.dup2(handle, number)
+                os.close(handle)
+            setattr(sys, name, open(number, mode, encoding="utf-8", closefd=False))
+    return was_open
+
+
+def to_nowhere(stream) -> None:
+    """Whatever is still written to this stream is dropped: nobody can read it."""
+    handle = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(handle, stream.fileno())
+    os.close(handle)
+
+
+class _Checked:
+    """stdout or stderr. An error of stdout that is not a broken pipe is named; messages that stderr does not take are
+    dropped: they end nothing."""
+
+    def __init__(self, stream, is_stderr: bool):
+        self.stream, self.is_stderr, self.fault = stream, is_stderr, None
+
+    def __getattr__(self, attribute: str):
+        return getattr(self.stream, attribute)
+
+    def write(self, text: str) -> int:
+        return self._try(self.stream.write, text)
+
+    def flush(self) -> None:
+        self._try(self.stream.flush)
+
+    def _try(self, do, *arguments):
+        try:
+            return do(*arguments)
+        except OSError as error:
+            if isinstance(error, BrokenPipeError) and not self.is_stderr:
+                raise
+            to_nowhere(self.stream)  # else Python tries what is left once more at its end
+            if not self.is_stderr:
+                self.fault = OSError(f"standard output could not be written ({error.strerror}); send it to where there "
+                                     "is room, and run this again")
+                raise self.fault from None
 
 
 class _GoOn:
@@ -45,7 +96,7 @@ class _GoOn:
         try:
             do(*arguments)
         except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+            to_nowhere(self.stream)
             notice("the reader of the output has left; the run goes on, its folder has everything")
 
 
@@ -69,6 +120,7 @@ def load_inputs(config: RunConfig, need: tuple[str, ...]):
     import dataset
     import kernels
     from tokenizer import Tokenizer
+    from trainer import warn
 
     files = dataset.find_files(config)
     for split in need:
@@ -91,6 +143,10 @@ def load_inputs(config: RunConfig, need: tuple[str, ...]):
     if "train" in splits:
         for split in held_out:
             dataset.check_labels(split, first)
+    classes = len(set(first.labels.tolist()))
+    if names and len(names) >= 10 * classes:
+        warn(f"{files.label_names} has {len(names)} names, of which {first.path} has only {classes}; is it the right "
+             "file?")
     names = names or dataset.number_names(first)
     for split in held_out:
         dataset.check_names(split, len(names), first)
@@ -112,7 +168,7 @@ def load_splits(config: RunConfig, files, n_labels: int | None, labels_file, tok
         if split.n_cut:
             warn(f"{path}: {split.n_cut} of {counted(len(split), 'sentence')} cut to "
                  f"{counted(config.max_sentence_len or context, 'token')}")
-        print(f"load {len(split)} data from {path}", flush=True)
+        print(shown(f"load {len(split)} data from {path}"), flush=True)
     if "test" not in splits:
         notice("there is no test file: only dev is evaluated")
     return splits
@@ -148,8 +204,6 @@ def report_splits(
 ) -> dict:
     """Print dev and test accuracy, each beside its own baselines, write the predictions, and return the scores with
     their confusion matrices."""
-    from sklearn.metrics import confusion_matrix
-
     from trainer import score
 
     result = {}
@@ -157,9 +211,8 @@ def report_splits(
         split, predicted = splits[name], log_probs.argmax(1).tolist()
         typed = getattr(config, f"{name}_out")
         write_predictions(Path(typed or default_out[name]), predicted, split, bool(typed))
-        matrix = confusion_matrix(split.labels, predicted, labels=range(len(names))).tolist()
         result[name] = {**score(log_probs, split.labels, is_ordinal(config)), "n": len(split),
-                        "confusion_matrix": matrix}
+                        **confusion(split.labels.tolist(), predicted, len(names))}
         print(f"{name} acc :: {result[name]['acc']:.3f}", flush=True)
         if name in baselines:
             print(f"{name} baselines :: {baselines_text(baselines[name])}", flush=True)
@@ -167,6 +220,20 @@ def report_splits(
             print("{} mae :: {mae:.3f}, qwk :: {qwk:.3f}, off by one :: {off_by_one:.3f}".format(name, **result[name]),
                   flush=True)
     return result
+
+
+MATRIX_CLASSES = 1000  # the matrix of 100,000 classes would take 75 GiB
+
+
+def confusion(labels: list[int], predicted: list[int], n: int) -> dict[str, list]:
+    """The confusion matrix of n classes as result.json has it: a row for each true label, a column for each prediction.
+    Of more than MATRIX_CLASSES, only the pairs that occur: [label, prediction, how often]."""
+    from collections import Counter
+
+    counts = Counter(zip(labels, predicted, strict=True))
+    if n > MATRIX_CLASSES:
+        return {"confusion_pairs": [[*pair, count] for pair, count in sorted(counts.items())]}
+    return {"confusion_matrix": [[counts[label, guess] for guess in range(n)] for label in range(n)]}
 
 
 def baselines_text(found: dict[str, float]) -> str:
@@ -213,6 +280,7 @@ def check_outputs(config: RunConfig) -> None:
 # --------------------------------------------------------------------------- the options
 
 
+@without_readers()
 def generate(config: RunConfig) -> None:
     """Continue the prefix, greedily and at temperature 1.0, to stdout and the two files."""
     import torch
@@ -230,7 +298,7 @@ def generate(config: RunConfig) -> None:
     # In the device's precision once, and not by autocast at each token: reading the weights is what takes the time.
     llama = checkpoint.load_pretrained(weights, config.n_layers).to(device.where, device.dtype)
     use_kernels(config, llama, device)
-    print(f"load model from {files.weights}")
+    print(shown(f"load model from {files.weights}"))
     start = tokenizer.encode(config.prefix, bos=tokenizer.add_bos, eos=False)
     if not start:
         raise ValueError("--prefix is empty, and this model has no begin token to start from; give it some words")
@@ -239,12 +307,13 @@ def generate(config: RunConfig) -> None:
                               (1.0, config.generated_sentence_high_temp_out)):
         tokens = llama.generate(torch.tensor([start], device=device.where), config.max_new_tokens, temperature)
         sentence = tokenizer.decode(tokens[0].tolist())
-        print(f"Temperature is {temperature}\n{sentence}\n---------------")
+        print(f"Temperature is {temperature}\n{shown(sentence)}\n---------------")
         checkpoint.write_atomically(Path(path), lambda temporary, text=sentence: temporary.write_text(
             text, encoding="utf-8", newline="\n"))
-        print(f"Wrote generated sentence to {path}.", flush=True)
+        print(shown(f"Wrote generated sentence to {path}."), flush=True)
 
 
+@without_readers()
 def prompt(config: RunConfig) -> None:
     """Ask the pretrained model, without training, which label's name it would go on with."""
     from dataclasses import replace
@@ -263,6 +332,9 @@ def prompt(config: RunConfig) -> None:
     for name, split in inputs.splits.items():
         asked = ask(model, split.tokens, inputs.tokenizer, config.question, inputs.names)
         outputs[name] = predict(model, replace(split, tokens=asked), inputs.tokenizer.pad_id, device, name)
+        if outputs[name].isnan().any():
+            raise ValueError(f"{inputs.weights.path}: the model's output is not a number: the weights hold numbers "
+                             "that are not, or that are far too large; fetch or copy the file again")
     default_out = {name: Path(f"{inputs.files.name}-{name}-prompting-output.txt") for name in outputs}
     report_splits(config, inputs.splits, outputs, default_out, inputs.names, baselines)
 
@@ -493,9 +565,9 @@ def train_one(config: RunConfig, inputs, device, series: Path | None = None) -> 
             before_resume = loop.progress.seconds
             notice(f"resuming {folder} at step {loop.progress.step}")
         n_parameters = sum(p.numel() for p in loop.parameters)
-        print(f"model :: {inputs.weights.path}, {counted(run.model.llama.config.n_layers, 'layer')}, "
-              f"{n_parameters / 1e6:.1f}M trainable parameters, {len(inputs.names)} classes")
-        print(f"run :: {folder}, on {device}", flush=True)
+        print(shown(f"model :: {inputs.weights.path}, {counted(run.model.llama.config.n_layers, 'layer')}, "
+                    f"{n_parameters / 1e6:.1f}M trainable parameters, {len(inputs.names)} classes"))
+        print(shown(f"run :: {folder}, on {device}"), flush=True)
         if loop.saved is None:  # a resumed run has had them, and its micro-batch stays
             checks_before(config, loop)
         best = loop.run()
@@ -923,7 +995,9 @@ def load_run(config: RunConfig):
     settings = checkpoint.read_json(best / "config.json")
     model = empty_classifier(settings, best / "config.json")
     checkpoint.load_classifier_state(best, model)
-    return folder, model.eval(), Tokenizer(tokenizer_model=best), settings
+    tokenizer = Tokenizer(tokenizer_model=best)
+    checkpoint.check_vocabulary(tokenizer, model.llama.config)
+    return folder, model.eval(), tokenizer, settings
 
 
 def best_of(folder: Path) -> Path:
@@ -932,6 +1006,7 @@ def best_of(folder: Path) -> Path:
     return next((place for place in places if place.is_dir()), folder)
 
 
+@without_readers()
 def evaluate(config: RunConfig) -> None:
     """A saved run on its own dev and test files, or on those that are given."""
     from dataclasses import replace
@@ -979,6 +1054,15 @@ def evaluate(config: RunConfig) -> None:
     report_splits(config, splits, outputs, default_out, names, baselines)
 
 
+def read_stdin() -> bytes:
+    """All of stdin. Raises OSError where it cannot be read; a closed one is empty."""
+    try:
+        return sys.stdin.buffer.read()
+    except OSError as error:
+        raise OSError(f"stdin: it cannot be read ({error.strerror}); give --input a file, or pipe the sentences into "
+                      "this") from None
+
+
 def predict(config: RunConfig) -> None:
     """The class of each line of a file or of stdin: `label<TAB>name<TAB>p0 p1 ...`, and only that on stdout."""
     import numpy as np
@@ -990,8 +1074,10 @@ def predict(config: RunConfig) -> None:
         raise ValueError("--option predict needs --input FILE, with a sentence a line; - is stdin")
     folder, model, tokenizer, settings = load_run(config)
     source = "stdin" if config.input == "-" else config.input
-    text = dataset.decode(sys.stdin.buffer.read(), source) if source == "stdin" else dataset.read_text(source)
-    sentences = text.replace("\r\n", "\n").removesuffix("\n").split("\n") if text else []
+    text = dataset.decode(read_stdin(), source) if config.input == "-" else dataset.read_text(source)
+    sentences = dataset.split_lines(text)
+    if not sentences[-1]:
+        sentences.pop()  # behind the last line's end there is no line
     if not sentences:
         raise ValueError(f"{source}: there is no sentence in it; write one a line")
     context = model.llama.config.max_seq_len
@@ -1031,34 +1117,74 @@ def message_of(error: BaseException) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line. Returns the exit code: 0, 2 for bad input, 3 for a run that diverged."""
+    """Run the command line. Returns the exit code: 0 when the work is done, 2 for bad input, 3 for a run that
+    diverged, 130 after ^C, 141 when the reader of the results has left."""
+    stdout_was_open = open_streams()
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(encoding="utf-8", errors="backslashreplace")  # a console may speak another encoding
-    config = parse_args(argv)
+    with redirect_stdout(_Checked(sys.stdout, False)), redirect_stderr(_Checked(sys.stderr, True)):
+        try:
+            code = answer(argv, stdout_was_open)
+            sys.stdout.flush()
+            return code
+        except BrokenPipeError:  # the reader of our stdout has left (`| head`): what a shell says of such an end
+            to_nowhere(sys.stdout)
+            return 128 + 13  # SIGPIPE
+        except OSError as error:  # of the last flush
+            notice(f"run_llama.py: error: {message_of(error)}")
+            return 2
+        except KeyboardInterrupt:
+            with undisturbed():
+                notice("interrupted")
+            return 130
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Inside, ^C does nothing: the program is at its end, and one more would only add a traceback."""
+    if threading.current_thread() is not threading.main_thread():  # elsewhere Python allows no handlers
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        check_outputs(config)
-        code = OPTIONS["finetune" if config.resume else config.option](config)
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def answer(argv: list[str] | None, stdout_was_open: bool) -> int:
+    """`main` without its streams: errors that a person can do something about are one message, and code 2."""
+    try:
+        config = parse_args(argv)
+    except SystemExit:  # of --help, or of a bad option, which has been said
         sys.stdout.flush()
-        return code or 0
-    except BrokenPipeError:  # the reader of our stdout has left (`| head`): not our fault, and nothing to add
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except (ValueError, OSError) as error:
-        if not is_about_the_input(error):
+        if sys.stdout.fault:  # which argparse keeps to itself
+            raise sys.stdout.fault from None
+        raise
+    try:
+        if config.option == "predict" and not stdout_was_open:
+            raise ValueError("standard output is closed, and it is where --option predict writes; send it to a file")
+        check_outputs(config)
+        return OPTIONS["finetune" if config.resume else config.option](config) or 0
+    except BrokenPipeError:
+        raise
+    except Exception as error:
+        if is_out_of_memory(error):
+            said = str(error).strip().partition("\n")[0][:200] or type(error).__name__
+            notice(f"run_llama.py: error: out of memory ({said}); close other programs, or try a smaller --batch_size "
+                   "(with --grad_accum the effective batch stays), a smaller --max_sentence_len, or fewer --n_layers")
+        elif isinstance(error, ValueError | OSError) and is_about_the_input(error):
+            notice(f"run_llama.py: error: {message_of(error)}")
+        else:
             raise
-        print(f"run_llama.py: error: {message_of(error)}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":
-            raise
-        print("run_llama.py: error: out of memory; try a smaller --batch_size (with --grad_accum the effective batch "
-              "stays), a smaller --max_sentence_len, or fewer --n_layers", file=sys.stderr)
         return 2
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:  # in front of main's first line, or behind its last
+        sys.exit(130)
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # while the interpreter ends, ^C would only add a traceback

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from checkpoint import write_atomically, write_json
-from config import RunConfig, counted, options
+from config import RunConfig, counted, options, shown
 from dataset import sha256
 from trainer import SIGNALS, Device, Loop, peak_memory, predict, stoppable, untouched, warn
 
@@ -94,7 +94,7 @@ def plan(run: SimpleNamespace, config: RunConfig, device: Device, folder: Path, 
     figure, axes = _axes(f"{config.scheduler}, warmup {warmup} of {steps} steps", "optimizer step", "learning rate")
     axes.plot(lr)
     _draw(figure, folder / "plan.png")
-    print(f"plan :: {folder / 'plan.png'}", flush=True)
+    print(shown(f"plan :: {folder / 'plan.png'}"), flush=True)
 
 
 # --------------------------------------------------------------------------- the range test
@@ -206,10 +206,11 @@ def lr_find(make_run: Callable[[RunConfig], SimpleNamespace], config: RunConfig,
     axes.legend()
     _draw(figure, folder / "lr_find.png")
     write_json(folder / "result.json", result)
-    print(f"written :: {folder / 'lr_find.csv'}, {folder / 'lr_find.png'}")
+    print(shown(f"written :: {folder / 'lr_find.csv'}, {folder / 'lr_find.png'}"))
     chosen = at_rate(config, choice)
     words = {"lr": f"{chosen.lr:.1e}", **({"head_lr": f"{chosen.head_lr:.1e}"} if chosen.head_lr else {})}
-    print(f"{'not confirmed' if result.get('undecided') else 'use it'} :: {command(config, **words)}", flush=True)
+    label = "not confirmed" if result.get("undecided") else "use it"
+    print(shown(f"{label} :: {command(config, **words)}"), flush=True)
 
 
 def _write_tests(path: Path, seed: int, tests: list[list[tuple[float, float]]]) -> None:

@@ -9,10 +9,14 @@ import json
 import mmap
 import shutil
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+
+from config import is_out_of_memory
 
 # --------------------------------------------------------------------------- the header of a GGUF
 
@@ -227,6 +231,60 @@ def _from_gguf_spm(metadata: dict[str, Any], path: Path):
     return backend
 
 
+@contextmanager
+def _faults_named(path: Path, what: str) -> Iterator[None]:
+    """Inside, whatever the `tokenizers` library stumbles over in a file becomes a ValueError that names it.
+
+    It raises a bare Exception for what it notices. A panic of its Rust code is a PanicException, which is none: it
+    derives from BaseException. (Rust has then written its own lines on stderr.)
+    """
+    try:
+        yield
+    except (ValueError, MemoryError):
+        raise
+    except BaseException as error:
+        if is_out_of_memory(error) or not (isinstance(error, Exception) or type(error).__name__ == "PanicException"):
+            raise
+        raise ValueError(f"{path}: {what} ({str(error)[:200] or type(error).__name__}); fetch or copy the file again, "
+                         "or name another with --tokenizer") from None
+
+
+MOST_GROWTH = 10_000  # how many times longer a normaliser may make a text; real ones stay below 10
+
+
+def _check_growth(path: Path) -> None:
+    """Raises ValueError for a tokenizer.json whose normaliser (or decoder) lengthens texts without bound: of 60 steps
+    that each double every letter the library would never come back, and loading alone can run them. (The library's
+    regular expressions have a limit of their own, beyond which they panic.)"""
+
+    def growth(step: Any) -> float:
+        if not isinstance(step, dict):
+            return 1.0
+        total = 1.0
+        for steps in (step.get("normalizers"), step.get("decoders")):
+            for inner in steps if isinstance(steps, list) else ():
+                total *= growth(inner)
+        pattern, content = step.get("pattern"), step.get("content")
+        if isinstance(content, str) and isinstance(pattern, dict):  # Replace
+            text, regex = pattern.get("String"), pattern.get("Regex")
+            may_match_nothing = isinstance(regex, str) and any(c in regex for c in "(*?^$|{\\")  # and so only insert
+            total *= max(1.0, (len(content) + (content != "" and may_match_nothing))
+                         / (len(text) if isinstance(text, str) and text else 1))
+        if isinstance(step.get("prepend"), str):  # Prepend
+            total *= max(1, len(step["prepend"]))
+        return total
+
+    try:
+        file = json.loads(path.read_text(encoding="utf-8"))
+        parts = [file.get("normalizer"), file.get("decoder")] if isinstance(file, dict) else []
+        too_long = any(growth(part) > MOST_GROWTH for part in parts)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not a tokenizer.json ({error})") from None
+    if too_long:
+        raise ValueError(f"{path}: its normaliser or decoder makes a text more than {MOST_GROWTH} times as long; no "
+                         "tokenizer does that: fetch or copy the file again, or name another with --tokenizer")
+
+
 class Tokenizer:
     """Text to token numbers and back.
 
@@ -268,19 +326,19 @@ class Tokenizer:
     def _load_json(self) -> None:
         from tokenizers import Tokenizer as Backend
 
-        try:
+        _check_growth(self.path)
+        with _faults_named(self.path, "not a tokenizer.json"):
             self._backend = Backend.from_file(str(self.path))
-        except Exception as error:  # the library raises a bare Exception for every fault
-            raise ValueError(f"{self.path}: not a tokenizer.json ({error})") from None
-        self._backend.no_padding()
-        self._backend.no_truncation()
+            self._backend.no_padding()
+            self._backend.no_truncation()
+            self.n_words = max(self._backend.get_vocab().values(), default=-1) + 1  # numbers may be left out
         settings = self._json_settings()
-        self.n_words = max(self._backend.get_vocab().values(), default=-1) + 1  # numbers may be left out
         self.bos_id, self.eos_id = (self._special(settings.get(name), name) for name in ("bos_token", "eos_token"))
         self.pad_id = max(self._special(settings.get("pad_token"), "pad_token"), 0)
         # Without a setting: does the file's own template put the begin token in front?
-        template = self._backend.encode("a").ids[:1] == [self.bos_id] and self.bos_id >= 0
-        self.add_bos = settings.get("add_bos_token", template) and self.bos_id >= 0
+        with _faults_named(self.path, "it cannot tokenise a text"):
+            template = self._backend.encode("a").ids[:1] == [self.bos_id]
+        self.add_bos = bool(settings.get("add_bos_token", template)) and self.bos_id >= 0
 
     def _json_settings(self) -> dict[str, Any]:
         """tokenizer_config.json and special_tokens_map.json, beside tokenizer.json, where there are any."""
@@ -289,9 +347,19 @@ class Tokenizer:
             file = self.path.with_name(name)
             if file.is_file():
                 try:
-                    settings.update(json.loads(file.read_text(encoding="utf-8")))
-                except (ValueError, TypeError, RecursionError) as error:
+                    found = json.loads(file.read_text(encoding="utf-8"))
+                except (ValueError, RecursionError) as error:
                     raise ValueError(f"{file}: not a JSON object ({error})") from None
+                if not isinstance(found, dict):
+                    raise ValueError(f"{file}: not a JSON object (found a {type(found).__name__})")
+                for key in ("bos_token", "eos_token", "pad_token"):
+                    token = found.get(key)
+                    token = token.get("content") if isinstance(token, dict) else token
+                    if not isinstance(token, str | None):
+                        raise ValueError(f"{file}: {key} is {found[key]!r:.60}, expected a text")
+                if not isinstance(found.get("add_bos_token"), bool | None):
+                    raise ValueError(f"{file}: add_bos_token is {found['add_bos_token']!r:.60}, expected true or false")
+                settings.update(found)
         return settings
 
     def _special(self, token: Any, name: str) -> int:
@@ -321,14 +389,10 @@ class Tokenizer:
         if not isinstance(kinds, list) or not all(type(i) is int and -1 <= i < len(tokens) for i in numbers):
             raise ValueError(f"{self.path}: its tokenizer's token types are not a list, or a special token's number "
                              f"is not among its {len(tokens)} tokens: {numbers}")
-        try:
+        with _faults_named(self.path, "its tokenizer cannot be built"):  # merges that are not text, too few scores, ...
             self._backend = makers[kind](metadata, self.path)
-        except ValueError:
-            raise
-        except Exception as error:  # merges that are not text, fewer scores than tokens, ...
-            raise ValueError(f"{self.path}: its tokenizer cannot be built ({error!r})") from None
-        control = [AddedToken(t, special=True, normalized=False) for t, k in zip(tokens, kinds, strict=False) if k == 3]
-        self._backend.add_special_tokens(control)
+            self._backend.add_special_tokens([AddedToken(t, special=True, normalized=False)
+                                              for t, k in zip(tokens, kinds, strict=False) if k == 3])
         self.n_words = len(tokens)
         self.bos_id, self.eos_id, self.pad_id, _ = numbers
         self.add_bos = metadata.get("tokenizer.ggml.add_bos_token", kind == "llama") and self.bos_id >= 0
@@ -345,7 +409,8 @@ class Tokenizer:
         if self._sentencepiece is not None:
             rows = self._sentencepiece.encode(texts)
         else:
-            rows = [e.ids for e in self._backend.encode_batch(texts, add_special_tokens=False)]
+            with _faults_named(self.path, "it cannot tokenise the texts"):
+                rows = [e.ids for e in self._backend.encode_batch(texts, add_special_tokens=False)]
         before = [self.bos_id] if bos and self.bos_id >= 0 else []
         after = [self.eos_id] if eos and self.eos_id >= 0 else []
         return [before + row[: self.max_len] + after for row in rows]
@@ -360,7 +425,8 @@ class Tokenizer:
         t = [i for i in t if i < self.n_words]  # an embedding may have more rows than there are words
         if self._sentencepiece is not None:
             return self._sentencepiece.decode(t)
-        return self._backend.decode(t, skip_special_tokens=True)
+        with _faults_named(self.path, "it cannot put the text together"):
+            return self._backend.decode(t, skip_special_tokens=True)
 
     def save(self, folder: str | Path) -> None:
         """Write the tokenizer into a folder, so that `Tokenizer(tokenizer_model=folder)` is this one again."""

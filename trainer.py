@@ -48,7 +48,7 @@ from checkpoint import (
     split_tensors,
     write_json,
 )
-from config import RunConfig, counted, fault_of
+from config import RunConfig, counted, fault_of, is_out_of_memory, shown
 from dataset import Split, length_order, make_batch
 
 # --------------------------------------------------------------------------- the device and its precision
@@ -99,7 +99,9 @@ def choose_device(config: RunConfig) -> Device:
     try:
         where = torch.device(name)
         torch.zeros(1, device=where)
-    except (RuntimeError, AssertionError, NotImplementedError):
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        if is_out_of_memory(error):
+            raise
         where = None
     if where is None or where.type not in ("cpu", "cuda", "mps"):
         raise ValueError(f"--device {name}: this torch has no such device here; it can be cpu, cuda, cuda:N or mps")
@@ -113,7 +115,7 @@ def choose_device(config: RunConfig) -> Device:
 
 def warn(message: str) -> None:
     """A line on stderr, so that stdout keeps to results."""
-    print(f"warning: {message}", file=sys.stderr, flush=True)
+    print(shown(f"warning: {message}"), file=sys.stderr, flush=True)
 
 
 # --------------------------------------------------------------------------- signals
@@ -175,7 +177,7 @@ def stoppable(folder: Path | None, save: Callable[[], None] = lambda: None,
         except Stop:
             save()
             resume = f"; go on with: {resume_command(folder, config)}" if folder else ""
-            print(f"stopped{resume}", file=sys.stderr, flush=True)
+            print(shown(f"stopped{resume}"), file=sys.stderr, flush=True)
             raise SystemExit(128 + SIGNALS.got) from None
 
 
@@ -438,7 +440,7 @@ def score(log_probs: Tensor, labels: np.ndarray, ordinal: bool = False) -> dict[
     """acc, macro f1 (over the classes that occur in the labels or the predictions) and mean loss of
     log-probabilities (N, C). `ordinal` adds, for classes that have an order, the mean absolute error `mae`, the
     quadratic weighted kappa `qwk` (Cohen 1968) and `off_by_one`, the part that is at most one class off."""
-    from sklearn.metrics import cohen_kappa_score, f1_score
+    from sklearn.metrics import f1_score
 
     predicted = log_probs.argmax(1).numpy()
     result = {
@@ -448,9 +450,11 @@ def score(log_probs: Tensor, labels: np.ndarray, ordinal: bool = False) -> dict[
     }
     if ordinal:
         distance = np.abs(predicted - labels)
-        with np.errstate(invalid="ignore"):  # all of one class, and rightly so: 0 / 0
-            kappa = cohen_kappa_score(labels, predicted, labels=range(log_probs.shape[1]), weights="quadratic")
-        result |= {"mae": float(distance.mean()), "qwk": float(np.nan_to_num(kappa)),
+        # 1 - E|y - p|^2 / E|y - p'|^2, with p' drawn independently of y: no matrix of all pairs of classes is needed.
+        y, p, n = labels.astype(np.int64), predicted.astype(np.int64), len(labels)
+        by_chance = int(n * ((y @ y) + (p @ p)) - 2 * y.sum() * p.sum())  # n^2 times the expectation, exactly
+        kappa = 1 - n * int(distance @ distance) / by_chance if by_chance else 0.0  # all of one class, and rightly so
+        result |= {"mae": float(distance.mean()), "qwk": kappa,
                    "off_by_one": float((distance <= 1).mean())}
     return result
 
@@ -568,11 +572,6 @@ def gradient_numbers(p: nn.Parameter) -> Tensor:
     return p.grad._values() if p.grad.is_sparse else p.grad
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """A GPU's own error, or the allocator's of the CPU."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
-
-
 def layer_group(name: str) -> str:
     """`llama.layers.3.attention.wq.weight` to `llama.layers.3`; other names to what stands before the last dot."""
     parts = name.split(".")
@@ -685,7 +684,7 @@ class Loop:
 
     def evaluation_marks(self, n_windows: int) -> list[int]:
         """After which windows of an epoch there is an evaluation: every --eval_every of it, and at its end."""
-        n = max(1, round(1 / self.config.eval_every))
+        n = max(1, round(min(n_windows, 1 / self.config.eval_every)))  # no more than one a window
         return sorted({max(1, round(n_windows * (i + 1) / n)) for i in range(n)})
 
     # ----------------------------------------------------------------------- one optimizer step

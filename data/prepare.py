@@ -611,7 +611,8 @@ def save_response(response, part, have):
 
 def say(text):
     """Progress and warnings go to stderr: stdout belongs to the program that called."""
-    print(text, file=sys.stderr, flush=True)
+    plain = (c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in str(text))  # no terminal codes
+    print("".join(plain), file=sys.stderr, flush=True)
 
 
 def write_texts(texts, wanted):

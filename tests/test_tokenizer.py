@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import struct
 import time
 
@@ -223,12 +224,54 @@ def test_a_missing_tokenizer_is_named(tmp_path):
         assert str(path) in str(caught.value)
 
 
-@pytest.mark.parametrize("settings", ["{", "[1]", "3"])
+@pytest.mark.parametrize("settings", ["{", "[1]", "3", '{"bos_token": 5}', '{"eos_token": {"content": ["a"]}}',
+                                      '{"pad_token": true}', '{"add_bos_token": "yes"}'])
 def test_a_tokenizer_config_that_is_no_json_object_is_refused(bpe, tmp_path, settings):
     bpe[0].save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "tokenizer_config.json").write_text(settings, encoding="utf-8")
     with pytest.raises(ValueError, match="tokenizer_config.json"):
         Tokenizer(tokenizer_model=tmp_path)
+
+
+def doubling(steps: int) -> dict:
+    double = {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}
+    return {"type": "Sequence", "normalizers": steps * [double]}
+
+
+@pytest.mark.parametrize("part", [
+    {"normalizer": {"type": "Replace", "pattern": {"String": ""}, "content": "ab"}},  # panics at every text
+    {"normalizer": {"type": "Replace", "pattern": {"Regex": "(a|aa|a*)+(a+)+$"}, "content": "b"}},  # without an end
+    {"normalizer": doubling(60)},
+    {"normalizer": {"type": "Sequence", "normalizers": [doubling(8), doubling(8), {"type": "NFC"}]}},
+    {"normalizer": {"type": "Sequence", "normalizers": 60 * [
+        {"type": "Replace", "pattern": {"Regex": "(?<=a)"}, "content": "a"}]}},
+    {"normalizer": {"type": "Prepend", "prepend": "a" * 10**6}},
+    {"decoder": {"type": "Sequence", "decoders": doubling(60)["normalizers"]}},
+    {"model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "none"}},
+    {"normalizer": 3}, {"model": 3}, {"added_tokens": [{"id": -1}]},
+], ids=lambda part: json.dumps(part)[:70])
+def test_a_hostile_tokenizer_json_is_named_and_ends(bpe, tmp_path, part):
+    """The library panics (which is no Exception), raises a bare Exception, or would run for ever."""
+    path = tmp_path / "tokenizer.json"
+    bpe[0].save(str(path))
+    path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), **part}), encoding="utf-8")
+    with pytest.raises(ValueError, match=re.escape(str(path))):
+        Tokenizer(tokenizer_model=path).encode_batch(["aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa!", "b"], True, True)
+
+
+def test_the_steps_of_real_normalisers_are_no_growth(bpe, tmp_path):
+    """T5's, XLNet's and Llama's: none is refused for the number of its steps."""
+    clean = [{"type": "Replace", "pattern": {"String": text}, "content": new} for text, new in (
+        ("``", '"'), ("''", '"'), (" ", "▁"), ("\u00a0", " "), ("\t", " "))]
+    clean += [{"type": "Replace", "pattern": {"Regex": regex}, "content": new} for regex, new in (
+        (" {2,}", "▁"), ("[\r\n]+", " "), ("\\s+", " "), ("^ +", ""), ("(…|\\.\\.\\.)", "..."))]
+    steps = [{"type": "Prepend", "prepend": "▁"}, {"type": "NFKC"}, {"type": "Strip", "strip_left": True,
+             "strip_right": True}, *clean]
+    path = tmp_path / "tokenizer.json"
+    bpe[0].save(str(path))
+    whole = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps({**whole, "normalizer": {"type": "Sequence", "normalizers": steps}}), encoding="utf-8")
+    assert Tokenizer(tokenizer_model=path).n_words
 
 
 def bad_spm(judge, **what):
