@@ -12,7 +12,7 @@ import os
 import pickle
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -465,13 +465,16 @@ def check_writable(path: Path, option: str) -> None:
         raise OSError(f"{option} {path}: it cannot be written ({error.strerror})") from None
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+def write_atomically(path: Path, write: Callable[[Path], None], follow: bool = True) -> None:
     """Call write(temporary path), flush it to disk and rename it: path is the old file or the new, never half. What a
-    symbolic link points to is replaced, not the link; a pipe or a device is written to. Raises OSError, naming the path
-    and the bytes that are free, when the disk is full."""
+    symbolic link points to is replaced, not the link; a pipe or a device is written to. With `follow=False`, for a file
+    of a run folder, both are refused. Raises OSError, naming the path and the bytes that are free, when the disk is
+    full."""
     from safetensors import SafetensorError
 
-    path = path.resolve()
+    if not follow:
+        check_plain(path)
+    path = path.parent.resolve() / path.name if not follow else path.resolve()
     if path.exists() and not path.is_file():
         write(path)
         return
@@ -481,11 +484,22 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        _flush_folder(path.parent)  # else, after a power cut, a state could know of a best model that is not there
+        flush_folder(path.parent)  # else, after a power cut, a state could know of a best model that is not there
     except (OSError, SafetensorError) as error:
         raise disk_full(path, error) from None
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_plain(path: Path, is_folder: bool = False) -> None:
+    """Raises OSError for a path of a run folder that is there and is not what the run makes: a link, which would lead
+    out of the folder, a device or a pipe."""
+    if path.is_symlink():
+        raise OSError(f"{path}: this is a symbolic link, and inside a run folder no link is followed; put the "
+                      f"{'folder' if is_folder else 'file'} itself there, or remove the link")
+    if path.exists() and not (path.is_dir() if is_folder else path.is_file()):
+        raise OSError(f"{path}: this is not a {'folder' if is_folder else 'regular file'}, as a run makes it; move it "
+                      "away")
 
 
 def disk_full(path: Path, error: Exception) -> Exception:
@@ -509,24 +523,112 @@ def remove_litter(folder: Path) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """A JSON file, written atomically."""
+    """A JSON file of a run folder, written atomically."""
     text = json.dumps(value, indent=1) + "\n"
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"), follow=False)
 
 
-def save_classifier(folder: Path, model: torch.nn.Module, tokenizer: Tokenizer, settings: dict[str, Any]) -> None:
-    """A classifier that can predict on another machine: model.safetensors, config.json and the tokenizer.
+MANIFEST, STATE = "manifest.json", "state.json"
+READ_FROM_BEST = ("model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json", TOKENIZER_MODEL)
 
-    `settings` are the classifier's own (labels, pooling, ...); the Llama's config is added.
+
+def save_classifier(folder: Path, model: torch.nn.Module, tokenizer: Tokenizer, settings: dict[str, Any]) -> str:
+    """A classifier that can predict on another machine: model.safetensors, config.json, the tokenizer, and a manifest
+    with the sha256 of each; returns the manifest's own.
+
+    `settings` are the classifier's own (labels, pooling, ...); the Llama's config is added. All is written into a
+    folder beside, .best.tmp, which then takes the place of best/; that one becomes .best.old, until
+    `remove_previous_best`. So at any moment there is a whole classifier: in best/, or between the two renames in
+    .best.old. Raises OSError, naming the path and the bytes, when the disk is full.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    folder.mkdir(parents=True, exist_ok=True)
+    temporary, previous = folder.with_name(f".{folder.name}.tmp"), previous_best(folder)
     state = {k: v.detach().contiguous() for k, v in model.state_dict().items()}
-    write_atomically(folder / "model.safetensors", lambda temporary: save_file(state, str(temporary)))
-    (folder / "model.safetensors").chmod(0o644)  # the library makes it 0600
-    tokenizer.save(folder)
-    write_json(folder / "config.json", {**settings, "llama": asdict(model.llama.config)})
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        save_file(state, str(temporary / "model.safetensors"))
+        (temporary / "model.safetensors").chmod(0o644)  # the library makes it 0600
+        tokenizer.save(temporary)
+        text = json.dumps({**settings, "llama": asdict(model.llama.config)}, indent=1) + "\n"
+        (temporary / "config.json").write_text(text, encoding="utf-8")
+        write_manifest(temporary, {})
+        digest = sha256(temporary / MANIFEST)
+        if folder.exists():
+            shutil.rmtree(previous, ignore_errors=True)
+            os.replace(folder, previous)
+        os.replace(temporary, folder)
+        flush_folder(folder.parent)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise disk_full(folder, error) from None
+    return digest
+
+
+def write_manifest(folder: Path, more: dict[str, Any]) -> None:
+    """manifest.json, written last: size and sha256, read back, of each file of the folder, and `more`; all flushed."""
+    files = {}
+    for path in sorted(folder.iterdir()):
+        with open(path, "rb+") as file:
+            os.fsync(file.fileno())
+        files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
+    with open(folder / MANIFEST, "w", encoding="utf-8") as file:
+        json.dump({**more, "files": files}, file)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def previous_best(folder: Path) -> Path:
+    """Where the classifier in `folder` goes while a new one takes its place."""
+    return folder.with_name(f".{folder.name}.old")
+
+
+def remove_previous_best(best: Path) -> None:
+    """Once a state that knows of the new best/ is on the disk, the one before is not needed any more."""
+    shutil.rmtree(previous_best(best), ignore_errors=True)
+
+
+def restore_best(best: Path, digest: str | None) -> None:
+    """After a kill: best/ is again the one that the state knows, by its manifest's sha256, where that one is still
+    there. A best/ that is newer than the state is made again by the steps that are done again."""
+    previous = previous_best(best)
+    if previous.is_dir() and manifest_digest(best) != digest and manifest_digest(previous) == digest:
+        if best.exists():
+            _remove(best)
+        os.replace(previous, best)
+    if best.exists():
+        remove_previous_best(best)
+
+
+def manifest_digest(folder: Path) -> str | None:
+    """The sha256 of a folder's manifest; None where there is none."""
+    path = folder / MANIFEST
+    return sha256(path) if path.is_file() and not path.is_symlink() else None
+
+
+def check_best(best: Path, digest: str | None = None) -> bool:
+    """Is the classifier in best/ what its manifest says? False for one of an older version, which has no manifest.
+
+    `digest`: the manifest's own sha256, where it is known. Raises ValueError that names the file that has changed.
+    """
+    while True:
+        before = manifest_digest(best)
+        fault = None if before is None else _fault(best, {"model.safetensors", "config.json"})
+        if before == manifest_digest(best):
+            break  # else a run that is still training has put a new one there, just now
+    if before is None and digest is None:
+        return False
+    if not fault and digest is not None and before != digest:
+        fault = f"{MANIFEST} is not that of the run's best evaluation (sha256)"
+    if not fault:
+        known = read_json(best / MANIFEST)["files"]
+        strange = [name for name in READ_FROM_BEST if name not in known and (best / name).exists()]
+        fault = f"{strange[0]} is not one of the files that the run has written" if strange else None
+    if fault:
+        raise ValueError(f"{best}{os.sep}{fault}; copy the folder from where it is whole, or train again")
+    return True
 
 
 def load_classifier_state(folder: Path, model: torch.nn.Module) -> None:
@@ -541,19 +643,7 @@ def load_classifier_state(folder: Path, model: torch.nn.Module) -> None:
     model.load_state_dict(state, assign=any(tensor.is_meta for tensor in own.values()))
 
 
-def run_files(path: Path) -> dict[str, dict[str, str]]:
-    """The data files of a run by split, each with `path` and `sha256`, from its args.json. Raises ValueError for an
-    args.json that is not a run's."""
-    files = read_json(path).get("files")
-    if not isinstance(files, dict) or not all(isinstance(f, dict) and isinstance(f.get("path"), str)
-                                              for f in files.values()):
-        raise ValueError(f"{path}: no run is described here (it has no `files`)")
-    return files
-
-
 # --------------------------------------------------------------------------- the state of a run, for an exact resume
-
-MANIFEST, STATE = "manifest.json", "state.json"
 
 
 def split_tensors(value: Any, path: str = "") -> tuple[Any, dict[str, Tensor]]:
@@ -593,7 +683,7 @@ def join_tensors(plain: Any, tensors: dict[str, Tensor]) -> Any:
     return tuple(items) if kind == "tuple" else items
 
 
-def _flush_folder(folder: Path) -> None:
+def flush_folder(folder: Path) -> None:
     """Make a rename in this folder durable; Windows has no such call and does not need it."""
     if os.name == "posix":
         handle = os.open(folder, os.O_RDONLY)
@@ -613,6 +703,7 @@ def save_state(last: Path, step: int, tensors: dict[str, Tensor], values: dict[s
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
+    check_plain(last, is_folder=True)
     last.mkdir(parents=True, exist_ok=True)
     remove_litter(last)
     existing = _states(last)
@@ -624,17 +715,9 @@ def save_state(last: Path, step: int, tensors: dict[str, Tensor], values: dict[s
         plain = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
         save_file(plain, str(temporary / "tensors.safetensors"))
         (temporary / STATE).write_text(json.dumps(values), encoding="utf-8")
-        files = {}
-        for path in sorted(temporary.iterdir()):
-            with open(path, "rb+") as file:
-                os.fsync(file.fileno())
-            files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}  # read back
-        with open(temporary / MANIFEST, "w", encoding="utf-8") as file:
-            json.dump({"step": step, "good": good, "files": files}, file)
-            file.flush()
-            os.fsync(file.fileno())
+        write_manifest(temporary, {"step": step, "good": good})
         os.replace(temporary, folder)
-        _flush_folder(last)
+        flush_folder(last)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         free = shutil.disk_usage(last).free
@@ -664,6 +747,32 @@ def _is_good(state: Path) -> bool:
         return False
 
 
+def run_of(state: Path) -> dict[str, Any]:
+    """What a state says of the run that it belongs to: `id` and `options`; {} where it says nothing that makes sense,
+    as one of an older version."""
+    try:
+        found = join_tensors(dict(read_json(state / STATE)["dict"])["run"], {})
+        return found if isinstance(found, dict) and isinstance(found.get("options"), dict) else {}
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError):
+        return {}
+
+
+def newest_run(last: Path) -> dict[str, Any]:
+    """`run_of` of the newest state that can be read; {} where there is none."""
+    return next((found for state in _states(last) if (found := run_of(state))), {})
+
+
+def remove_other_states(last: Path, run_id: str | None) -> list[str]:
+    """Remove the whole states that belong to another run than the one with this id, as an old run's beside a new
+    args.json; a line for each."""
+    lines = []
+    for state in _states(last):
+        if run_of(state).get("id") != run_id and _fault(state) is None:
+            lines.append(f"{state}: this state belongs to another run than args.json does; it is not used")
+            _remove(state)
+    return lines
+
+
 def has_states(last: Path) -> bool:
     """Has a state ever been committed here, whole or not?"""
     return bool(_states(last))
@@ -679,21 +788,21 @@ def _states(last: Path) -> list[Path]:
     return sorted(found, key=_number, reverse=True)
 
 
-def _fault(folder: Path) -> str | None:
-    """What is wrong with a state, or None."""
+def _fault(folder: Path, needed: Set[str] = frozenset({"tensors.safetensors", STATE})) -> str | None:
+    """What is wrong with a folder that has a manifest, beginning with the file's name, or None."""
     try:
         files = read_json(folder / MANIFEST)["files"]
         for name, known in files.items():
             path = folder / name
-            if not path.is_file():
-                return f"{name} is missing"
+            if Path(name).name != name or path.is_symlink() or not path.is_file():
+                return f"{name} is missing, or is not a file"
             if path.stat().st_size != known["bytes"]:
                 return f"{name} has {path.stat().st_size} bytes, not {known['bytes']}"
             if sha256(path) != known["sha256"]:
                 return f"{name} has changed since it was written (sha256)"
-        return None if {"tensors.safetensors", STATE} <= files.keys() else "its manifest is not whole"
+        return None if needed <= files.keys() else f"{MANIFEST} is not whole"
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-        return f"its manifest cannot be read ({error})"
+        return f"{MANIFEST} cannot be read ({error})"
 
 
 def load_state(last: Path, only_good: bool = False) -> tuple[dict[str, Tensor], dict[str, Any], list[str]]:

@@ -455,3 +455,29 @@ def contradiction(c: RunConfig) -> str:
         f"--lr_min {c.lr_min:g} must be below --lr_max {c.lr_max:g}": c.lr_min >= c.lr_max,
     }
     return next((fault for fault, holds in faults.items() if holds), "")
+
+
+def fault_of(saved: dict[str, Any]) -> str:
+    """What is wrong with the options of a saved run, by the checks that typed ones go through; "" when it is nothing.
+    Options that are newer than the run are not there."""
+    known = {f.name: f for f in options()}
+    for name, value in saved.items():
+        if name not in known:
+            return f"this version has no --{name}"
+        f = known[name]
+        if value is None and f.default is None:
+            continue
+        kind = bool if f.type is bool else list if "parse" in f.metadata else _value_type(str(f.type))
+        is_right = type(value) in ((int, float) if kind is float else (kind,))
+        if kind is list:
+            is_right = is_right and value and all(type(item) is int for item in value)
+        if not is_right:
+            return f"--{name} is {value!r}, expected {'a ' if kind is not int else 'an '}{kind.__name__}"
+        choices, check = f.metadata.get("choices"), f.metadata.get("check")
+        if choices and value not in choices:
+            return f"--{name} is {value!r}; it can be {', '.join(choices)}"
+        if check and not check.holds(value):
+            return f"--{name} is {value!r}; it must be {check.words}"
+        if kind is str and (not value and name != "prefix" or "\0" in value):
+            return f"--{name} is {value!r}"
+    return ""

@@ -10,7 +10,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -134,13 +134,13 @@ def is_large(n_parameters: int) -> bool:
     return n_parameters >= 1_000_000
 
 
-def write_predictions(path: Path, predicted, split) -> None:
-    """`label ||| sentence` a line, in the file's order."""
+def write_predictions(path: Path, predicted, split, is_typed: bool) -> None:
+    """`label ||| sentence` a line, in the file's order. Only where the path was typed a link is followed."""
     from checkpoint import write_atomically
 
     lines = "".join(f"{label} ||| {sentence}\n" for label, sentence in zip(predicted, split.sentences, strict=True))
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, lambda temporary: temporary.write_text(lines, encoding="utf-8", newline="\n"))
+    write_atomically(path, lambda temporary: temporary.write_text(lines, encoding="utf-8", newline="\n"), is_typed)
 
 
 def report_splits(
@@ -155,8 +155,8 @@ def report_splits(
     result = {}
     for name, log_probs in outputs.items():
         split, predicted = splits[name], log_probs.argmax(1).tolist()
-        path = Path(getattr(config, f"{name}_out") or default_out[name])
-        write_predictions(path, predicted, split)
+        typed = getattr(config, f"{name}_out")
+        write_predictions(Path(typed or default_out[name]), predicted, split, bool(typed))
         matrix = confusion_matrix(split.labels, predicted, labels=range(len(names))).tolist()
         result[name] = {**score(log_probs, split.labels, is_ordinal(config)), "n": len(split),
                         "confusion_matrix": matrix}
@@ -174,6 +174,18 @@ def baselines_text(found: dict[str, float]) -> str:
     return f"majority {found['majority']:.3f}, tf-idf + logistic regression {found['tfidf']:.3f}"
 
 
+def check_finite(outputs, what: str) -> None:
+    """Raises ValueError for log-probabilities (N, C) that a sound model cannot give: a NaN, or a row without a class
+    that is possible."""
+    import torch
+
+    bad = outputs.isnan().any(1) | ~torch.isfinite(outputs.max(1).values)
+    if bad.any():
+        raise ValueError(f"{what}: the output for {int(bad.sum())} of {counted(len(outputs), 'sentence')} is not "
+                         "finite (NaN or infinity): the weights are damaged, or the training has diverged; nothing is "
+                         "written")
+
+
 def is_ordinal(config: RunConfig) -> bool:
     """Have the labels an order that the scores are to know of?"""
     return config.ordinal or config.loss == "ordinal" or config.monitor in ("dev_mae", "dev_qwk")
@@ -184,7 +196,7 @@ def check_outputs(config: RunConfig) -> None:
     from checkpoint import check_writable
 
     names = ["dev_out", "test_out"]
-    if config.option == "generate":
+    if config.option == "generate" and not config.resume:  # a resumed run is checked with its own options
         names = ["generated_sentence_low_temp_out", "generated_sentence_high_temp_out"]
     taken = {Path(getattr(config, n)).resolve(): n for n in ("train", "dev", "test", "label_names", "input")
              if getattr(config, n) and getattr(config, n) != "-"}
@@ -228,7 +240,8 @@ def generate(config: RunConfig) -> None:
         tokens = llama.generate(torch.tensor([start], device=device.where), config.max_new_tokens, temperature)
         sentence = tokenizer.decode(tokens[0].tolist())
         print(f"Temperature is {temperature}\n{sentence}\n---------------")
-        Path(path).write_text(sentence, encoding="utf-8", newline="\n")
+        checkpoint.write_atomically(Path(path), lambda temporary, text=sentence: temporary.write_text(
+            text, encoding="utf-8", newline="\n"))
         print(f"Wrote generated sentence to {path}.", flush=True)
 
 
@@ -374,6 +387,7 @@ def finetune(config: RunConfig) -> int:
 
     if config.resume:
         config = resumed(config)
+        check_outputs(config)
     inputs = load_inputs(config, need=("train", "dev"))
     if config.pooling == "first" and config.attention == "causal":
         trainer.warn("--pooling first with causal attention: the first token sees no other; add --attention "
@@ -459,20 +473,20 @@ def train_one(config: RunConfig, inputs, device, series: Path | None = None) -> 
     folder = Path(config.resume) if config.resume else trainer.open_run(config)
     with trainer.lock(folder):
         run = start(config, inputs, folder, device)
-        loop = trainer.Loop(run.task, run.optimizer, run.schedule, config, device, folder, resume_folder=series)
         if config.resume:
-            for place in (folder, folder / "best"):
-                checkpoint.remove_litter(place)
+            before, now = trainer.read_description(folder), trainer.describe(config, device, {})
+        else:
+            before = trainer.save_description(folder, trainer.describe(config, device, files_of(inputs)))
+        loop = trainer.Loop(run.task, run.optimizer, run.schedule, config, device, folder, resume_folder=series,
+                            described=before)
+        if config.resume:
+            checkpoint.remove_litter(folder)
             loop.load()
-            before, now = checkpoint.read_json(folder / trainer.RUN_FILE), trainer.describe(config, device, {})
-            if (before["device"], before["versions"]) != (now["device"], now["versions"]):
+            if (before["device"], before.get("versions")) != (now["device"], now["versions"]):
                 trainer.warn("the device or the versions are others than when the run began (see its args.json); its "
                              "last bits may come out otherwise")
             before_resume = loop.progress.seconds
             notice(f"resuming {folder} at step {loop.progress.step}")
-        else:
-            described = trainer.describe(config, device, files_of(inputs))
-            trainer.save_description(folder, described)
         n_parameters = sum(p.numel() for p in loop.parameters)
         print(f"model :: {inputs.weights.path}, {counted(run.model.llama.config.n_layers, 'layer')}, "
               f"{n_parameters / 1e6:.1f}M trainable parameters, {len(inputs.names)} classes")
@@ -481,11 +495,14 @@ def train_one(config: RunConfig, inputs, device, series: Path | None = None) -> 
             checks_before(config, loop)
         best = loop.run()
 
+        checkpoint.check_best(folder / "best", best.get("manifest"))
         checkpoint.load_classifier_state(folder / "best", run.model)  # the best weights are what is evaluated
         held_out = {name: split for name, split in inputs.splits.items() if name != "train"}
-        with trainer.stoppable(series or folder):
+        with trainer.stoppable(series or folder, config=config):
             outputs = {n: trainer.predict(run.model, s, inputs.tokenizer.pad_id, device, n)
                        for n, s in held_out.items()}
+        for name in outputs:
+            check_finite(outputs[name], f"{folder}: {name}")
         diagnosis = diagnose_run(loop, folder, outputs["dev"], inputs)
         for line in diagnosis:
             print(f"diagnosis :: {line}", flush=True)
@@ -500,8 +517,8 @@ def train_one(config: RunConfig, inputs, device, series: Path | None = None) -> 
             "train_seconds": round(loop.seconds(), 2),
             "seconds": round(before_resume + time.perf_counter() - begin, 2),
         }
+        checkpoint.keep_newest_state(folder / "last")  # before the result: a finished run is never touched again
         trainer.save_result(folder, result)
-        checkpoint.keep_newest_state(folder / "last")
     return result
 
 
@@ -517,13 +534,12 @@ def exit_code(*results: dict) -> int:
 
 def diagnose_run(loop, folder: Path, log_probs, inputs) -> list[str]:
     """What is wrong with the run that has just ended; see diagnosis.diagnose. `log_probs` (N, C): of dev."""
-    import json
-
     from diagnosis import diagnose
-    from trainer import score
+    from trainer import read_log, score
 
     progress, labels = loop.progress, inputs.splits["dev"].labels
-    epochs = [json.loads(line) for line in (folder / "epochs.jsonl").read_text(encoding="utf-8").splitlines()]
+    known = {"epoch", "train_loss", "train_acc", "dev_loss", "dev_acc"}
+    epochs = [line for line in read_log(folder / "epochs.jsonl") if known <= line.keys()]  # others are damaged
     return diagnose(epochs, progress.best["epoch"], log_probs.argmax(1).numpy(), labels, inputs.names,
                     score(log_probs, labels)["f1"], loop.guessing_loss(), progress.update_ratios,
                     ended_by_epochs=not progress.stopped)
@@ -641,38 +657,45 @@ def resumed(config: RunConfig) -> RunConfig:
     that has changed, by name."""
     from dataclasses import replace
 
-    import checkpoint
     import dataset
-    from trainer import RUN_FILE, is_finished, lock
+    from config import contradiction
+    from trainer import RUN_FILE, check_run_folder, is_finished, lock, outside, read_description, read_result
 
     folder = Path(config.resume)
     if not (folder / RUN_FILE).is_file():
         raise FileNotFoundError(f"{folder}: there is no run here (no {RUN_FILE}){near_run(folder)}")
+    check_run_folder(folder)
     if is_finished(folder):
-        runs = checkpoint.read_json(folder / "result.json").get("runs")
+        runs = read_result(folder).get("runs")
         raise ValueError(f"{folder}: all its runs are finished; evaluate one with --option evaluate --run "
                          f"{folder / runs[0]}" if runs else
                          f"{folder}: the run is finished; evaluate it with --option evaluate --run {folder}")
     with lock(folder):  # is it still going? said at once, before everything is read
-        described = checkpoint.read_json(folder / RUN_FILE)
-    if not {"options", "given", "device", "versions"} <= described.keys():
-        raise ValueError(f"{folder / RUN_FILE}: this is not what a run writes")
-    checkpoint.run_files(folder / RUN_FILE)
-    saved = options_of(described)
+        described = read_description(folder)
+    files, saved = described["files"], options_of(described)
+    if missing := {"train", "dev", "weights", "tokenizer"} - files.keys():
+        raise ValueError(f"{folder / RUN_FILE}: no run is described here (its files lack {', '.join(sorted(missing))})")
     asked = config.given - {"resume", "option"}
     differences = [f"--{n} is {saved[n]} in the run, {getattr(config, n)} now" for n in sorted(asked)
                    if getattr(config, n) != saved[n]]
-    for file in described["files"].values():
+    for file in files.values():
         path = Path(file["path"])
         if "sha256" in file and not (path.is_file() and dataset.sha256(path) == file["sha256"]):
             differences.append(f"{file['path']} has changed or is gone")
     if differences:
         raise ValueError(f"--resume {folder}: what has changed since: {'; '.join(differences)}")
-    paths = {n: described["files"][n]["path"] for n in ("train", "dev", "test", "label_names", "tokenizer")
-             if n in described["files"]}
-    return replace(RunConfig(**{**saved, **paths, "dataset": None, "resume": str(folder),
-                                "pretrained_model_path": described["files"]["weights"]["path"]}),
-                   given=frozenset(described["given"]))
+    paths = {n: files[n]["path"] for n in ("train", "dev", "test", "label_names", "tokenizer") if n in files}
+    run = replace(RunConfig(**{**saved, **paths, "dataset": None, "resume": str(folder),
+                               "pretrained_model_path": files["weights"]["path"]}),
+                  given=frozenset(described["given"]))
+    if fault := contradiction(run):
+        raise ValueError(f"{folder / RUN_FILE}: {fault}")
+    for name in outside(folder, run):
+        if name not in config.given and not is_series(run):
+            path = getattr(run, name)
+            raise ValueError(f"--resume {folder}: the run writes --{name} {path}, which is outside of its folder; type "
+                             f"--{name} {path} again if that is what you want")
+    return run
 
 
 def options_of(described: dict) -> dict:
@@ -713,9 +736,12 @@ def repeat(config: RunConfig, inputs, runs: list, device) -> int:
     import shlex
     from dataclasses import replace
 
+    import checkpoint
     import trainer
 
     folder = Path(config.resume) if config.resume else trainer.open_run(config)
+    for name, *_ in runs:
+        checkpoint.check_plain(folder / name, is_folder=True)
     members = {name: (replace(one, output_dir=str(folder / name), dev_out=None, test_out=None, resume=None), its)
                for name, one, its in runs}
     if not config.resume:
@@ -746,18 +772,18 @@ def finish_member(one: RunConfig, inputs, device, series: Path) -> dict:
     """
     from dataclasses import replace
 
-    import checkpoint
-    from trainer import RUN_FILE, is_finished
+    from trainer import RUN_FILE, is_finished, read_description, read_result
 
     folder = Path(one.output_dir)
     if not (folder / RUN_FILE).is_file():
         return train_one(one, inputs, device, series)
-    saved = options_of(checkpoint.read_json(folder / RUN_FILE))
+    described = read_description(folder)
+    saved = options_of(described)
     places = {"output_dir", "overwrite", "resume", "dev_out", "test_out", "dataset", "train", "dev", "test",
               "label_names", "tokenizer", "pretrained_model_path"}
     other = [f"--{name} is {saved[name]} there, {getattr(one, name)} in {series}" for name in sorted(saved)
              if name not in places and saved[name] != getattr(one, name)]
-    files, own = (checkpoint.run_files(where / RUN_FILE) for where in (folder, series))
+    files, own = described["files"], read_description(series)["files"]
     other += [f"{files[name]['path'] if name in files else 'nothing'} is its {name} file" for name in own
               if name not in files or files[name].get("sha256") != own[name].get("sha256")]
     if other:
@@ -765,7 +791,7 @@ def finish_member(one: RunConfig, inputs, device, series: Path) -> dict:
                          "resume again")
     if is_finished(folder):
         notice(f"{folder} is finished: its result is taken as it is")
-        return checkpoint.read_json(folder / "result.json")
+        return read_result(folder)
     return train_one(replace(one, resume=str(folder)), inputs, device, series)
 
 
@@ -819,10 +845,10 @@ def in_words(found: dict) -> str:
 
 def last_dev_acc(folder: Path) -> float | None:
     """The dev accuracy in the last line of a run's epochs.jsonl; None where a divergence left no line."""
-    import json
+    from trainer import read_log
 
-    lines = (folder / "epochs.jsonl").read_text(encoding="utf-8").splitlines()
-    return json.loads(lines[-1])["dev_acc"] if lines else None
+    lines = read_log(folder / "epochs.jsonl")
+    return lines[-1].get("dev_acc") if lines else None
 
 
 @without_readers()
@@ -835,14 +861,17 @@ def lr_find(config: RunConfig) -> int:
     schedule_of(config, steps_an_epoch(config, inputs))  # --confirm and the command that is printed use it
     device = trainer.choose_device(config)
     folder = trainer.open_run(config)
-    try:
-        search.lr_find(lambda changed: start(changed, inputs, None, device), config, device, folder)
-    except BaseException:
-        for name in ("lr_find.csv", "lr_find.png"):
-            (folder / name).unlink(missing_ok=True)
-        if not any(folder.iterdir()):
-            folder.rmdir()
-        raise
+    with trainer.lock(folder):
+        try:
+            search.lr_find(lambda changed: start(changed, inputs, None, device), config, device, folder)
+        except BaseException:
+            for name in ("lr_find.csv", "lr_find.png"):
+                (folder / name).unlink(missing_ok=True)
+            if [path.name for path in folder.iterdir()] == [".lock"]:
+                with suppress(OSError):  # Windows removes no file that is open
+                    (folder / ".lock").unlink()
+                    folder.rmdir()
+            raise
     return 0
 
 
@@ -860,11 +889,12 @@ def load_run(config: RunConfig):
     import checkpoint
     from classifier import empty_classifier
     from tokenizer import Tokenizer
-    from trainer import warn
+    from trainer import check_run_folder, check_tree, warn
 
     if not config.run:
         raise ValueError(f"--option {config.option} needs --run RUN, the folder of a finished fine-tuning run")
     folder = Path(config.run)
+    check_run_folder(folder)
     best = best_of(folder)
     if not (best / "config.json").is_file():
         inside = sorted(folder.glob("*/best/config.json"), key=lambda path: (len(path.parts[-3]), path))
@@ -879,6 +909,9 @@ def load_run(config: RunConfig):
                             "max_sentence_len", "hidden_dropout_prob", "dropout"}
     if fixed:
         warn(f"--{', --'.join(sorted(fixed))}: no effect, the saved run decides")
+    check_tree(best)
+    if not checkpoint.check_best(best):
+        warn(f"{best}: an older version wrote it, without checksums: a damaged file would not be noticed")
     settings = checkpoint.read_json(best / "config.json")
     model = empty_classifier(settings, best / "config.json")
     checkpoint.load_classifier_state(best, model)
@@ -887,16 +920,16 @@ def load_run(config: RunConfig):
 
 def best_of(folder: Path) -> Path:
     """Where the classifier of a run is; the folder itself may be a run's best/."""
-    return folder / "best" if (folder / "best").is_dir() else folder
+    places = (folder / "best", folder / ".best.old")  # the second one where a run was killed just as it changed them
+    return next((place for place in places if place.is_dir()), folder)
 
 
 def evaluate(config: RunConfig) -> None:
     """A saved run on its own dev and test files, or on those that are given."""
     from dataclasses import replace
 
-    import checkpoint
     import dataset
-    from trainer import RUN_FILE, choose_device, is_finished, predict, warn
+    from trainer import RUN_FILE, choose_device, is_finished, predict, read_description, read_result, warn
 
     folder, model, tokenizer, settings = load_run(config)
     names = settings["label_names"]
@@ -905,16 +938,17 @@ def evaluate(config: RunConfig) -> None:
     known = {}  # the baselines that the run itself found on the same sentences
     if is_own:
         home = folder if (folder / RUN_FILE).is_file() else folder.parent
-        used = checkpoint.run_files(home / RUN_FILE)
+        described = read_description(home)
+        used = described["files"]
         files = dataset.DataFiles(home.name, *(Path(used[n]["path"]) if n in used else None for n in (
             "train", "dev", "test", "label_names")))
         if is_finished(home):
-            known = dict(checkpoint.read_json(home / "result.json").get("baselines", {}))
-        if checkpoint.read_json(home / RUN_FILE)["options"].get("folds"):
+            known = dict(read_result(home).get("baselines", {}))
+        if described["options"].get("folds"):
             known.pop("dev", None)  # that was the fold's
             warn(f"{folder}: the run is one of several --folds: it was trained on a part of the dev file")
         for name in ("dev", "test"):
-            if name in used and dataset.sha256(getattr(files, name)) != used[name]["sha256"]:
+            if name in used and dataset.sha256(getattr(files, name)) != used[name].get("sha256"):
                 known.pop(name, None)
                 warn(f"{getattr(files, name)}: the file has changed since the run")
     else:
@@ -930,6 +964,8 @@ def evaluate(config: RunConfig) -> None:
     device = choose_device(config)
     use_kernels(config, model.to(device.where), device)
     outputs = {n: predict(model, s, tokenizer.pad_id, device, n) for n, s in splits.items()}
+    for name in outputs:
+        check_finite(outputs[name], f"{folder}: {name}")
     default_out = {n: folder / (f"{n}-predictions.txt" if is_own else f"{files.name}-{n}-predictions.txt")
                    for n in outputs}
     report_splits(config, splits, outputs, default_out, names, baselines)
@@ -944,7 +980,7 @@ def predict(config: RunConfig) -> None:
 
     if not config.input:
         raise ValueError("--option predict needs --input FILE, with a sentence a line; - is stdin")
-    _, model, tokenizer, settings = load_run(config)
+    folder, model, tokenizer, settings = load_run(config)
     source = "stdin" if config.input == "-" else config.input
     text = dataset.decode(sys.stdin.buffer.read(), source) if source == "stdin" else dataset.read_text(source)
     sentences = text.replace("\r\n", "\n").removesuffix("\n").split("\n") if text else []
@@ -958,7 +994,9 @@ def predict(config: RunConfig) -> None:
     split = dataset.Split(Path(source), sentences, tokens, np.zeros(len(tokens), dtype=np.int64), n_cut)
     device = trainer.choose_device(config)
     use_kernels(config, model.to(device.where), device)
-    for row in trainer.predict(model, split, tokenizer.pad_id, device).exp().tolist():
+    outputs = trainer.predict(model, split, tokenizer.pad_id, device)
+    check_finite(outputs, str(folder))
+    for row in outputs.exp().tolist():
         label = row.index(max(row))
         print(f"{label}\t{settings['label_names'][label]}\t{' '.join(f'{p:.6f}' for p in row)}")
 

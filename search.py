@@ -39,7 +39,7 @@ def _axes(title: str, x: str, y: str):
 
 
 def _draw(figure, path: Path) -> None:
-    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=110, format="png"))
+    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=110, format="png"), follow=False)
 
 
 # --------------------------------------------------------------------------- the plan
@@ -190,7 +190,7 @@ def lr_find(make_run: Callable[[RunConfig], SimpleNamespace], config: RunConfig,
         else:
             print(f"confirm :: decided: lr {choice:.1e} has the lowest dev loss with each of {CONFIRM_SEEDS} seeds, by "
                   f"more than chance{_at_the_edge(confirmed)}", flush=True)
-    write_atomically(folder / "lr_find.csv", lambda path: _write_tests(path, config.seed, tests))
+    write_atomically(folder / "lr_find.csv", lambda path: _write_tests(path, config.seed, tests), follow=False)
     figure, axes = _axes("learning-rate range test", "learning rate", "training loss")
     for points in tests:
         losses = [loss for _, loss in points]

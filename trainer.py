@@ -4,6 +4,7 @@ Nothing here knows what the task is: a `Task` brings the model, its loss, and ho
 """
 
 import copy
+import hashlib
 import itertools
 import json
 import math
@@ -17,11 +18,12 @@ import sys
 import tempfile
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, get_args, get_origin
 
 import numpy as np
 import torch
@@ -30,8 +32,23 @@ from tqdm import tqdm
 
 import guards
 import kernels
-from checkpoint import disk_full, has_states, join_tensors, load_state, read_json, save_state, split_tensors, write_json
-from config import RunConfig, counted
+from checkpoint import (
+    check_best,
+    check_plain,
+    disk_full,
+    has_states,
+    join_tensors,
+    load_state,
+    newest_run,
+    read_json,
+    remove_other_states,
+    remove_previous_best,
+    restore_best,
+    save_state,
+    split_tensors,
+    write_json,
+)
+from config import RunConfig, counted, fault_of
 from dataset import Split, length_order, make_batch
 
 # --------------------------------------------------------------------------- the device and its precision
@@ -146,24 +163,68 @@ SIGNALS = Signals()
 
 
 @contextmanager
-def stoppable(folder: Path | None, save: Callable[[], None] = lambda: None) -> Iterator[None]:
+def stoppable(folder: Path | None, save: Callable[[], None] = lambda: None,
+              config: RunConfig | None = None) -> Iterator[None]:
     """Inside, a signal ends the program between two steps or evaluation batches: `save()`, the command that resumes the
-    run in `folder`, and the exit code that a shell gives a signal's end."""
+    run in `folder`, with those of the `config`'s options that a resume must be given again, and the exit code that a
+    shell gives a signal's end."""
     with SIGNALS:
         try:
             yield
             SIGNALS.check()
         except Stop:
             save()
-            resume = f"; go on with: python run_llama.py --resume {shlex.quote(str(folder))}" if folder else ""
+            resume = f"; go on with: {resume_command(folder, config)}" if folder else ""
             print(f"stopped{resume}", file=sys.stderr, flush=True)
             raise SystemExit(128 + SIGNALS.got) from None
+
+
+def resume_command(folder: Path, config: RunConfig | None) -> str:
+    """The command that resumes a run. Output files outside the folder are named again, see `outside`."""
+    words = ["python", "run_llama.py", "--resume", str(folder)]
+    for name in outside(folder, config) if config else ():
+        words += [f"--{name}", getattr(config, name)]
+    return shlex.join(words)
+
+
+def outside(folder: Path, config: RunConfig) -> list[str]:
+    """Those of --dev_out and --test_out that are not in the run's folder: a run folder may be somebody else's, and only
+    what is typed may write elsewhere."""
+    inside = folder.resolve()
+    return [name for name in ("dev_out", "test_out")
+            if getattr(config, name) and inside not in Path(getattr(config, name)).resolve().parents]
 
 
 # --------------------------------------------------------------------------- the run folder
 
 RUN_FILE = "args.json"
 LOGS = ("steps.jsonl", "epochs.jsonl", "events.jsonl")
+PREDICTIONS = ("dev-predictions.txt", "test-predictions.txt")
+FOLDERS = ("last", "best", ".best.old", ".best.tmp")
+
+
+def check_run_folder(folder: Path) -> None:
+    """Raises OSError where a link, a device or a pipe stands in the place of a file of the run: it may come from
+    somebody else, and would lead out of the folder. The folder itself may be a link."""
+    for name in (RUN_FILE, *LOGS, "result.json", *PREDICTIONS, ".lock"):
+        check_plain(folder / name)
+    for name in FOLDERS:
+        check_plain(folder / name, is_folder=True)
+        check_tree(folder / name)
+
+
+def check_tree(folder: Path) -> None:
+    """`check_plain` of everything in a folder."""
+    for place, folders, files in os.walk(folder):
+        for name in files:
+            check_plain(Path(place, name))
+        for name in folders:
+            check_plain(Path(place, name), is_folder=True)
+
+
+def no_follow(path: str, flags: int) -> int:
+    """An opener for files of a run folder: it does not follow a link, where the system can be told so."""
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
 
 
 def open_run(config: RunConfig) -> Path:
@@ -187,15 +248,21 @@ def open_run(config: RunConfig) -> Path:
     except OSError as error:
         raise OSError(f"{config.output_dir or 'runs'}: no run can be written here ({error.strerror}); choose another "
                       "--output_dir") from None
-    if (folder / RUN_FILE).exists() or (folder / "best").exists():
+    check_run_folder(folder)
+    if any((folder / name).exists() for name in (RUN_FILE, *FOLDERS)):
         if not config.overwrite:
             raise FileExistsError(f"{folder}: there is a run in this folder already; --overwrite replaces it, or "
                                   "choose another --output_dir")
         with lock(folder):
-            for name in (RUN_FILE, *LOGS, "result.json", "dev-predictions.txt", "test-predictions.txt"):
+            # args.json last: after a kill in between, this is still seen to be a run, and one without a state.
+            for name in FOLDERS:
+                if (folder / name).exists():
+                    gone = folder / f".{name.strip('.')}.gone.tmp"
+                    shutil.rmtree(gone, ignore_errors=True)
+                    os.replace(folder / name, gone)
+                    shutil.rmtree(gone, ignore_errors=True)
+            for name in (*LOGS, "result.json", *PREDICTIONS, RUN_FILE):
                 (folder / name).unlink(missing_ok=True)
-            for name in ("best", "last"):
-                shutil.rmtree(folder / name, ignore_errors=True)
     return folder
 
 
@@ -212,7 +279,8 @@ def _made(folder: Path) -> bool:
 @contextmanager
 def lock(folder: Path) -> Iterator[None]:
     """Only one process works in a run's folder. Raises OSError when another one does; a killed one leaves no lock."""
-    with open(folder / ".lock", "a+", encoding="utf-8") as file:
+    check_plain(folder / ".lock")
+    with open(folder / ".lock", "a+", encoding="utf-8", opener=no_follow) as file:
         try:
             try:
                 import fcntl
@@ -250,22 +318,94 @@ def describe(config: RunConfig, device: Device, files: dict[str, Any]) -> dict[s
     }
 
 
-def save_description(folder: Path, described: dict[str, Any]) -> None:
+def save_description(folder: Path, described: dict[str, Any]) -> dict[str, Any]:
     """args.json, with which the folder is this run's: a result.json that another command (lr_find) left there is
-    removed, or it would pass for the run's own."""
+    removed, or it would pass for the run's own. Returns what the file holds: what was described, the run's id, and
+    the sha256 of it all."""
     (folder / "result.json").unlink(missing_ok=True)
+    described = with_digest({**described, "id": uuid.uuid4().hex})
     write_json(folder / RUN_FILE, described)
+    return described
 
 
-def write_line(file: BinaryIO, values: dict[str, Any]) -> None:
+def with_digest(values: dict[str, Any]) -> dict[str, Any]:
+    """The same values, and under `sha256` the checksum of them all: a digit that is changed later is noticed."""
+    plain = {k: v for k, v in values.items() if k != "sha256"}
+    return {**plain, "sha256": hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()}
+
+
+def has_changed(values: dict[str, Any]) -> bool:
+    """Are these values with a checksum (see `with_digest`) others than it was made of? Those of an older version have
+    none."""
+    return "sha256" in values and with_digest(values)["sha256"] != values["sha256"]
+
+
+def read_description(folder: Path) -> dict[str, Any]:
+    """args.json: with `options` that the parser would accept too, `given`, `files`, `device` and `versions`.
+
+    Raises ValueError for one that is damaged or was changed, naming the options where the run's states have them.
+    """
+    check_run_folder(folder)
+    path = folder / RUN_FILE
+    described = read_json(path)
+    options, files = described.get("options"), described.get("files")
+    if not isinstance(options, dict) or not isinstance(files, dict) or not {"given", "device"} <= described.keys():
+        raise ValueError(f"{path}: this is not what a run writes (no options, files, given and device)")
+    before = newest_run(folder / "last")
+    known = json.loads(json.dumps(before.get("options", {})))  # tuples become lists
+    edited = [f"--{name} is {options.get(name)}, and was {known[name]}" for name in known
+              if before.get("id") == described.get("id") and options.get(name) != known[name]]
+    if edited or has_changed(described):
+        raise ValueError(f"{path}: it was changed after the run began{': ' if edited else ''}{'; '.join(edited)}; "
+                         "put it back as it was, or start another run")
+    if fault := fault_of(options):
+        raise ValueError(f"{path}: {fault}")
+    given, versions = described["given"], described.get("versions", {})
+    if not isinstance(given, list) or not all(isinstance(name, str) for name in given) or (
+            not isinstance(versions, dict) or not isinstance(described["device"], str)):
+        raise ValueError(f"{path}: `given`, `device` or `versions` is not what a run writes")
+    for name, file in files.items():
+        if not isinstance(file, dict) or not isinstance(file.get("path"), str) or "\0" in file["path"] or (
+                not isinstance(file.get("sha256", ""), str)):
+            raise ValueError(f"{path}: the {name} file is {file!r}, expected its path and its sha256")
+        if name in ("train", "dev", "test", "label_names") and Path(file["path"]).exists() and (
+                not Path(file["path"]).is_file()):
+            raise ValueError(f"{path}: the {name} file is {file['path']}, which is not a regular file")
+    return described
+
+
+def write_line(file: BinaryIO, values: dict[str, Any]) -> bytes:
     """One JSON object a line, there for a reader at once, in an unbuffered file: a line that failed is not tried again
-    when the file is closed. Raises OSError, naming the file and the bytes, when the disk is full."""
-    line = (json.dumps(values) + "\n").encode()
+    when the file is closed. Returns the line. Raises OSError, naming the file and the bytes, when the disk is full."""
+    whole = line = (json.dumps(values) + "\n").encode()
     try:
         while line:
             line = line[file.write(line):]
     except OSError as error:
         raise disk_full(Path(file.name), error) from None
+    return whole
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The lines of a log; damaged ones are left out."""
+    found = []
+    for line in path.read_bytes().splitlines() if path.exists() else []:
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        found += [value] if isinstance(value, dict) else []
+    return found
+
+
+def hash_of(path: Path, size: int | None = None) -> Any:
+    """A running sha256 of a file's first `size` bytes, or of all of it."""
+    digest, left = hashlib.sha256(), math.inf if size is None else size
+    with open(path, "rb", opener=no_follow) as file:
+        while block := file.read(int(min(left, 1 << 20))):
+            digest.update(block)
+            left -= len(block)
+    return digest
 
 
 # --------------------------------------------------------------------------- evaluation
@@ -321,7 +461,8 @@ def score(log_probs: Tensor, labels: np.ndarray, ordinal: bool = False) -> dict[
 @dataclass(frozen=True)
 class Task:
     """What is trained. `losses(batch)` gives each sentence's loss (B,); `evaluate()` the scores of the model as it is,
-    with train_acc, dev_loss, dev_acc and whatever --monitor names; `save_best()` keeps the model as it is.
+    with train_acc, dev_loss, dev_acc and whatever --monitor names; `save_best()` keeps the model as it is, and returns
+    the sha256 that `check_best` compares.
 
     `order(epoch)` are the rows of each effective batch of an epoch; `make_batch(rows, epoch)` makes a batch of some of
     them; it is where training sentences are augmented. A batch may have `weights` (B,), which the losses are multiplied
@@ -333,7 +474,7 @@ class Task:
     make_batch: Callable[[np.ndarray, int], dict[str, Tensor]]
     losses: Callable[[dict[str, Tensor]], Tensor]
     evaluate: Callable[[], dict[str, Any]]
-    save_best: Callable[[], None]
+    save_best: Callable[[], str | None]
     class_names: list[str]
     n_dev: int  # sentences that `evaluate` scores on dev
     order: Callable[[int], list[np.ndarray]]
@@ -365,6 +506,41 @@ class Progress:
     update_ratios: dict[str, float] = field(default_factory=dict)  # of each layer group, at the middle of the epoch
     seconds: float = 0.0  # in the loop, over all the processes of the run
     stopped: str = ""  # why training ended before its last epoch
+
+
+NEVER_NEGATIVE = ("micro_batch", "step", "epoch", "window", "evaluated", "n_seen", "rollbacks", "since_best")
+
+
+def progress_of(saved: Any) -> Progress:
+    """The progress that a state holds. Raises ValueError for other fields than this version has, and for values of
+    other types."""
+    known = {f.name: f.type for f in fields(Progress)}
+    if not isinstance(saved, dict) or saved.keys() != known.keys():
+        names = saved.keys() if isinstance(saved, dict) else set()
+        other = [f"{word} {', '.join(map(str, sorted(some, key=str)))}" for word, some in (
+            ("it lacks", known.keys() - names), ("it also has", names - known.keys())) if some]
+        raise ValueError(f"it is of another version of this program ({'; '.join(other)}); resume with that version, or "
+                         "start the run again")
+    for name, kind in known.items():
+        value = saved[name]
+        if not _is_a(value, kind) or name in NEVER_NEGATIVE and value < (name == "micro_batch"):
+            raise ValueError(f"{name} is {value!r}")
+    best = saved["best"]
+    if best and not all(_is_a(best.get(name), float) for name in ("epoch", "dev_loss", "dev_acc", "monitor")):
+        raise ValueError(f"best is {best!r}")
+    return Progress(**saved)
+
+
+def _is_a(value: Any, kind: Any) -> bool:
+    """Is this value of JSON of the type that a field of Progress has?"""
+    if get_origin(kind) is list:
+        return isinstance(value, list) and all(_is_a(item, get_args(kind)[0]) for item in value)
+    if get_origin(kind) is dict:
+        item = get_args(kind)[1]
+        return isinstance(value, dict) and all(item is Any or _is_a(v, item) for v in value.values())
+    if kind == float | None:
+        return value is None or _is_a(value, float)
+    return type(value) in ((int, float) if kind is float else (kind,))
 
 
 def clip_(parameters: list[nn.Parameter], max_norm: float, max_value: float) -> Tensor:
@@ -438,13 +614,15 @@ class Loop:
     `schedule(step, history)` is a factor on each parameter group's own rate. `after_step(step, lr, loss)`, if given,
     may return True to end the training (the range test's way out). With `keep_states=False` no state is saved; `quiet`
     prints no epoch lines. `resume_folder`: what to resume after a signal, where it is not `folder` but that of the
-    series (of --seeds or --folds) that the run belongs to.
+    series (of --seeds or --folds) that the run belongs to. `described`: what the run's args.json holds; its id and its
+    options are in each state.
     """
 
     def __init__(
         self, task: Task, optimizer: torch.optim.Optimizer, schedule: Callable[[int, list[float]], float],
         config: RunConfig, device: Device, folder: Path, after_step: Callable[[int, float, float], bool] | None = None,
         keep_states: bool = True, quiet: bool = False, resume_folder: Path | None = None,
+        described: dict[str, Any] | None = None,
     ):
         self.task, self.optimizer, self.schedule = task, optimizer, schedule
         self.config, self.device, self.folder = config, device, folder
@@ -458,7 +636,9 @@ class Loop:
         self.ema = [p.detach().clone() for p in self.parameters] if config.ema else []
         self.started = time.perf_counter()
         self.saved: tuple | None = None
+        self.described = described or {}
         self.logs: dict[str, BinaryIO] = {}
+        self.digests: dict[str, Any] = {}  # a running sha256 of each log
         self.bar = tqdm(disable=True)  # `run` has a real one
 
     # ----------------------------------------------------------------------- the course of a run
@@ -470,10 +650,12 @@ class Loop:
                         mininterval=0.5)
         with ExitStack() as stack:
             for name in LOGS:
-                self.logs[name] = stack.enter_context(open(self.folder / name, "ab", buffering=0))
+                check_plain(self.folder / name)
+                self.logs[name] = stack.enter_context(open(self.folder / name, "ab", buffering=0, opener=no_follow))
+                self.digests[name] = hash_of(self.folder / name)
             stack.enter_context(self.bar)
             stack.enter_context(stoppable(self.resume_folder if self.keep_states else None,
-                                          lambda: self.save(good=False)))
+                                          lambda: self.save(good=False), self.config))
             self.save()
             while self.progress.epoch < config.epochs and not self.progress.stopped:
                 self.train_epoch()
@@ -540,10 +722,9 @@ class Loop:
             progress.n_seen += len(rows)
             progress.recent = guards.remember(progress.recent, plain.tolist())
         progress.not_finite_in_a_row = 0 if finite else progress.not_finite_in_a_row + 1
-        write_line(self.logs["steps.jsonl"], {"step": progress.step, "epoch": progress.epoch, "lr": lr,
-                                              "loss": float(loss), "grad_norm": float(norm_value),
-                                              "tokens": int(self.lengths[rows].sum()),
-                                              "seconds": round(self.seconds(), 4)})
+        self.log("steps.jsonl", {"step": progress.step, "epoch": progress.epoch, "lr": lr, "loss": float(loss),
+                                 "grad_norm": float(norm_value), "tokens": int(self.lengths[rows].sum()),
+                                 "seconds": round(self.seconds(), 4)})
         self.bar.set_postfix_str(f"loss {loss:.3f}, lr {lr:.2e}", refresh=False)
         self.bar.update()
         if self.after_step and self.after_step(progress.step, lr, float(loss)):
@@ -681,8 +862,8 @@ class Loop:
         if not self.keep_states:
             keep.stopped = "diverged"
             return
-        sizes = self.put_back(only_good=True)
-        sizes.pop("events.jsonl")
+        sizes = dict(self.put_back(only_good=True)[0]["logs"])
+        sizes.pop("events.jsonl", None)
         for name in ("rollbacks", "lr_factor", "skipped", "best", "seconds", "micro_batch"):
             setattr(self.progress, name, getattr(keep, name))
         if keep.rollbacks < ROLLBACKS:
@@ -704,7 +885,11 @@ class Loop:
         self.bar.clear()
         warn(f"step {self.progress.step}: {kind}: {detail}")
         if self.logs:
-            write_line(self.logs["events.jsonl"], {"step": self.progress.step, "event": kind, "detail": detail})
+            self.log("events.jsonl", {"step": self.progress.step, "event": kind, "detail": detail})
+
+    def log(self, name: str, values: dict[str, Any]) -> None:
+        """A line of one of the logs."""
+        self.digests[name].update(write_line(self.logs[name], values))
 
     # ----------------------------------------------------------------------- evaluation and stopping
 
@@ -751,12 +936,13 @@ class Loop:
                 self.diverged(", and ".join(filter(None, (one_class, why))))
                 return
             value = scores[config.monitor] if config.monitor in RISING else -scores[config.monitor]
-            value = -math.inf if math.isnan(value) else value
+            if math.isnan(value) or math.isnan(scores.get("dev_loss", 0.0)):  # of NaN outputs, the accuracy is chance
+                value = -math.inf
             best = progress.best.get("monitor")
             is_better = best is None or value > best + config.min_delta
             if is_better or (value == best and scores["dev_loss"] < progress.best["dev_loss"]):
-                self.task.save_best()
-                progress.best = {**line, "monitor": value}
+                digest = self.task.save_best()
+                progress.best = {**line, "monitor": value, "manifest": digest}
         if last:
             line["update_ratio"] = progress.update_ratios
             progress.epoch, progress.window = progress.epoch + 1, 0
@@ -764,7 +950,7 @@ class Loop:
         progress.since_best = 0 if is_better else progress.since_best + 1
         progress.history.append(scores[config.monitor])
         progress.loss_sum, progress.plain_sum, progress.n_seen = 0.0, 0.0, 0
-        write_line(self.logs["epochs.jsonl"], line)
+        self.log("epochs.jsonl", line)
         if config.patience and progress.since_best >= config.patience and progress.epoch < config.epochs:
             progress.stopped = "patience"
             print(f"early stop: no better {config.monitor} in {counted(config.patience, 'evaluation')}", flush=True)
@@ -800,33 +986,107 @@ class Loop:
             "random": self.random_state(), "ema": self.ema,
             "progress": asdict(replace(self.progress, seconds=self.seconds())),
             "logs": {**{name: file.tell() for name, file in self.logs.items()}, **(sizes or {})},
+            "log_sha256": {**{name: digest.hexdigest() for name, digest in self.digests.items()},
+                           **{name: hash_of(self.folder / name, size).hexdigest()
+                              for name, size in (sizes or {}).items()}},
+            "run": {"id": self.described.get("id"), "options": self.described.get("options", {})},
         })
         is_healthy = guards.is_healthy(self.progress.recent, self.guessing_loss(), self.progress.not_finite_in_a_row)
         save_state(self.folder / "last", self.progress.step, tensors, values, good and is_healthy)
         self.saved = stamp
+        remove_previous_best(self.folder / "best")
 
     def load(self) -> None:
         """Put everything back to the newest whole state in last/, and the logs to their length at that time. Of a run
-        that was killed before its first state, there is nothing to put back: it begins."""
+        that was killed before its first state, there is nothing to put back: it begins.
+
+        Raises ValueError where best/ is not the one that the state knows.
+        """
+        last, best = self.folder / "last", self.folder / "best"
+        for line in remove_other_states(last, self.described.get("id")):
+            warn(line)
         logs = [self.folder / name for name in LOGS]
-        if has_states(self.folder / "last") or any(log.exists() and log.stat().st_size for log in logs):
-            self.cut_logs(self.put_back())
+        if has_states(last) or any(log.exists() and log.stat().st_size for log in logs):
+            state, is_newest = self.put_back()
+            if self.progress.best:
+                digest = self.progress.best.get("manifest")
+                restore_best(best, digest)
+                # Of a state that was passed over, best/ may be the own: newer, and made again by the same steps.
+                if not check_best(best, digest if is_newest else None):
+                    warn(f"{best}: an older version wrote it, without checksums: a damaged file would not be noticed")
+            self.check_logs(state)
+            self.cut_logs(state["logs"])
             self.started = time.perf_counter()
 
-    def put_back(self, only_good: bool = False) -> dict[str, int]:
-        """Everything but the logs; returns the length of each log."""
+    def put_back(self, only_good: bool = False) -> tuple[dict[str, Any], bool]:
+        """Everything but the logs; returns the state, with the `logs`' lengths, and whether it is the newest one.
+
+        Raises ValueError for a state that is whole, but not one of this run and this version.
+        """
         tensors, values, faults = load_state(self.folder / "last", only_good)
         for fault in faults:
             warn(fault)
-        state = join_tensors(values, tensors)
-        self.task.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        for mean, saved in zip(self.ema, state["ema"], strict=True):
-            mean.copy_(saved)
-        self.set_random_state(state["random"])
-        self.progress = Progress(**state["progress"])
+        try:
+            state = join_tensors(values, tensors)
+            progress = progress_of(state["progress"])
+            if not all(name in LOGS and type(size) is int and size >= 0 for name, size in state["logs"].items()):
+                raise ValueError(f"logs is {state['logs']!r}; it can have the lengths of {', '.join(LOGS)}")
+            if not isinstance(state.get("log_sha256", {}), dict):
+                raise ValueError("log_sha256 is not the checksums of the logs")
+            self.check_place(progress)
+            self.check_optimizer(state["optimizer"])
+            self.task.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            for mean, saved in zip(self.ema, state["ema"], strict=True):
+                mean.copy_(saved)
+            self.set_random_state(state["random"])
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError, RuntimeError) as error:
+            if is_out_of_memory(error):
+                raise
+            what = f"{error} is missing" if isinstance(error, KeyError) else str(error).splitlines()[0]
+            raise ValueError(f"{self.folder / 'last'}: the state there is none of this run: {what}") from None
+        self.progress = progress
         self.saved = (self.progress.step, len(self.progress.history), self.progress.rollbacks)
-        return state["logs"]
+        return state, not faults
+
+    def check_place(self, progress: Progress) -> None:
+        """Raises ValueError for a place in the run that there is not."""
+        epochs = self.config.epochs
+        marks = self.evaluation_marks(len(self.task.order(min(progress.epoch, epochs - 1))))
+        if progress.epoch > epochs or progress.evaluated >= len(marks) or progress.window > marks[progress.evaluated]:
+            raise ValueError(f"epoch {progress.epoch}, window {progress.window}, evaluation {progress.evaluated}: a "
+                             f"run of {counted(epochs, 'epoch')} has no such place")
+
+    def check_optimizer(self, saved: dict[str, Any]) -> None:
+        """Raises ValueError for a state of another optimizer: other groups, other settings than the rate, or moments of
+        other shapes."""
+        def settings(group: dict[str, Any]) -> dict[str, Any]:
+            return {k: v for k, v in group.items() if k != "lr"}
+
+        own = self.optimizer.state_dict()
+        if list(map(settings, saved["param_groups"])) != list(map(settings, own["param_groups"])):
+            raise ValueError("the optimizer's groups or settings are others")
+        parameters = dict(enumerate(p for group in self.optimizer.param_groups for p in group["params"]))
+        for i, moments in saved["state"].items():
+            shape = tuple(parameters[i].shape)
+            fitting = {(), (1,), shape, shape[:1], shape[:-1], shape[:-2] + shape[-1:]}
+            for name, value in moments.items():
+                shape_fits = isinstance(value, Tensor) and tuple(value.shape) in fitting
+                if not (shape_fits or name == "step" and type(value) in (int, float)):
+                    raise ValueError(f"the optimizer's {name} does not fit its parameter")
+
+    def check_logs(self, state: dict[str, Any]) -> None:
+        """Say so when what the logs have of the time before the state is not what the run wrote."""
+        for name, size in state["logs"].items():
+            path, known = self.folder / name, state.get("log_sha256", {}).get(name)
+            if known is None or not path.exists() or path.stat().st_size < size:
+                continue  # `cut_logs` tells of lines that are lost
+            if hash_of(path, size).hexdigest() != known:
+                with open(path, "rb", opener=no_follow) as file:
+                    bad = [i for i, line in enumerate(file.read(size).splitlines(), 1) if not _is_json(line)]
+                where = f"; the first line that cannot be read is {bad[0]}" if bad else ""
+                warn(f"{path}: damaged: its first {size} bytes are not what the run wrote (sha256){where}. They are "
+                     "kept as they are; the training does not read them")
 
     def cut_logs(self, sizes: dict[str, int]) -> None:
         """Drop what the logs say of the time behind a state."""
@@ -838,8 +1098,17 @@ class Loop:
             elif name in self.logs:
                 self.logs[name].truncate(size)
                 self.logs[name].seek(size)
-            else:
-                os.truncate(path, size)
+                self.digests[name] = hash_of(path)
+            elif has > size:
+                with open(path, "rb+", opener=no_follow) as file:
+                    file.truncate(size)
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 # --------------------------------------------------------------------------- checks before a run
@@ -974,12 +1243,42 @@ def epoch_line(line: dict[str, Any]) -> str:
 
 
 def save_result(folder: Path, result: dict[str, Any]) -> None:
-    """result.json, the last file that a run writes: a folder that has it is a finished run, see `is_finished`."""
-    write_json(folder / "result.json", result)
+    """result.json, the last file that a run writes: a folder that has it is a finished run, see `is_finished`. Its own
+    checksum is in it: a series takes over the results of its runs."""
+    write_json(folder / "result.json", with_digest(result))
 
 
 def is_finished(folder: Path) -> bool:
     """Has the run in this folder, or the series of --seeds or --folds, written its result? That of another
-    command, such as lr_find, does not count."""
+    command, such as lr_find, does not count, and for a run no series' result."""
     path = folder / "result.json"
-    return path.is_file() and bool(read_json(path).keys() & {"best_epoch", "runs"})
+    check_plain(path)
+    if not path.is_file():
+        return False
+    options = read_json(folder / RUN_FILE).get("options")
+    options = options if isinstance(options, dict) else {}
+    is_series = options.get("seeds") or options.get("folds") and options.get("fold") is None
+    return ("runs" if is_series else "best_epoch") in read_json(path)
+
+
+def read_result(folder: Path) -> dict[str, Any]:
+    """The result.json of a finished run or series. Raises ValueError for one that was changed, and for one that no run
+    writes."""
+    path = folder / "result.json"
+    result = read_json(path)
+    if has_changed(result):
+        raise ValueError(f"{path}: it was changed after the run wrote it (sha256); move it away, and resume the run")
+    scores = [result[name] for name in ("dev", "test") if name in result]
+    if "runs" in result:
+        runs = result["runs"]
+        is_one = isinstance(runs, list) and runs and all(isinstance(n, str) and Path(n).name == n for n in runs)
+    else:
+        found = result.get("baselines", {})
+        is_one = (isinstance(result.get("stopped"), str) and _is_a(result.get("best_epoch"), float) and "dev" in result
+                  and all(isinstance(s, dict) and _is_a(s.get("acc"), float) for s in scores)
+                  and isinstance(found, dict) and all(
+                      isinstance(f, dict) and all(_is_a(f.get(k), float) for k in ("majority", "tfidf"))
+                      for f in found.values()))
+    if not is_one:
+        raise ValueError(f"{path}: this is not what a run writes; move it away, and resume the run")
+    return result

@@ -191,8 +191,9 @@ BREAKS = [
     Break("question is ignored", RUN, "config.question, inputs.names)", '"Is it", inputs.names)', "question"),
 
     # The moving average
-    Break("best holds the raw weights", TRAINER, "                self.task.save_best()\n",
-          "                with self.averaged():\n                    self.task.save_best()\n", "moving_average"),
+    Break("best holds the raw weights", TRAINER, "                digest = self.task.save_best()\n",
+          "                with self.averaged():\n                    digest = self.task.save_best()\n",
+          "moving_average"),
     Break("the raw weights are evaluated", TRAINER, "with self.averaged():\n            scores",
           "with suppress():\n            scores", "moving_average"),
     Break("the moving average never moves", TRAINER, "        if self.ema:\n", "        if False:\n", "moving_average"),

@@ -525,7 +525,8 @@ def test_a_saved_classifier_comes_back_with_equal_weights_and_can_be_read_by_eve
     model = LlamaEmbeddingClassifier(SimpleNamespace(**SETTINGS), tiny.llama(tie_embeddings=tied)).eval()
     checkpoint.save_classifier(tmp_path / "best", model, NoTokenizer(), SETTINGS)
     assert stat.S_IMODE((tmp_path / "best" / "model.safetensors").stat().st_mode) == 0o644
-    assert sorted(os.listdir(tmp_path / "best")) == ["config.json", "model.safetensors", "tokenizer.json"]
+    assert sorted(os.listdir(tmp_path / "best")) == [
+        "config.json", "manifest.json", "model.safetensors", "tokenizer.json"]
 
     saved = checkpoint.read_json(tmp_path / "best" / "config.json")
     back = empty_classifier(saved, tmp_path / "best" / "config.json").eval()

@@ -48,7 +48,7 @@ def test_finetune_leaves_a_run_that_evaluate_and_predict_use(arguments, tiny_dat
         ".lock", "args.json", "steps.jsonl", "epochs.jsonl", "events.jsonl", "result.json", "best", "last",
         "test-predictions.txt"}
     assert {p.name for p in (run / "best").iterdir()} == {
-        "model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json"}
+        "model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json", "manifest.json"}
     args = json.loads((run / "args.json").read_text(encoding="utf-8"))
     assert args["options"]["lr"] == 1e-2 and set(args["files"]) == {
         "train", "dev", "test", "label_names", "weights", "tokenizer"}

@@ -170,7 +170,8 @@ FIND = ("--option", "lr_find", "--lr_steps", "30", "--lr_min", "1e-4", "--lr_max
 def test_lr_find_writes_its_curve_and_says_which_command_uses_it(arguments, capsys):
     assert main(*FIND, *arguments, "--dev_out", "a file.txt") == 0
     out = capsys.readouterr().out
-    assert sorted(p.name for p in Path("find").iterdir()) == ["lr_find.csv", "lr_find.png", "result.json"]
+    assert sorted(p.name for p in Path("find").iterdir()) == [
+        ".lock", "lr_find.csv", "lr_find.png", "result.json"]
     with open("find/lr_find.csv", encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     points = [(float(row["lr"]), float(row["loss"])) for row in rows]
