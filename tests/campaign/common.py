@@ -557,31 +557,43 @@ def half_written(run: Path) -> list[str]:
 
 
 def reseal(run: Path, changed: Path) -> None:
-    """Give the manifests of a run folder the size and the checksum that a changed file has now, as an attacker would:
-    what reads the file is to hold without them."""
-    def walk(value, key=None):
-        if isinstance(value, dict):
-            if key == changed.name and "sha256" in value:
-                value["sha256"], value["bytes"] = digest, len(data)
-            for name, item in value.items():
-                if name == changed.name and isinstance(item, str) and re.fullmatch("[0-9a-f]{64}", item):
-                    value[name] = digest
-                walk(item, name)
-        elif isinstance(value, list):
-            for item in value:
-                walk(item)
+    """Make every checksum in a run folder fit a file that was changed, as an attacker would: what reads the file is to
+    hold without them."""
+    import trainer
 
-    data = changed.read_bytes()
-    digest = hashlib.sha256(data).hexdigest()
-    for path in run.rglob("manifest.json"):
-        if path == changed or not path.is_file():
-            continue
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError:
-            continue
-        walk(content)
-        path.write_text(json.dumps(content), encoding="utf-8")
+    value = read_or_none(changed)
+    if changed.name in ("args.json", "result.json") and isinstance(value, dict) and "sha256" in value:
+        changed.write_text(json.dumps(trainer.with_digest(value)), encoding="utf-8")
+    if changed.name == "args.json":  # the states know the options too; those of older versions do not
+        for state in run.glob("last/*/state.json"):
+            values = json.loads(state.read_text(encoding="utf-8"))
+            values["dict"] = [pair for pair in values["dict"] if pair[0] != "run"]
+            state.write_text(json.dumps(values), encoding="utf-8")
+            reseal_manifest(state)
+    known = reseal_manifest(changed)
+    if changed.parent.name == "best" and known:  # the newest state knows the manifest of best/
+        for state in run.glob("last/*/state.json"):
+            state.write_text(state.read_text(encoding="utf-8").replace(*known), encoding="utf-8")
+            reseal_manifest(state)
+
+
+def read_or_none(path: Path):
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError, RecursionError):
+        return None
+
+
+def reseal_manifest(changed: Path) -> tuple[str, str] | None:
+    """Put size and sha256 of a file into the manifest beside it; the manifest's own sha256 before and after."""
+    path = changed.with_name("manifest.json")
+    manifest = read_or_none(path)
+    if changed == path or not isinstance(manifest, dict):
+        return None
+    before, data = hashlib.sha256(path.read_bytes()).hexdigest(), changed.read_bytes()
+    manifest["files"][changed.name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    path.write_text(json.dumps(manifest), encoding="utf-8")
+    return before, hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 # --------------------------------------------------------------------------- counting, and the command line

@@ -102,8 +102,8 @@ def hostile_lines(draw, good: str) -> bytes:
     bad = draw.choice((
         b"", b"\n\n\n", b"\x00" * 1000, b"1 ||| ", b"||| x\n", b"1e3 ||| x\n", b"-1 ||| x\n", b"nan ||| x\n",
         b"99999999999999999999 ||| x\n", b"0 ||| \xff\xfe\n", b"0 ||| " + b"y" * 200000 + b"\n",
-        b"0 |||" * 1000 + b"\n", b"\x1b[31m ||| x\n", b"1000000 ||| x\n", "\u0663 ||| x\n".encode(), "0 ||| \u2028 a \u0085 b\n".encode(),
-        b"0 ||| a\r", b"True ||| x\n", b" 0  |||  \n", b"0\n"))
+        b"0 |||" * 1000 + b"\n", b"\x1b[31m ||| x\n", b"1000000 ||| x\n", "\u0663 ||| x\n".encode(),
+        "0 ||| \u2028 a \u0085 b\n".encode(), b"0 ||| a\r", b"True ||| x\n", b" 0  |||  \n", b"0\n"))
     how = draw.randrange(6)
     if how == 0:
         return bad
