@@ -513,8 +513,8 @@ def train_one(config: RunConfig, inputs, device, series: Path | None = None) -> 
         result = {
             "best_epoch": best["epoch"], **scores, "baselines": found, "label_names": inputs.names,
             "stopped": progress.stopped or "finished", "steps": progress.step, "skipped_steps": progress.skipped,
-            "loss_spikes": progress.spikes, "rollbacks": progress.rollbacks, "diagnosis": diagnosis,
-            "train_seconds": round(loop.seconds(), 2),
+            "last_dev_acc": last_dev_acc(folder), "loss_spikes": progress.spikes, "rollbacks": progress.rollbacks,
+            "diagnosis": diagnosis, "train_seconds": round(loop.seconds(), 2),
             "seconds": round(before_resume + time.perf_counter() - begin, 2),
         }
         checkpoint.keep_newest_state(folder / "last")  # before the result: a finished run is never touched again
@@ -680,7 +680,8 @@ def resumed(config: RunConfig) -> RunConfig:
                    if getattr(config, n) != saved[n]]
     for file in files.values():
         path = Path(file["path"])
-        if "sha256" in file and not (path.is_file() and dataset.sha256(path) == file["sha256"]):
+        if not path.exists() or "sha256" in file and not (
+                path.is_file() and dataset.sha256(path) == file["sha256"]):
             differences.append(f"{file['path']} has changed or is gone")
     if differences:
         raise ValueError(f"--resume {folder}: what has changed since: {'; '.join(differences)}")
@@ -816,7 +817,8 @@ def summarise(results: dict[str, dict], folder: Path, unit: str) -> dict:
               + (f"; without {'it' if len(diverged) == 1 else 'them'}: {said}" if said else ""), flush=True)
     if unit == "folds":
         summary["dev_epoch"] = "the best of each fold, chosen on that same fold"
-        last = [last_dev_acc(folder / name) for name in results]
+        last = [result["last_dev_acc"] if "last_dev_acc" in result else last_dev_acc(folder / name)
+                for name, result in results.items()]
         if None not in last:
             summary["dev_last_epoch"] = mean_and_deviation(last)
             print(f"last epoch :: dev acc {in_words(summary['dev_last_epoch'])} over {len(results)} folds", flush=True)

@@ -368,9 +368,9 @@ def read_description(folder: Path) -> dict[str, Any]:
         if not isinstance(file, dict) or not isinstance(file.get("path"), str) or "\0" in file["path"] or (
                 not isinstance(file.get("sha256", ""), str)):
             raise ValueError(f"{path}: the {name} file is {file!r}, expected its path and its sha256")
-        if name in ("train", "dev", "test", "label_names") and Path(file["path"]).exists() and (
-                not Path(file["path"]).is_file()):
-            raise ValueError(f"{path}: the {name} file is {file['path']}, which is not a regular file")
+        at = Path(file["path"])
+        if at.exists() and not at.is_file() and not (at.is_dir() and name in ("weights", "tokenizer")):
+            raise ValueError(f"{path}: the {name} file is {at}, which is not a regular file")
     return described
 
 

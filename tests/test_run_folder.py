@@ -370,6 +370,7 @@ ODD_ARGS = [
     lambda a: a["files"]["dev"].update(sha256=3), lambda a: a["files"]["dev"].update(path="a\0b"),
     lambda a: a["files"]["dev"].update(path="/dev/zero"), lambda a: a["files"]["dev"].update(path="."),
     lambda a: a["files"]["label_names"].update(path="/dev/zero"), lambda a: a["files"].pop("weights"),
+    lambda a: a["files"].update(weights={"path": "/dev/zero"}), lambda a: a["files"]["train"].update(path="/dev/zero"),
 ]
 
 
@@ -385,6 +386,9 @@ def test_an_odd_description_is_a_message(stopped, capsys):
         assert "args.json" in one_line(capsys, "--resume", run), i
         if i not in (8, 9, 17):  # without dev, the test file is evaluated; the weights are not looked at
             assert "args.json" in one_line(capsys, *EVALUATE), i
+    (run / "args.json").write_bytes(whole)
+    edit(run / "args.json", lambda a: a["files"].update(weights={"path": "smollm2-135m"}))  # it would be fetched
+    assert "smollm2-135m has changed or is gone" in one_line(capsys, "--resume", run)
 
 
 ODD_RESULTS = [
