@@ -495,9 +495,9 @@ def log_lines(path: Path) -> list[dict]:
     return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
 
 
-def _without_times(value):
+def _without_times(value):  # nor the checksum over them
     if isinstance(value, dict):
-        return {k: _without_times(v) for k, v in value.items() if k not in ("seconds", "train_seconds")}
+        return {k: _without_times(v) for k, v in value.items() if k not in ("seconds", "train_seconds", "sha256")}
     return value
 
 
