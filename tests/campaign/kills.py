@@ -60,7 +60,7 @@ def one(tally: Tally, case: int, sandbox: Sandbox, writes: list[str], kinds: lis
                     at = draw.choice(sweep)
                 elif way.startswith("overwrite"):
                     at = draw.randrange(60)
-                fault, what = {"kind": "kill", "at": at}, f"write {at} ({writes[at]})"
+                fault, what = {"kind": "kill", "at": at}, f"write {at}"
         ran = call(argv, place, allowed=[place], fault=fault, kill_after=after)
         if ran.code == -SIGKILL and not ran.hung:
             n_kills += 1
@@ -73,8 +73,9 @@ def one(tally: Tally, case: int, sandbox: Sandbox, writes: list[str], kinds: lis
             return
         if ran.code == 0 or "finished" in ran.err:
             break
-        if "there is no run here" in ran.err and argv != again:
-            argv = again  # killed before args.json: nothing of the run is there
+        lost = "there is no run here", *(("there is no whole state",) if way.startswith("overwrite") else ())
+        if any(what in ran.err for what in lost) and argv != again:
+            argv = again  # killed before args.json, or in the middle of replacing: nothing to go on from, and it said so
             most = n_kills
             continue
         tally.fail(case, f"{way}, killed at {said}: exit code {ran.code}: {ran.err.strip().splitlines()[-1:]}")
