@@ -75,7 +75,7 @@ def one(tally: Tally, case: int, sandbox: Sandbox, writes: list[str], kinds: lis
             break
         lost = "there is no run here", *(("there is no whole state",) if way.startswith("overwrite") else ())
         if any(what in ran.err for what in lost) and argv != again:
-            argv = again  # killed before args.json, or in the middle of replacing: nothing to go on from, and it said so
+            argv = again  # killed before args.json, or in the middle of replacing: it said that nothing is there
             most = n_kills
             continue
         tally.fail(case, f"{way}, killed at {said}: exit code {ran.code}: {ran.err.strip().splitlines()[-1:]}")
