@@ -246,7 +246,7 @@ def open_run(config: RunConfig) -> Path:
             folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f".{os.getpid()}.tmp"
         probe.touch()
-        probe.unlink()
+        probe.unlink(missing_ok=True)
     except OSError as error:
         raise OSError(f"{config.output_dir or 'runs'}: no run can be written here ({error.strerror}); choose another "
                       "--output_dir") from None
@@ -256,15 +256,21 @@ def open_run(config: RunConfig) -> Path:
             raise FileExistsError(f"{folder}: there is a run in this folder already; --overwrite replaces it, or "
                                   "choose another --output_dir")
         with lock(folder):
-            # args.json last: after a kill in between, this is still seen to be a run, and one without a state.
+            # After a kill in between, this must still be seen to be a run, but not a finished one: result.json goes
+            # first, args.json last.
+            (folder / "result.json").unlink(missing_ok=True)
             for name in FOLDERS:
                 if (folder / name).exists():
                     gone = folder / f".{name.strip('.')}.gone.tmp"
                     shutil.rmtree(gone, ignore_errors=True)
                     os.replace(folder / name, gone)
                     shutil.rmtree(gone, ignore_errors=True)
-            for name in (*LOGS, "result.json", *PREDICTIONS, RUN_FILE):
+            for name in (*LOGS, *PREDICTIONS, RUN_FILE):
                 (folder / name).unlink(missing_ok=True)
+    elif config.output_dir is not None:
+        with lock(folder):  # what a start left that was killed before its args.json was there
+            for path in [*folder.glob(".[0-9]*.tmp"), *folder.glob(f".{RUN_FILE}.*.tmp")]:
+                path.unlink(missing_ok=True)
     return folder
 
 

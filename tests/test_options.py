@@ -826,7 +826,7 @@ def test_a_rollback_goes_on_from_the_last_good_state_at_a_lower_rate(finetune):
     assert not [e for e in finetune("--epochs 3 --guards off", poisoned({4, 5, 6, 7, 8})).lines("events.jsonl")]
 
 
-def test_a_collapse_is_rolled_back(finetune, few):
+def test_a_collapse_is_rolled_back(finetune):
     """The second evaluation finds one class alone and a far lower accuracy, and the loss of its epoch is higher."""
     def change(run):
         scores(dev_acc=[0.9, 0.2, 0.95], one_class=[None, 0, None], collapsed=[None, 0, None])(run)
@@ -837,10 +837,10 @@ def test_a_collapse_is_rolled_back(finetune, few):
             return {name: value for name, value in evaluate().items() if value is not None}
         run.task = replace(run.task, evaluate=found, losses=lambda batch: real(batch) * (2 if len(calls) == 1 else 1))
 
-    options = f"{few} --batch_size 24 --epochs 2 --optimizer adamw --lr 1e-2"
+    options = "--batch_size 24 --epochs 2 --optimizer adamw --lr 1e-2"  # four steps an epoch
     run = finetune(options, change)
     assert [e["event"] for e in run.lines("events.jsonl")] == ["rollback"] and run.result["rollbacks"] == 1
-    assert run.rates[0] == 1e-2 and run.rates[1] <= 5e-3 and [e["dev_acc"] for e in run.epochs] == [0.9, 0.95]
+    assert run.rates[3] == 1e-2 and run.rates[4] <= 5e-3 and [e["dev_acc"] for e in run.epochs] == [0.9, 0.95]
     off = finetune(f"{options} --guards off", change)
     assert not off.lines("events.jsonl") and [e["dev_acc"] for e in off.epochs] == [0.9, 0.2]
 
