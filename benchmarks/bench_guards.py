@@ -5,7 +5,8 @@
 Small random models (2 layers of 32 dimensions), data made here. A run is drawn from its number: its data (two classes
 that a word decides, with 0 to 20% of the labels flipped and up to 99 of 100 sentences in one class; five ordered ones
 where about half can be right, like SST), batch 1 to 80, all schedules, class weights, a balanced sampler, dropout,
-R-drop, label smoothing, moving averages, augmentation, four optimizers.
+R-drop, label smoothing, moving averages, augmentation, four optimizers; for healthy runs also 60 to 1,000 training
+sentences and 1 to 20 evaluations an epoch.
 
 Healthy runs have a rate at which such models learn. A false alarm is a rollback, or an end before the last epoch.
 
@@ -66,8 +67,12 @@ def drawn_run(number: int, healthy: bool) -> dict[str, Any]:
     for option, values in EXTRAS.items():
         if draw.random() < 0.2:
             words += [option, draw.choice(values)]
-    return {"number": number, "kind": kind, "flipped": draw.choice([0, 0.02, 0.05, 0.1, 0.2]), "minority": minority,
-            "n_train": 500 if batch < 4 else 1000, "lr": lr, "words": words}
+    flipped, n_train = draw.choice([0, 0.02, 0.05, 0.1, 0.2]), 500 if batch < 4 else 1000
+    if healthy:
+        n_train = draw.choice([60, 150, 300, n_train, n_train, n_train])
+        words += draw.choice([[], [], ["--eval_every", "0.3"], ["--eval_every", "0.05"]])
+    return {"number": number, "kind": kind, "flipped": flipped, "minority": minority, "n_train": n_train, "lr": lr,
+            "words": words}
 
 
 class Bench:

@@ -209,7 +209,8 @@ BREAKS = [
           "self.guessing_loss(), progress.not_finite_in_a_row):", "if False:", "rollback"),
     Break("a rollback keeps the rate", TRAINER, "self.progress.history) * self.progress.lr_factor",
           "self.progress.history)", "rollback"),
-    Break("the collapse guard is off", TRAINER, 'if why and config.guards == "on":', "if False:", "collapse"),
+    Break("the collapse guard is off", TRAINER, 'bool(why) and config.guards == "on" and not progress.stopped', "False",
+          "collapse"),
     Break("min_delta is ignored", TRAINER, "value > best + config.min_delta", "value > best", "min_delta"),
     Break("train_limit is ignored", RUN, "if not config.train_limit:", "if True:", "train_limit"),
 ]
