@@ -98,6 +98,10 @@ class Bench:
                 ["--option", "finetune", "--pretrained_model_path", str(self.model), "--kernels", "off", "--train",
                  str(files["train"]), "--dev", str(files["dev"]), "--output_dir", str(out), "--patience", "0",
                  "--dtype", "float32", "--lr", f"{drawn['lr'] * rate:.3g}", "--guards", guards, *drawn["words"]])
+        if code == 2 and guards == "off":  # its weights are not finite, so there is no result
+            return {"code": 2, "stopped": "not finite", "rollbacks": 0, "diagnosis": [], "acc": 0.0, "last_acc": 0.0,
+                    "majority": None, "train_loss": None, "beats_majority": False, "last_beats": False,
+                    "is_worse_than_guessing": True}
         if code not in (0, 3):
             raise SystemExit(f"run {drawn} ended with {code}")
         result = json.loads((out / "result.json").read_text(encoding="utf-8"))
