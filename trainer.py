@@ -10,6 +10,7 @@ import json
 import math
 import os
 import platform
+import re
 import shlex
 import shutil
 import signal
@@ -269,8 +270,9 @@ def open_run(config: RunConfig) -> Path:
                 (folder / name).unlink(missing_ok=True)
     elif config.output_dir is not None:
         with lock(folder):  # what a start left that was killed before its args.json was there
-            for path in [*folder.glob(".[0-9]*.tmp"), *folder.glob(f".{RUN_FILE}.*.tmp")]:
-                path.unlink(missing_ok=True)
+            for path in folder.glob(".*.tmp"):
+                if re.fullmatch(rf"\.({re.escape(RUN_FILE)}\.)?\d+\.tmp", path.name):
+                    path.unlink(missing_ok=True)
     return folder
 
 
