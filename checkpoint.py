@@ -624,7 +624,8 @@ def check_best(best: Path, digest: str | None = None) -> bool:
     if before is None and digest is None:
         return False
     if not fault and digest is not None and before != digest:
-        fault = f"{MANIFEST} is not that of the run's best evaluation (sha256)"
+        why = "not that of the run's best evaluation (sha256)" if before else "gone"
+        fault = f"{MANIFEST} is {why}"
     if not fault:
         known = read_json(best / MANIFEST)["files"]
         strange = [name for name in READ_FROM_BEST if name not in known and (best / name).exists()]

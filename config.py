@@ -458,6 +458,8 @@ def parse_args(argv: list[str] | None = None) -> RunConfig:
             str(value).encode("utf-8")
         except UnicodeEncodeError:
             parser.error(f"--{name}: these bytes are not UTF-8")
+        if "\0" in str(value):
+            parser.error(f"--{name}: there is a zero byte in it")
     for f in options():
         check = f.metadata.get("check")
         if check and f.name in given and not check.holds(given[f.name]):

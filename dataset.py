@@ -257,9 +257,18 @@ def fold(splits: dict[str, Split], n: int, i: int, seed: int) -> dict[str, Split
     return {**splits, "train": both.take(others), "dev": both.take(parts[i])}
 
 
+READ_OF_A_FOLDER = ("config.json", "*.safetensors", "model.safetensors.index.json", "tokenizer*.json",
+                    "tokenizer.model")
+
+
 def sha256(path: Path) -> str:
-    """The checksum of a file of any size: the same numbers mean the same contents."""
+    """The checksum of a file of any size: the same numbers mean the same contents. Of a model's folder, that of the
+    checksums of those files in it that are read."""
     digest = hashlib.sha256()
+    if path.is_dir():
+        for file in sorted({file for pattern in READ_OF_A_FOLDER for file in path.glob(pattern) if file.is_file()}):
+            digest.update(f"{file.name} {sha256(file)}\n".encode())
+        return digest.hexdigest()
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)

@@ -259,7 +259,8 @@ def is_ordinal(config: RunConfig) -> bool:
 
 
 def check_outputs(config: RunConfig) -> None:
-    """Raises an error for an output file that cannot be written, or is named twice: before the work, not after it."""
+    """Raises an error for an output file that cannot be written, is named twice, or is one of a run's own files: before
+    the work, not after it."""
     from checkpoint import check_writable
 
     names = ["dev_out", "test_out"]
@@ -273,8 +274,26 @@ def check_outputs(config: RunConfig) -> None:
         path = Path(getattr(config, name)).resolve()
         if path in taken:
             raise ValueError(f"--{name} {path}: that is --{taken[path]} too; name another file")
+        if own := own_file(path, [Path(folder) for folder in (config.output_dir, config.run, config.resume) if folder]):
+            raise ValueError(f"--{name} {path}: {own}; name another file")
         taken[path] = name
         check_writable(path, f"--{name}")
+
+
+def own_file(path: Path, folders: list[Path]) -> str:
+    """What a run has under this resolved path, which predictions must not replace; "" where it is nothing. `folders`:
+    of runs, there already or about to be made; every other folder above the path that holds a run counts too."""
+    from trainer import FOLDERS, LOGS, RUN_FILE
+
+    above = [folder for folder in path.parents if (folder / RUN_FILE).is_file()]
+    for folder in {*(folder.resolve() for folder in folders), *above}:
+        if path == folder or path in folder.parents:
+            return "that is a folder, which the run is in"
+        if folder in path.parents:
+            first = path.relative_to(folder).parts[0]
+            if first in (RUN_FILE, *LOGS, "result.json", ".lock", *FOLDERS):
+                return f"{folder / first} belongs to the run itself"
+    return ""
 
 
 # --------------------------------------------------------------------------- the options
@@ -504,7 +523,9 @@ def runs_of(config: RunConfig, inputs) -> list[tuple[str, RunConfig, SimpleNames
 
 def is_series(config: RunConfig) -> bool:
     """Do the options ask for several runs, one after another?"""
-    return bool(config.seeds or (config.folds and config.fold is None))
+    from trainer import asks_for_series
+
+    return asks_for_series(vars(config))
 
 
 def limit_train(config: RunConfig, inputs) -> SimpleNamespace:
@@ -528,14 +549,13 @@ def steps_an_epoch(config: RunConfig, inputs) -> int:
 
 
 def files_of(inputs) -> dict[str, dict[str, str]]:
-    """The files that a run reads, for its args.json: each with its whole path, and sha256 where it is one file."""
+    """The files that a run reads, for its args.json: each with its whole path and its sha256."""
     import dataset
 
     used = {n: getattr(inputs.files, n) for n in ("train", "dev", "test", "label_names")}
     used |= {"weights": inputs.weights.path, "tokenizer": inputs.tokenizer.path}
     found = {name: path.resolve() for name, path in used.items() if path}
-    return {name: {"path": str(path), **({"sha256": dataset.sha256(path)} if path.is_file() else {})}
-            for name, path in found.items()}
+    return {name: {"path": str(path), "sha256": dataset.sha256(path)} for name, path in found.items()}
 
 
 def train_one(config: RunConfig, inputs, device, series: Path | None = None) -> dict:
@@ -588,7 +608,8 @@ def train_one(config: RunConfig, inputs, device, series: Path | None = None) -> 
         scores = report_splits(config, inputs.splits, outputs, default_out, inputs.names, found)
         progress = loop.progress
         result = {
-            "best_epoch": best["epoch"], **scores, "baselines": found, "label_names": inputs.names,
+            "best_epoch": best["epoch"], "best_manifest": best.get("manifest"), **scores, "baselines": found,
+            "label_names": inputs.names,
             "stopped": progress.stopped or "finished", "steps": progress.step, "skipped_steps": progress.skipped,
             "last_dev_acc": last_dev_acc(folder), "loss_spikes": progress.spikes, "rollbacks": progress.rollbacks,
             "diagnosis": diagnosis, "train_seconds": round(loop.seconds(), 2),
@@ -737,7 +758,16 @@ def resumed(config: RunConfig) -> RunConfig:
 
     import dataset
     from config import contradiction
-    from trainer import RUN_FILE, check_run_folder, is_finished, lock, outside, read_description, read_result
+    from trainer import (
+        RUN_FILE,
+        asks_for_series,
+        check_run_folder,
+        is_finished,
+        lock,
+        outside,
+        read_description,
+        read_result,
+    )
 
     folder = Path(config.resume)
     if not (folder / RUN_FILE).is_file():
@@ -753,20 +783,26 @@ def resumed(config: RunConfig) -> RunConfig:
     files, saved = described["files"], options_of(described)
     if missing := {"train", "dev", "weights", "tokenizer"} - files.keys():
         raise ValueError(f"{folder / RUN_FILE}: no run is described here (its files lack {', '.join(sorted(missing))})")
-    asked = config.given - {"resume", "option"}
-    differences = [f"--{n} is {saved[n]} in the run, {getattr(config, n)} now" for n in sorted(asked)
-                   if getattr(config, n) != saved[n]]
-    for file in files.values():
-        path = Path(file["path"])
-        if not path.exists() or "sha256" in file and not (
-                path.is_file() and dataset.sha256(path) == file["sha256"]):
-            differences.append(f"{file['path']} has changed or is gone")
-    if differences:
-        raise ValueError(f"--resume {folder}: what has changed since: {'; '.join(differences)}")
-    paths = {n: files[n]["path"] for n in ("train", "dev", "test", "label_names", "tokenizer") if n in files}
-    run = replace(RunConfig(**{**saved, **paths, "dataset": None, "resume": str(folder),
-                               "pretrained_model_path": files["weights"]["path"]}),
-                  given=frozenset(described["given"]))
+    asked = {n: getattr(config, n) for n in sorted(config.given - {"resume", "option"})}
+    option_of = {name: name for name in ("train", "dev", "test", "label_names", "tokenizer")}
+    option_of |= {"weights": "pretrained_model_path"}
+    paths, gone = {"dataset": None}, []
+    for name, option in option_of.items():
+        if name not in files:
+            continue
+        # One that has moved may be named anew: its checksum says that it is the same.
+        path = Path(asked.pop(option, files[name]["path"]))
+        digest = dataset.sha256(path) if path.is_file() or path.is_dir() else None
+        if digest and digest == files[name].get("sha256", digest):
+            paths[option] = str(path)
+        else:
+            gone.append(f"{path} has changed or is gone (where the same has moved to, say --{option} PATH)")
+    if not asks_for_series(saved):  # a run's predictions may go elsewhere; those of a series' runs are in their folders
+        paths |= {name: asked.pop(name) for name in ("dev_out", "test_out") if name in asked}
+    differences = [f"--{n} is {saved[n]} in the run, {value} now" for n, value in asked.items() if value != saved[n]]
+    if differences or gone:
+        raise ValueError(f"--resume {folder}: what has changed since: {'; '.join([*differences, *gone])}")
+    run = replace(RunConfig(**{**saved, **paths, "resume": str(folder)}), given=frozenset(described["given"]))
     if fault := contradiction(run):
         raise ValueError(f"{folder / RUN_FILE}: {fault}")
     for name in outside(folder, run):
@@ -942,10 +978,11 @@ def lr_find(config: RunConfig) -> int:
     device = trainer.choose_device(config)
     folder = trainer.open_run(config)
     with trainer.lock(folder):
+        new = [name for name in ("lr_find.csv", "lr_find.png") if not (folder / name).exists()]
         try:
             search.lr_find(lambda changed: start(changed, inputs, None, device), config, device, folder)
         except BaseException:
-            for name in ("lr_find.csv", "lr_find.png"):
+            for name in new:
                 (folder / name).unlink(missing_ok=True)
             if [path.name for path in folder.iterdir()] == [".lock"]:
                 with suppress(OSError):  # Windows removes no file that is open
@@ -969,7 +1006,7 @@ def load_run(config: RunConfig):
     import checkpoint
     from classifier import empty_classifier
     from tokenizer import Tokenizer
-    from trainer import check_run_folder, check_tree, warn
+    from trainer import check_run_folder, check_tree, known_manifest, warn
 
     if not config.run:
         raise ValueError(f"--option {config.option} needs --run RUN, the folder of a finished fine-tuning run")
@@ -990,7 +1027,11 @@ def load_run(config: RunConfig):
     if fixed:
         warn(f"--{', --'.join(sorted(fixed))}: no effect, the saved run decides")
     check_tree(best)
-    if not checkpoint.check_best(best):
+    digest, has_manifest = known_manifest(home_of(folder))
+    if not checkpoint.check_best(best, digest):
+        if has_manifest:
+            raise ValueError(f"{best}: manifest.json, with the checksums, is gone; copy the folder from where it is "
+                             "whole, or train again")
         warn(f"{best}: an older version wrote it, without checksums: a damaged file would not be noticed")
     settings = checkpoint.read_json(best / "config.json")
     model = empty_classifier(settings, best / "config.json")
@@ -998,6 +1039,13 @@ def load_run(config: RunConfig):
     tokenizer = Tokenizer(tokenizer_model=best)
     checkpoint.check_vocabulary(tokenizer, model.llama.config)
     return folder, model.eval(), tokenizer, settings
+
+
+def home_of(folder: Path) -> Path:
+    """The folder of the run; what was typed may be its best/."""
+    from trainer import RUN_FILE
+
+    return folder if (folder / RUN_FILE).is_file() or not (folder.parent / RUN_FILE).is_file() else folder.parent
 
 
 def best_of(folder: Path) -> Path:
@@ -1012,7 +1060,7 @@ def evaluate(config: RunConfig) -> None:
     from dataclasses import replace
 
     import dataset
-    from trainer import RUN_FILE, choose_device, is_finished, predict, read_description, read_result, warn
+    from trainer import choose_device, is_finished, predict, read_description, read_result, warn
 
     folder, model, tokenizer, settings = load_run(config)
     names = settings["label_names"]
@@ -1020,7 +1068,7 @@ def evaluate(config: RunConfig) -> None:
     is_own = not config.given & {"dataset", "train", "dev", "test"}
     known = {}  # the baselines that the run itself found on the same sentences
     if is_own:
-        home = folder if (folder / RUN_FILE).is_file() else folder.parent
+        home = home_of(folder)
         described = read_description(home)
         used = described["files"]
         files = dataset.DataFiles(home.name, *(Path(used[n]["path"]) if n in used else None for n in (
@@ -1031,9 +1079,16 @@ def evaluate(config: RunConfig) -> None:
             known.pop("dev", None)  # that was the fold's
             warn(f"{folder}: the run is one of several --folds: it was trained on a part of the dev file")
         for name in ("dev", "test"):
-            if name in used and dataset.sha256(getattr(files, name)) != used[name].get("sha256"):
+            if name not in used:
+                continue
+            path = getattr(files, name)
+            if not path.is_file():
+                raise FileNotFoundError(f"{path}: the run's {name} file is not there any more; where it has moved to, "
+                                        "say --dev FILE, or --test FILE")
+            if dataset.sha256(path) != used[name].get("sha256"):
                 known.pop(name, None)
-                warn(f"{getattr(files, name)}: the file has changed since the run")
+                warn(f"{path}: the file has changed since the run" if "sha256" in used[name] else
+                     f"{path}: the run has no checksum of it: it may have changed since")
     else:
         files = dataset.find_files(config)
         own_names = dataset.read_label_names(files.label_names)
@@ -1049,7 +1104,7 @@ def evaluate(config: RunConfig) -> None:
     outputs = {n: predict(model, s, tokenizer.pad_id, device, n) for n, s in splits.items()}
     for name in outputs:
         check_finite(outputs[name], f"{folder}: {name}")
-    default_out = {n: folder / (f"{n}-predictions.txt" if is_own else f"{files.name}-{n}-predictions.txt")
+    default_out = {n: home_of(folder) / (f"{n}-predictions.txt" if is_own else f"{files.name}-{n}-predictions.txt")
                    for n in outputs}
     report_splits(config, splits, outputs, default_out, names, baselines)
 

@@ -234,8 +234,8 @@ def open_run(config: RunConfig) -> Path:
     """Make the run's folder and return it.
 
     The default name is runs/<option>-<epochs>-<lr>, with -2, -3, ... behind it when that exists. An --output_dir
-    that holds a run is refused without --overwrite, and then emptied of that run's files. Raises FileExistsError or
-    OSError with what to do.
+    that holds a run, or a file that this command would write, is refused without --overwrite, and then emptied of
+    those. Raises FileExistsError or OSError with what to do.
     """
     try:
         if config.output_dir is None:
@@ -257,23 +257,72 @@ def open_run(config: RunConfig) -> Path:
             raise FileExistsError(f"{folder}: there is a run in this folder already; --overwrite replaces it, or "
                                   "choose another --output_dir")
         with lock(folder):
-            # After a kill in between, this must still be seen to be a run, but not a finished one: result.json goes
-            # first, args.json last.
-            (folder / "result.json").unlink(missing_ok=True)
-            for name in FOLDERS:
-                if (folder / name).exists():
-                    gone = folder / f".{name.strip('.')}.gone.tmp"
-                    shutil.rmtree(gone, ignore_errors=True)
-                    os.replace(folder / name, gone)
-                    shutil.rmtree(gone, ignore_errors=True)
-            for name in (*LOGS, *PREDICTIONS, RUN_FILE):
-                (folder / name).unlink(missing_ok=True)
+            if asks_for_series(_options_in(folder)):
+                for member in sorted(folder.glob("*-*")):
+                    if re.fullmatch(r"(seed|fold)-\d+", member.name) and (member / RUN_FILE).is_file():
+                        check_run_folder(member)
+                        with lock(member):
+                            _remove_run(member)
+                        with suppress(OSError):  # what else is in it stays
+                            (member / ".lock").unlink()
+                            member.rmdir()
+            _remove_run(folder)
+    elif in_the_way := _in_the_way(folder, config.option):
+        if not config.overwrite:
+            raise FileExistsError(f"{folder / in_the_way}: there is such a file already, and this would replace it; "
+                                  "--overwrite allows that, or choose another --output_dir")
     elif config.output_dir is not None:
         with lock(folder):  # what a start left that was killed before its args.json was there
             for path in folder.glob(".*.tmp"):
                 if re.fullmatch(rf"\.({re.escape(RUN_FILE)}\.)?\d+\.tmp", path.name):
                     path.unlink(missing_ok=True)
     return folder
+
+
+def _options_in(folder: Path) -> dict[str, Any]:
+    """The options of the run in a folder; {} where they cannot be read."""
+    try:
+        options = read_json(folder / RUN_FILE).get("options")
+    except (OSError, ValueError):
+        options = None
+    return options if isinstance(options, dict) else {}
+
+
+def asks_for_series(options: dict[str, Any]) -> bool:
+    """Do these options ask for several runs, one after another?"""
+    return bool(options.get("seeds") or options.get("folds") and options.get("fold") is None)
+
+
+def _remove_run(folder: Path) -> None:
+    """After a kill in between, this must still be seen to be a run, but not a finished one: result.json goes first,
+    args.json last."""
+    (folder / "result.json").unlink(missing_ok=True)
+    for name in FOLDERS:
+        if (folder / name).exists():
+            gone = folder / f".{name.strip('.')}.gone.tmp"
+            shutil.rmtree(gone, ignore_errors=True)
+            os.replace(folder / name, gone)
+            shutil.rmtree(gone, ignore_errors=True)
+    for name in (*LOGS, *PREDICTIONS, RUN_FILE):
+        (folder / name).unlink(missing_ok=True)
+
+
+def _in_the_way(folder: Path, option: str) -> str:
+    """The name of a file that a run of this --option would replace; "" where there is none. The result.json of an
+    lr_find makes way for a fine-tuning run: it says nothing that the others do not have."""
+    names = {"lr_find": ("result.json", "lr_find.csv", "lr_find.png"), "verify_resume": ("result.json",)}
+    for name in names.get(option, ("result.json", *LOGS, *PREDICTIONS)):
+        path = folder / name
+        if path.exists() and not (name == "result.json" and option == "finetune" and _is_of_lr_find(path)):
+            return name
+    return ""
+
+
+def _is_of_lr_find(result: Path) -> bool:
+    try:
+        return "steepest" in read_json(result)
+    except ValueError:
+        return False
 
 
 def _made(folder: Path) -> bool:
@@ -1276,9 +1325,17 @@ def is_finished(folder: Path) -> bool:
     if not path.is_file():
         return False
     options = read_json(folder / RUN_FILE).get("options")
-    options = options if isinstance(options, dict) else {}
-    is_series = options.get("seeds") or options.get("folds") and options.get("fold") is None
+    is_series = isinstance(options, dict) and asks_for_series(options)
     return ("runs" if is_series else "best_epoch") in read_json(path)
+
+
+def known_manifest(folder: Path) -> tuple[str | None, bool]:
+    """The sha256 that a finished run's best/manifest.json has, and whether the run has one at all: an older version
+    wrote none."""
+    if not (folder / RUN_FILE).is_file():
+        return None, False
+    digest = read_result(folder).get("best_manifest") if is_finished(folder) else None
+    return digest, "id" in read_json(folder / RUN_FILE)
 
 
 def read_result(folder: Path) -> dict[str, Any]:
@@ -1294,7 +1351,9 @@ def read_result(folder: Path) -> dict[str, Any]:
         is_one = isinstance(runs, list) and runs and all(isinstance(n, str) and Path(n).name == n for n in runs)
     else:
         found = result.get("baselines", {})
-        is_one = (isinstance(result.get("stopped"), str) and _is_a(result.get("best_epoch"), float) and "dev" in result
+        is_one = (isinstance(result.get("stopped"), str)
+                  and isinstance(result.get("best_manifest"), str | None)
+                  and _is_a(result.get("best_epoch"), float) and "dev" in result
                   and all(isinstance(s, dict) and _is_a(s.get("acc"), float) for s in scores)
                   and isinstance(found, dict) and all(
                       isinstance(f, dict) and all(_is_a(f.get(k), float) for k in ("majority", "tfidf"))

@@ -316,6 +316,15 @@ def test_every_line_end_is_one(tmp_path, ends, run, capsys):
 # --------------------------------------------------------------------------- a tokenizer beside a saved classifier
 
 
+def make_older(run: Path) -> None:
+    """As an older version left it: without checksums."""
+    (run / "best" / "manifest.json").unlink()
+    for name in ("args.json", "result.json"):
+        values = json.loads((run / name).read_text(encoding="utf-8"))
+        plain = {k: v for k, v in values.items() if k not in ("id", "sha256", "best_manifest")}
+        (run / name).write_text(json.dumps(plain), encoding="utf-8")
+
+
 @pytest.mark.parametrize("option", ["evaluate", "predict"])
 def test_a_saved_tokenizer_with_words_beyond_the_embedding_is_refused(run, tiny_data, capsys, option):
     path = run / "best" / "tokenizer.json"
@@ -324,6 +333,6 @@ def test_a_saved_tokenizer_with_words_beyond_the_embedding_is_refused(run, tiny_
     tokenizer["added_tokens"].append({"id": n + 1, "content": "film", "single_word": False, "lstrip": False,
                                       "rstrip": False, "normalized": False, "special": False})
     path.write_text(json.dumps(tokenizer), encoding="utf-8")
-    (run / "best" / "manifest.json").unlink()  # as an older version left it
+    make_older(run)
     assert run_llama.main(["--option", option, "--run", "run", "--input", str(tiny_data["dev"])]) == 2
     assert "the model's embedding has only" in capsys.readouterr().err

@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import tiny_sentences, write_split
 from safetensors.torch import load_file, save_file
+from test_faults import make_older
 from test_resume import assert_same_end, flip, lines, main, refused, stop_at
 
 import checkpoint
@@ -233,13 +234,21 @@ def test_a_best_model_of_another_run_and_one_without_a_manifest(stopped, finishe
     assert digests[0] != digests[1], "else this would show nothing"
     assert "manifest.json is not that of the run's best evaluation" in one_line(capsys, "--resume", run)
     run = copy(finished)
-    (run / "best/manifest.json").unlink()
+    make_older(run)
     assert main(*EVALUATE) == 0
     out, err = capsys.readouterr()
     assert err.count("an older version wrote it, without checksums") == 1 and "dev acc ::" in out
     run = copy(stopped)
     (run / "best/manifest.json").unlink()
-    assert "manifest.json" in one_line(capsys, "--resume", run)
+    assert "manifest.json is gone" in one_line(capsys, "--resume", run)
+    for command in (EVALUATE, PREDICT):  # args.json has an id: this version wrote it, and a manifest too
+        Path("some.txt").write_text("good\n", encoding="utf-8")
+        assert "manifest.json, with the checksums, is gone" in one_line(capsys, *command)
+    run = copy(finished)
+    shutil.rmtree(run / "best")
+    shutil.copytree(stopped / "best", run / "best")  # whole, but not the finished run's
+    for command in (EVALUATE, PREDICT, (*EVALUATE[:-1], "run/best")):
+        assert "manifest.json is not that of the run's best evaluation" in one_line(capsys, *command)
 
 
 @posix
@@ -309,7 +318,7 @@ def test_outputs_that_are_not_finite_are_an_error(inputs, finished, capsys, monk
     weights = load_file(run / "best/model.safetensors")
     weights["llama.norm.weight"][:] = float("nan")
     save_file(weights, run / "best/model.safetensors")
-    (run / "best/manifest.json").unlink()
+    make_older(run)
     before = (run / "dev-predictions.txt").read_bytes()
     for command in (EVALUATE, PREDICT):
         assert "is not finite (NaN or infinity)" in one_line(capsys, *command)
@@ -589,3 +598,144 @@ def test_what_generate_wrote_before_stays_until_the_new_text_is_whole(inputs, mo
     err = one_line(capsys, "--option", "generate", *inputs[:2], "--max_new_tokens", "3",
                    "--generated_sentence_low_temp_out", "low.txt")
     assert "low.txt" in err and Path("low.txt").read_text(encoding="utf-8") == "old"
+
+
+# --------------------------------------------------------------------------- what a command may replace, and what not
+
+
+@pytest.mark.parametrize("own", ["args.json", "steps.jsonl", "events.jsonl", "result.json", ".lock", "best/x.txt",
+                                 "best", "last/x.txt", ".best.old/x", "."])
+def test_a_typed_output_is_none_of_a_runs_own_files(finished, stopped, inputs, capsys, own):
+    run, other = copy(finished), copy(stopped, "other")
+    before = {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
+    for where, *command in ((run, *EVALUATE), (other, *EVALUATE), (other, "--resume", other),
+                            (other, *EVALUATE[:-1], "other/best"),
+                            (Path("new"), "--option", "finetune", *inputs, "--output_dir", "new")):
+        for name in ("dev_out", "test_out"):
+            err = one_line(capsys, *command, f"--{name}", where / own)
+            assert f"--{name}" in err, err
+            assert "belongs to the run itself" in err or "is a folder" in err, err
+    assert {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()} == before
+
+
+def test_a_typed_output_beside_a_runs_own_files_is_written(finished, capsys):
+    run = copy(finished)
+    for name in ("mine.txt", "dev-predictions.txt", "more/mine.txt"):
+        (run / name).unlink(missing_ok=True)
+        assert main(*EVALUATE, "--dev_out", run / name) == 0
+        assert (run / name).read_bytes() == (finished / "dev-predictions.txt").read_bytes()
+
+
+def test_evaluating_best_writes_nothing_into_it(finished, capsys):
+    run = copy(finished)
+    for path in run.glob("*-predictions.txt"):
+        path.unlink()
+    before = sorted(path.name for path in (run / "best").iterdir())
+    assert main(*EVALUATE[:-1], "run/best") == 0
+    assert sorted(path.name for path in (run / "best").iterdir()) == before
+    assert (run / "dev-predictions.txt").read_bytes() == (finished / "dev-predictions.txt").read_bytes()
+
+
+LR_FIND = ["--option", "lr_find", "--lr_steps", "12", "--batch_size", "16", "--output_dir", "run"]
+
+
+@pytest.mark.parametrize("name", ["result.json", "lr_find.csv", "lr_find.png"])
+def test_somebody_elses_file_is_replaced_only_when_asked(inputs, capsys, name):
+    run = Path("run")
+    run.mkdir()
+    (run / name).write_text('{"mine": 1}', encoding="utf-8")
+    commands = [LR_FIND] + [["--option", "finetune", *TRAIN, "--output_dir", "run"]] * (name == "result.json")
+    for command in commands:
+        assert "--overwrite allows that" in one_line(capsys, *command, *inputs)
+        assert (run / name).read_text(encoding="utf-8") == '{"mine": 1}'
+        assert main(*command, *inputs, "--overwrite") == 0
+        assert (run / name).read_bytes() != b'{"mine": 1}'
+        (run / "result.json").write_text('{"mine": 1}', encoding="utf-8")
+        shutil.rmtree(run / "best", ignore_errors=True)
+
+
+def test_a_second_range_test_that_is_stopped_leaves_the_first_ones_files(inputs, capsys):
+    assert main(*LR_FIND, *inputs) == 0
+    before = {path.name: path.read_bytes() for path in Path("run").iterdir()}
+    assert "--overwrite allows that" in one_line(capsys, *LR_FIND, *inputs)
+    with pytest.MonkeyPatch.context() as patch:
+        stop_at(patch, (5,))
+        assert main(*LR_FIND, *inputs, "--overwrite") == 143
+    assert {path.name: path.read_bytes() for path in Path("run").iterdir()} == before
+    assert main("--option", "finetune", *TRAIN, *inputs, "--output_dir", "run") == 0, "its result.json makes way"
+
+
+def test_overwriting_a_series_leaves_none_of_its_runs(inputs, capsys):
+    series = ["--option", "finetune", *inputs, "--batch_size", "32", "--epochs", "1", "--output_dir", "run"]
+    assert main(*series, "--seeds", "2") == 0
+    Path("run/seed-x").mkdir()
+    (Path("run/seed-1337") / "notes.txt").write_text("mine", encoding="utf-8")
+    assert main(*series, "--overwrite") == 0
+    left = {str(path) for path in Path("run").rglob("*") if path.is_file() and path.parts[1].startswith("seed")}
+    assert left == {str(Path("run/seed-1337/notes.txt"))} and not Path("run/seed-1338").exists()
+    assert Path("run/seed-x").is_dir() and Path("run/best").is_dir()
+
+
+def test_data_that_has_moved_may_be_named_on_a_resume(stopped, finished, tiny_model, capsys):
+    run = copy(stopped)
+    described = json.loads((run / "args.json").read_text(encoding="utf-8"))
+    options = {"train": "train", "dev": "dev", "test": "test", "tokenizer": "tokenizer",
+               "weights": "pretrained_model_path"}
+    moved, typed = Path("moved"), []
+    moved.mkdir()
+    for name, option in options.items():
+        path = Path(described["files"][name]["path"])
+        copied = (shutil.copytree if path.is_dir() else shutil.copy)(path, moved / path.name)
+        described["files"][name]["path"] = str(Path("gone") / path.name)
+        typed += [f"--{option}", str(copied)]
+    (run / "args.json").write_text(json.dumps(sealed(described)), encoding="utf-8")
+    err = one_line(capsys, "--resume", run)
+    assert all(f"say --{option} PATH" in err for option in options.values())
+    whole = (moved / "toy-dev.txt").read_bytes()
+    (moved / "toy-dev.txt").write_bytes(whole.replace(b"film", b"fiim", 1))
+    assert "toy-dev.txt has changed or is gone" in one_line(capsys, "--resume", run, *typed)
+    (moved / "toy-dev.txt").write_bytes(whole)
+    assert main("--resume", run, *typed) == 0
+    assert_same_end(run, finished)
+
+
+def test_a_folder_of_weights_that_has_changed_is_refused(inputs, tiny_model, capsys, monkeypatch):
+    model = copy(tiny_model, "model")
+    stop_at(monkeypatch, (3,))
+    assert main("--option", "finetune", *inputs, *TRAIN, "--pretrained_model_path", model, "--output_dir", "run") == 143
+    path = model / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"@")
+    assert "model has changed or is gone" in one_line(capsys, "--resume", "run")
+
+
+def test_predictions_may_go_elsewhere_on_a_resume(inputs, finished, capsys, monkeypatch):
+    stop_at(monkeypatch, (8,))
+    assert main("--option", "finetune", *inputs, *TRAIN, "--output_dir", "old", "--dev_out", "old/mine.txt") == 143
+    Path("old").rename("new")
+    assert "type --dev_out" in one_line(capsys, "--resume", "new")
+    assert main("--resume", "new", "--dev_out", "new/mine.txt") == 0
+    assert Path("new/mine.txt").read_bytes() == (finished / "dev-predictions.txt").read_bytes()
+    assert not Path("old").exists()
+
+
+def test_evaluate_tells_of_data_that_is_gone_and_of_data_without_a_checksum(finished, capsys):
+    run = copy(finished)
+
+    def forget(name, change):
+        described = json.loads((finished / "args.json").read_text(encoding="utf-8"))
+        change(described["files"][name])
+        (run / "args.json").write_text(json.dumps(sealed(described)), encoding="utf-8")
+
+    forget("dev", lambda file: file.pop("sha256"))
+    assert main(*EVALUATE) == 0
+    err = capsys.readouterr().err
+    assert "the run has no checksum of it" in err and "has changed" not in err
+    forget("dev", lambda file: file.update(path="gone.txt"))
+    assert "gone.txt: the run's dev file is not there any more" in (err := one_line(capsys, *EVALUATE))
+    assert "--dev FILE" in err
+
+
+def test_a_zero_byte_in_a_path_is_a_message(capsys):
+    for name in ("run", "dev_out", "train"):
+        assert main("--option", "evaluate", f"--{name}", "a\0b") == 2
+        assert f"--{name}: there is a zero byte in it" in capsys.readouterr().err
