@@ -1,7 +1,8 @@
 """Two heads on a Llama: zero-shot prompting, and sentence classification with a choice of pooling."""
 
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -9,11 +10,44 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from config import LlamaConfig
+from config import POOLINGS, InputError, LlamaConfig
 from llama import Llama, load_pretrained
 from tokenizer import Tokenizer
 
-POOLINGS = ("last", "mean", "max", "first")
+
+@dataclass(frozen=True)
+class ClassifierConfig:
+    """What best/config.json holds: all that is needed to build the classifier again and to name its classes."""
+
+    num_labels: int
+    label_names: list[str]
+    pooling: str
+    loss: str
+    hidden_dropout_prob: float
+    max_sentence_len: int | None
+    llama: LlamaConfig
+
+    def values(self) -> dict[str, Any]:
+        """As the JSON object of config.json."""
+        return asdict(self)
+
+    @classmethod
+    def read(cls, values: dict[str, Any], path: Path) -> "ClassifierConfig":
+        """The JSON object of config.json, checked. Raises InputError, naming `path`, for what no classifier has."""
+        names, longest = values.get("label_names"), values.get("max_sentence_len")
+        if not isinstance(names, list) or not all(isinstance(n, str) and n.isprintable() for n in names) or (
+                len(names) < 2 or values.get("num_labels") != len(names)
+                or not (longest is None or type(longest) is int and longest > 0)
+                or values.get("pooling") not in POOLINGS):
+            raise InputError(f"{path}: not a saved classifier (label_names, num_labels, pooling or max_sentence_len is "
+                             "odd)")
+        try:
+            if not 0 < values["llama"]["n_layers"] < 1000:
+                raise ValueError(f"n_layers is {values['llama']['n_layers']}")
+            return cls(len(names), names, values["pooling"], values.get("loss", "ce"), values["hidden_dropout_prob"],
+                       longest, LlamaConfig(**values["llama"]))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise InputError(f"{path}: not a saved classifier ({error!r})") from None
 
 
 def pool(hidden: Tensor, lengths: Tensor, kind: str) -> Tensor:
@@ -22,16 +56,24 @@ def pool(hidden: Tensor, lengths: Tensor, kind: str) -> Tensor:
     "last": the last real token's, the only one that a causal model lets see the whole sentence; "mean" and "max"
     over the real tokens; "first". By length and not by token, so that the padding token may also be a word.
     """
-    if kind == "first":
-        return hidden[:, 0]
-    if kind == "last":
-        return hidden[torch.arange(len(hidden), device=hidden.device), lengths - 1]
-    real = (torch.arange(hidden.shape[1], device=hidden.device) < lengths[:, None])[:, :, None]
-    if kind == "mean":
-        return (hidden * real).sum(1) / lengths[:, None]
-    if kind == "max":
-        return hidden.masked_fill(~real, -torch.inf).amax(1)
-    raise ValueError(f"pooling is {kind!r}; it can be last, mean, max or first")
+    if kind not in POOLING:
+        raise ValueError(f"pooling is {kind!r}; it can be {', '.join(POOLINGS[:-1])} or {POOLINGS[-1]}")
+    return POOLING[kind](hidden, lengths)
+
+
+def _real(hidden: Tensor, lengths: Tensor) -> Tensor:
+    """(B, T, 1): is the token a real one, and not padding?"""
+    return (torch.arange(hidden.shape[1], device=hidden.device) < lengths[:, None])[:, :, None]
+
+
+POOLING: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "last": lambda hidden, lengths: hidden[torch.arange(len(hidden), device=hidden.device), lengths - 1],
+    "mean": lambda hidden, lengths: (hidden * _real(hidden, lengths)).sum(1) / lengths[:, None],
+    "max": lambda hidden, lengths: hidden.masked_fill(~_real(hidden, lengths), -torch.inf).amax(1),
+    "first": lambda hidden, lengths: hidden[:, 0],
+}
+if POOLING.keys() != {*POOLINGS}:
+    raise TypeError("config.POOLINGS and classifier.POOLING name other poolings")
 
 
 def all_real(input_ids: Tensor) -> Tensor:
@@ -67,7 +109,7 @@ class LlamaEmbeddingClassifier(nn.Module):
     """Pooling, dropout and one linear layer on a Llama's last hidden states.
 
     `config` has `num_labels`, `hidden_dropout_prob`, and if it likes `pooling` (default "last"), `option` ("pretrain"
-    freezes the Llama, as in the teaching scripts) and `loss`: "ordinal" puts an `OrdinalHead` in place of the linear
+    freezes the Llama: only the head is trained) and `loss`: "ordinal" puts an `OrdinalHead` in place of the linear
     layer. Without a `llama`, `config.pretrained_model_path` is loaded.
     """
 
@@ -76,7 +118,7 @@ class LlamaEmbeddingClassifier(nn.Module):
         self.num_labels = config.num_labels
         self.pooling = getattr(config, "pooling", "last")
         self.llama = load_pretrained(config.pretrained_model_path) if llama is None else llama
-        self.llama.output = nn.Identity()  # a classifier has no use for the logits of words
+        self.llama.output = nn.Identity()  # type: ignore[assignment]  # a classifier has no use for the logits of words
         self.llama.requires_grad_(getattr(config, "option", "finetune") != "pretrain")
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
         self.is_ordinal = getattr(config, "loss", "ce") == "ordinal"
@@ -123,24 +165,14 @@ def _cross_entropy(log_probs: Tensor, labels: Tensor, smoothing: float) -> Tenso
     return losses if not smoothing else (1 - smoothing) * losses - smoothing * log_probs.mean(1)
 
 
-def empty_classifier(settings: dict[str, Any], path: Path) -> LlamaEmbeddingClassifier:
-    """A classifier of the shape that a saved config.json describes, on the device "meta": its weights come from
-    `checkpoint.load_state`. Raises ValueError, naming `path`, for settings that cannot be."""
-    names, longest = settings.get("label_names"), settings.get("max_sentence_len")
-    if not isinstance(names, list) or not all(isinstance(n, str) and n.isprintable() for n in names) or (
-            len(names) < 2 or settings.get("num_labels") != len(names)
-            or not (longest is None or type(longest) is int and longest > 0)
-            or settings.get("pooling") not in POOLINGS):
-        raise ValueError(f"{path}: not a saved classifier (label_names, num_labels, pooling or max_sentence_len is "
-                         "odd)")
+def empty_classifier(settings: ClassifierConfig, path: Path) -> LlamaEmbeddingClassifier:
+    """A classifier of the shape that a saved config.json describes, on the device "meta": it has no weights yet. Raises
+    InputError, naming `path`, for settings that cannot be."""
     try:
-        if not 0 < settings["llama"]["n_layers"] < 1000:
-            raise ValueError(f"n_layers is {settings['llama']['n_layers']}")
         with torch.device("meta"):
-            llama = Llama(LlamaConfig(**settings["llama"]))
-            return LlamaEmbeddingClassifier(SimpleNamespace(**settings), llama)
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        raise ValueError(f"{path}: not a saved classifier ({error!r})") from None
+            return LlamaEmbeddingClassifier(settings, Llama(settings.llama))
+    except (TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise InputError(f"{path}: not a saved classifier ({error!r})") from None
 
 
 class LlamaZeroShotClassifier(nn.Module):
@@ -156,7 +188,7 @@ class LlamaZeroShotClassifier(nn.Module):
         self.label_name_ids = [tokenizer.encode_continuation(name) for name in label_names]
         empty = [name for name, ids in zip(label_names, self.label_name_ids, strict=True) if not ids]
         if empty:
-            raise ValueError(f"the label names {empty} have no token; give them names that can be written")
+            raise InputError(f"the label names {empty} have no token; give them names that can be written")
 
     def forward(self, input_ids: Tensor, lengths: Tensor | None = None) -> Tensor:
         """Prompts (B, T), padded on the right, and lengths (B,) (None: no padding) to log-probabilities (B, C).
@@ -191,11 +223,11 @@ class LlamaZeroShotClassifier(nn.Module):
 def ask(model: LlamaZeroShotClassifier, sentences: list[np.ndarray], tokenizer: Tokenizer, question: str,
         names: list[str]) -> list[np.ndarray]:
     """The prompts: each tokenised sentence (T,), cut where the model's context leaves no more room, then the question,
-    in which {labels} stands for the names. Raises ValueError when the question alone is too long."""
+    in which {labels} stands for the names. Raises InputError when the question alone is too long."""
     labels = " or ".join(names) if len(names) == 2 else ", ".join(names[:-1]) + ", or " + names[-1]
     asked = tokenizer.encode_continuation(question.replace("{labels}", labels).strip())
     room = model.llama.config.max_seq_len - len(asked) - max(len(ids) for ids in model.label_name_ids)
     if room < 1:
-        raise ValueError(f"--question: its {len(asked)} tokens leave no room for a sentence in the model's context of "
+        raise InputError(f"--question: its {len(asked)} tokens leave no room for a sentence in the model's context of "
                          f"{model.llama.config.max_seq_len}")
     return [np.concatenate((tokens[:room], np.asarray(asked, dtype=np.int32))) for tokens in sentences]

@@ -1,19 +1,22 @@
 """The model's shape, the run's options, and the argument parser that is made from them.
 
-Nothing here imports torch, so `python run_llama.py --help` answers at once. An option is one field of
-`RunConfig`: its default, its help and the values it accepts stand in one place.
+Nothing here imports torch, so `python run_llama.py --help` answers at once. An option is one field of `RunConfig`: its
+default, its help, the values it accepts, the commands that use it and the options it needs stand in one place.
 """
 
 import argparse
 import difflib
-import errno
 import itertools
 import math
 import re
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass, field, fields
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import Field, dataclass, field, fields
+from functools import partial
+from typing import Any, NoReturn
+
+import schedule
+from schedule import AT_LEAST_ONE, FRACTION, NOT_NEGATIVE, SCHEDULERS, Check, Need
 
 
 def counted(n: int, noun: str) -> str:
@@ -31,17 +34,8 @@ def shown(text: object) -> str:
     return _TERMINAL_CONTROLS.sub(lambda match: match[0].encode("unicode_escape").decode("ascii"), str(text))
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Was there not enough memory (of a GPU, of the machine, or under the limits of `ulimit`), or no room for another
-    thread? PyTorch and the libraries say so with many kinds of errors."""
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # the latter is torch's
-        return True
-    if isinstance(error, OSError) and error.errno == errno.ENOMEM:
-        return True
-    text = str(error).lower()
-    return not isinstance(error, ValueError) and any(words in text for words in (
-        "can't allocate memory", "cannot allocate memory", "not enough memory", "paging file", "bad_alloc",
-        "bad allocation", "can't start new thread", "thread creation failed"))
+class InputError(ValueError):
+    """What a person did wrong: `main` prints it on one line and exits with code 2."""
 
 
 # --------------------------------------------------------------------------- the model
@@ -59,8 +53,8 @@ class LlamaConfig:
     dim: int = 512
     n_layers: int = 8
     n_heads: int = 8
-    n_kv_heads: int | None = None
-    hidden_dim: int | None = None
+    n_kv_heads: int = None  # type: ignore[assignment]  # a number from __post_init__ on
+    hidden_dim: int = None  # type: ignore[assignment]
     multiple_of: int = 32
     max_seq_len: int = 1024
     layer_norm_eps: float = 1e-5
@@ -77,8 +71,7 @@ class LlamaConfig:
         if self.n_kv_heads is None:
             self.n_kv_heads = self.n_heads
         if self.hidden_dim is None:
-            hidden = int(2 * (4 * self.dim) / 3)
-            self.hidden_dim = self.multiple_of * math.ceil(hidden / self.multiple_of)
+            self.hidden_dim = self.multiple_of * math.ceil(int(2 * (4 * self.dim) / 3) / self.multiple_of)
         if self.dim % self.n_heads or (self.dim // self.n_heads) % 2:
             raise ValueError(f"dim {self.dim} does not divide into {self.n_heads} heads of an even size")
         if not isinstance(self.n_kv_heads, int) or self.n_kv_heads < 1 or self.n_heads % self.n_kv_heads:
@@ -100,332 +93,309 @@ class LlamaConfig:
 
 # --------------------------------------------------------------------------- a run
 
-GENERATE_PREFIX = (
-    "I have wanted to see this thriller for a while, and it didn't disappoint. "
-    "Keanu Reeves, playing the hero John Wick, is"
-)
+COMMANDS = ("generate", "prompt", "finetune", "evaluate", "predict", "lr_find", "verify_resume")
+FINETUNE = ("finetune",)
+WHOLE_RUN = ("finetune", "verify_resume")  # the commands that train to the end
+TRAINING = ("finetune", "lr_find", "verify_resume")
+PRETRAINED = ("generate", "prompt", *TRAINING)  # those that read pretrained weights
+LABELLED = ("prompt", "evaluate", *TRAINING)  # those that read labelled sentences
+SCORING = ("prompt", "evaluate", *WHOLE_RUN)  # those that report accuracies
+
+POOLINGS = ("last", "mean", "max", "first")
+OPTIMIZERS = ("adamw", "sgd", "lion", "adafactor")
+GENERATE_PREFIX = ("I have wanted to see this thriller for a while, and it didn't disappoint. Keanu Reeves, "
+                   "playing the hero John Wick, is")
 QUESTION = "Is this movie {labels}? This movie is"
 
-
-@dataclass(frozen=True)
-class Check:
-    """A condition on an option's value, and the words that finish the sentence "it must be ..."."""
-
-    holds: Callable[[Any], bool]
-    words: str
-
-
-# The upper limits keep every product of options inside a float32 and an int64.
 RATE = Check(lambda x: 0 < x <= 1e6, "above 0 and at most 1e6")
-POSITIVE = Check(lambda x: 0 < x <= 1e30, "above 0 and at most 1e30")
-NOT_NEGATIVE = Check(lambda x: 0 <= x <= 1e30, "0 or more, and at most 1e30")
-AT_LEAST_ONE = Check(lambda x: 1 <= x < 2**31, "1 or more, and below 2^31")
 AT_LEAST_TWO = Check(lambda x: x >= 2, "2 or more")
-AT_LEAST_TEN = Check(lambda x: x >= 10, "10 or more")
 PROBABILITY = Check(lambda x: 0 <= x < 1, "at least 0 and below 1")
-INSIDE = Check(lambda x: 0 < x < 1, "above 0 and below 1")
-FRACTION = Check(lambda x: 0 < x <= 1, "above 0 and at most 1")
-FRACTION_OR_ZERO = Check(lambda x: 0 <= x <= 1, "between 0 and 1")
-FINITE_FROM_ONE = Check(lambda x: 1 <= x < math.inf, "1 or more")
-RISING = Check(lambda xs: xs[0] > 0 and all(a < b for a, b in itertools.pairwise(xs)),
-               "whole numbers from 1, each larger than the one before")
 
-# The names of optimizer.SCHEDULES, which cannot be imported here: that room imports torch.
-SCHEDULERS = (
-    "constant", "linear", "cosine", "cosine_restarts", "linear_cosine", "step", "multistep", "exponential",
-    "natural_exp", "inverse_time", "polynomial", "inverse_sqrt", "cyclic", "one_cycle", "wsd", "plateau",
-)
+SGD = Need(lambda c: c.optimizer == "sgd", "--optimizer {optimizer} does not use it")
+ONE_RUN = Need(lambda c: not c.seeds and (not c.folds or c.fold is not None),
+               "each run has its predictions in its own folder")
+SERIES = Need(lambda c: c.option == "finetune" or c.resume,
+              "--{name} repeats --option finetune, and --option is {option}")
 
 
-def _integers(text: str) -> tuple[int, ...]:
-    """10,25,40 as a tuple; raises ValueError, which argparse reports, for anything else."""
-    return tuple(int(part) for part in text.split(","))
+def _option(group: str, default: Any, help: str, *, only: tuple[str, ...] = TRAINING, common: bool = False,
+            needs: Sequence[Need] = (), requires: Need | None = None, one_of: tuple[str, ...] = (), also: str = "",
+            **more: Any) -> Any:
+    """A field of `RunConfig`. `only`: the commands that use the option; `common`: is it in the short help? Without what
+    it `needs` it has no effect; without what it `requires`, or beside another of `one_of`, it is refused. `also`: what
+    other programs call it."""
+    return field(default=default, metadata={"group": group, "help": help, "only": only, "common": common,
+                 "needs": needs, "requires": requires, "one_of": one_of, "also": also, **more})
 
 
-_integers.__name__ = "list of whole numbers"  # argparse says: invalid list of whole numbers value
+# A group of the help each, with the commands of those of its options that name none.
+_what = partial(_option, "What to do", common=True)
+_data = partial(_option, "Data", only=LABELLED, metavar="FILE")
+_model = partial(_option, "Model")
+_train = partial(_option, "Training")
+_optimizer = partial(_option, "Optimizer")
+_schedule = partial(_option, "Schedule")
+_regular = partial(_option, "Regularisation")
+_stop = partial(_option, "Stopping and guards", only=WHOLE_RUN)
+_range = partial(_option, "Range test", only=("lr_find",))
+_device = partial(_option, "Device", only=COMMANDS)
+_output = partial(_option, "Output")
+_text = partial(_option, "Generation and prompting", only=("generate",), metavar="FILE")
 
 
-def _option(default: Any, group: str, help: str, **more: Any) -> Any:
-    return field(default=default, metadata={"group": group, "help": help, **more})
+def _with_schedule_options(cls: Any) -> Any:
+    """Add a field for each option that schedule.py has, behind --scheduler."""
+    types, own = list(cls.__annotations__.items()), schedule.command_line_options()
+    at = list(cls.__annotations__).index("scheduler") + 1
+    cls.__annotations__ = dict([*types[:at], *((name, o.type) for name, o in own.items()), *types[at:]])
+    for name, option in own.items():
+        setattr(cls, name, _schedule(**vars(option)))
+    return cls
 
 
 @dataclass(frozen=True)
+@_with_schedule_options
 class RunConfig:
     """Every option of `run_llama.py`, typed, with its default. None: decided at run time, as the help says."""
 
-    option: str = _option("generate", "What to do", "what to do: generate continues --prefix; prompt asks the "
-        "pretrained model without training; finetune trains, then evaluates the best epoch; evaluate and predict "
-        "use a saved --run; lr_find looks for the learning rate; verify_resume kills a run and compares",
-        choices=("generate", "prompt", "finetune", "evaluate", "predict", "lr_find", "verify_resume"))
-    run: str | None = _option(None, "What to do", "a run folder, for evaluate and predict", metavar="RUN")
-    input: str | None = _option(None, "What to do", "predict: a file of sentences, one a line; - is stdin",
-        metavar="FILE")
+    option: str = _what("generate", "generate continues --prefix; prompt asks the pretrained model without training; "
+        "finetune trains, then evaluates the best epoch; evaluate and predict use a saved --run; lr_find looks for "
+        "the learning rate; verify_resume kills a run and compares", choices=COMMANDS, only=COMMANDS,
+        also="mode task command")
+    run: str | None = _what(None, "the folder of a finished run", metavar="RUN", only=("evaluate", "predict"))
+    input: str | None = _what(None, "a file of sentences, one a line; - is stdin", metavar="FILE", only=("predict",))
 
-    dataset: str | None = _option(None, "Data", "short for the four paths data/NAME-{train,dev,test}.txt and "
-        "data/NAME-label-mapping.json; movies is fetched when it is not there", metavar="NAME")
-    train: str | None = _option(None, "Data", "training sentences, `label ||| sentence` a line "
-        "(default: data/sst-train.txt where it is, else the data set movies)", metavar="FILE")
-    dev: str | None = _option(None, "Data", "development sentences: the best epoch is chosen on them", metavar="FILE")
-    test: str | None = _option(None, "Data", "test sentences: looked at once, at the end", metavar="FILE")
-    label_names: str | None = _option(None, "Data", "JSON list of the labels' names (default: beside --train, "
-        "else the numbers)", metavar="FILE")
-    max_sentence_len: int | None = _option(None, "Data", "cut sentences after this many tokens; also "
-        "--max_length (default: the model's context)", check=AT_LEAST_ONE)
-    train_limit: int | None = _option(None, "Data", "train on a random N of the training sentences", metavar="N",
-        check=AT_LEAST_ONE)
+    dataset: str | None = _data(None, "short for the four paths data/NAME-{train,dev,test}.txt and "
+        "data/NAME-label-mapping.json; movies is fetched when it is not there", metavar="NAME", common=True,
+        one_of=("dataset", "train"))
+    train: str | None = _data(None, "training sentences, `label ||| sentence` a line (default: data/sst-train.txt "
+        "where it is, else the data set movies)", common=True, one_of=("dataset", "train"),
+        also="train_file train_data")
+    dev: str | None = _data(None, "development sentences: the best epoch is chosen on them", common=True,
+        also="dev_file valid validation validation_file eval_file")
+    test: str | None = _data(None, "test sentences: looked at once, at the end", common=True, also="predict_file")
+    label_names: str | None = _data(None, "JSON list of the labels' names (default: beside --train, else the numbers)")
+    max_sentence_len: int | None = _data(None, "cut sentences after this many tokens; also --max_length (default: "
+        "the model's context)", metavar="N", check=AT_LEAST_ONE, only=PRETRAINED, also="max_len max_seq_length")
+    train_limit: int | None = _data(None, "train on a random N of the training sentences", metavar="N", only=TRAINING,
+        check=AT_LEAST_ONE, also="max_train_samples")
 
-    pretrained_model_path: str | None = _option(None, "Model", "a llama2.c .pt, a .gguf, a Hugging Face folder, or a "
-        "name that data/prepare.py knows (default: stories42M.pt where it is, else smollm2-135m)", metavar="PATH")
-    tokenizer: str | None = _option(None, "Model", "SentencePiece .model, tokenizer.json or .gguf (default: the one "
-        "that comes with the weights)", metavar="FILE")
-    n_layers: int | None = _option(None, "Model", "use the first K layers of the pretrained stack", metavar="K",
-        check=AT_LEAST_ONE)
-    attention: str = _option("causal", "Model", "what a token may look at: the ones before it, or all",
+    pretrained_model_path: str | None = _model(None, "a llama2.c .pt, a .gguf, a Hugging Face folder, or a name that "
+        "data/prepare.py knows (default: stories42M.pt where it is, else smollm2-135m)", metavar="PATH", common=True,
+        only=PRETRAINED, also="model model_name model_name_or_path checkpoint")
+    tokenizer: str | None = _model(None, "SentencePiece .model, tokenizer.json or .gguf (default: the one that comes "
+        "with the weights)", metavar="FILE", only=PRETRAINED)
+    n_layers: int | None = _model(None, "use the first K layers of the pretrained stack", metavar="K", only=PRETRAINED,
+        check=AT_LEAST_ONE, common=True)
+    attention: str = _model("causal", "what a token sees: the ones before it, or all",
         choices=("causal", "bidirectional"))
-    pooling: str = _option("last", "Model", "how a sentence's hidden states become one vector",
-        choices=("last", "mean", "max", "first"))
-    hidden_dropout_prob: float = _option(0.3, "Model", "dropout in front of the classification head", check=PROBABILITY)
-    dropout: float = _option(0.0, "Model", "embedding, attention and residual dropout inside the stack",
-        check=PROBABILITY)
+    pooling: str = _model("last", "how a sentence's hidden states become one vector", choices=POOLINGS)
+    hidden_dropout_prob: float = _model(0.3, "dropout in front of the classification head", check=PROBABILITY,
+        common=True, also="classifier_dropout")
+    dropout: float = _model(0.0, "embedding, attention and residual dropout inside the stack", check=PROBABILITY,
+        also="dropout_prob attention_dropout")
 
-    epochs: int = _option(10, "Training", "passes over the training sentences", check=AT_LEAST_ONE)
-    batch_size: int = _option(8, "Training", "sentences a forward pass; times --grad_accum an optimizer step",
-        check=AT_LEAST_ONE)
-    grad_accum: int = _option(1, "Training", "forward passes an optimizer step; the loss is the mean over all of them",
-        metavar="N", check=AT_LEAST_ONE)
-    auto_batch: bool = _option(False, "Training", "find the largest forward pass that fits into memory on the longest "
-        "sentences; the effective batch stays")
-    grad_checkpoint: bool = _option(False, "Training", "compute activations twice instead of keeping them: less "
-        "memory, about a third more time")
-    train_eval: str = _option("sample", "Training", "train acc is measured on a fixed random sample as large as dev, "
-        "or on the full training set", choices=("sample", "full"))
-    seed: int = _option(1337, "Training", "the seed of everything random", check=Check(
-        lambda x: 0 <= x < 2**63, "0 or more, and below 2^63"))
-    seeds: int | None = _option(None, "Training", "run with N seeds, one after another; mean and standard deviation",
-        metavar="N", check=AT_LEAST_TWO)
-    folds: int | None = _option(None, "Training", "cross-validate: train and dev together, cut into N", metavar="N",
-        check=AT_LEAST_TWO)
-    fold: int | None = _option(None, "Training", "of the --folds N, run this one alone: 0 to N-1", metavar="I",
-        check=NOT_NEGATIVE)
+    epochs: int = _train(10, "passes over the training set", check=AT_LEAST_ONE, common=True, also="num_train_epochs")
+    batch_size: int = _train(8, "sentences a forward pass; times --grad_accum an optimizer step", check=AT_LEAST_ONE,
+        common=True, also="bs train_batch_size per_device_train_batch_size")
+    grad_accum: int = _train(1, "forward passes an optimizer step; the loss is their mean", check=AT_LEAST_ONE,
+        also="gradient_accumulation_steps accumulation_steps accumulate_grad_batches")
+    auto_batch: bool = _train(False, "find the largest forward pass that fits into memory on the longest sentences; "
+        "the effective batch stays", only=WHOLE_RUN)
+    grad_checkpoint: bool = _train(False, "compute activations twice instead of keeping them: less memory, about a "
+        "third more time")
+    train_eval: str = _train("sample", "train acc is measured on a fixed random sample as large as dev, or on the "
+        "full training set", choices=("sample", "full"), only=WHOLE_RUN)
+    seed: int = _train(1337, "the seed of everything random", only=("generate", *TRAINING), common=True,
+        check=Check(lambda x: 0 <= x < 2**63, "0 or more, and below 2^63"), also="random_seed random_state")
+    seeds: int | None = _train(None, "run with N seeds, one after another; mean and standard deviation", metavar="N",
+        check=AT_LEAST_TWO, only=FINETUNE, one_of=("seeds", "folds"), requires=SERIES)
+    folds: int | None = _train(None, "cross-validate: train and dev together, cut into N", metavar="N", requires=SERIES,
+        check=AT_LEAST_TWO, only=FINETUNE, one_of=("seeds", "folds"), also="cv kfold")
+    fold: int | None = _train(None, "of the --folds N, run this one alone: 0 to N-1", metavar="I", check=NOT_NEGATIVE,
+        only=FINETUNE,
+        requires=Need(lambda c: c.fold < (c.folds or 0), "--fold {fold} needs --folds above it, which is {folds}"))
 
-    optimizer: str = _option("adamw", "Optimizer", "which one", choices=("adamw", "sgd", "lion", "adafactor"))
-    lr: float = _option(1e-5, "Optimizer", "learning rate at its peak", check=RATE)
-    head_lr: float | None = _option(None, "Optimizer", "the classification head's own rate", check=RATE)
-    layerwise_lr_decay: float = _option(1.0, "Optimizer", "each layer's rate is this times that of the layer above",
+    optimizer: str = _optimizer("adamw", "how gradients become steps; sgd has --momentum", also="optim",
+        choices=OPTIMIZERS)
+    lr: float = _optimizer(1e-5, "learning rate at its peak", check=RATE, common=True, also="learning_rate")
+    head_lr: float | None = _optimizer(None, "the classification head's own rate", check=RATE)
+    layerwise_lr_decay: float = _optimizer(1.0, "each layer's rate is this times that of the layer above", also="llrd",
         check=FRACTION)
-    lr_scaling: str | None = _option(None, "Optimizer", "scale the rates with effective batch / --base_batch_size",
+    lr_scaling: str | None = _optimizer(None, "scale the rates with effective batch / --base_batch_size",
         choices=("linear", "sqrt"))
-    base_batch_size: int = _option(80, "Optimizer", "the batch that the rate was tuned at", check=AT_LEAST_ONE)
-    weight_decay: float = _option(0.0, "Optimizer", "decoupled weight decay, not on norms and biases",
-        check=NOT_NEGATIVE)
-    decay_all: bool = _option(False, "Optimizer", "decay norms and biases too")
-    momentum: float = _option(0.9, "Optimizer", "sgd", check=PROBABILITY)
-    nesterov: bool = _option(False, "Optimizer", "sgd")
-    max_grad_norm: float = _option(1.0, "Optimizer", "clip the gradient's norm; 0: off", check=NOT_NEGATIVE)
-    max_grad_value: float = _option(0.0, "Optimizer", "clip each number of the gradient; 0: off", check=NOT_NEGATIVE)
+    base_batch_size: int = _optimizer(80, "the batch that the rate was tuned at", check=AT_LEAST_ONE,
+        needs=[Need(lambda c: c.lr_scaling, "it needs --lr_scaling")])
+    weight_decay: float = _optimizer(0.0, "decoupled weight decay, not on norms and biases", check=NOT_NEGATIVE,
+        also="wd")
+    decay_all: bool = _optimizer(False, "decay norms and biases too",
+        needs=[Need(lambda c: c.weight_decay, "it needs --weight_decay")])
+    momentum: float = _optimizer(0.9, "sgd: the part of a step that goes into the next", check=PROBABILITY, needs=[SGD])
+    nesterov: bool = _optimizer(False, "sgd: take the gradient's step after that of the momentum (Nesterov)",
+        needs=[SGD], requires=Need(lambda c: c.momentum, "--nesterov needs a --momentum above 0"))
+    max_grad_norm: float = _optimizer(1.0, "clip the gradient's norm; 0: off", check=NOT_NEGATIVE,
+        also="grad_clip gradient_clip_val")
+    max_grad_value: float = _optimizer(0.0, "clip each number of the gradient; 0: off", check=NOT_NEGATIVE)
 
-    scheduler: str = _option("linear", "Schedule", "the rate's way from its peak to the end of the run",
-        choices=SCHEDULERS)
-    warmup_steps: int | None = _option(None, "Schedule", "optimizer steps in front in which the rate rises",
-        check=NOT_NEGATIVE)
-    warmup_epochs: float | None = _option(None, "Schedule", "the same in epochs", check=NOT_NEGATIVE)
-    warmup_ratio: float | None = _option(None, "Schedule", "the same as a part of the run (default: 0.06, with "
-        "constant 0)", check=FRACTION_OR_ZERO)
-    warmup_kind: str = _option("linear", "Schedule", "rise steadily, or stay at --warmup_start",
-        choices=("linear", "constant"))
-    warmup_start: float = _option(0.0, "Schedule", "where the warmup begins, times lr", check=FRACTION_OR_ZERO)
-    min_lr_ratio: float | None = _option(None, "Schedule", "the lowest rate, times lr (default: 1e-3 for cosine)",
-        check=FRACTION_OR_ZERO)
-    schedule_every: str = _option("step", "Schedule", "change the rate each optimizer step, or each epoch",
-        choices=("step", "epoch"))
-    cycles: int | None = _option(None, "Schedule", "cosine_restarts, cyclic: how many", check=AT_LEAST_ONE)
-    cycle_mult: float | None = _option(None, "Schedule", "cosine_restarts: each cycle is that much longer",
-        check=FINITE_FROM_ONE)
-    cycle_decay: float | None = _option(None, "Schedule", "cosine_restarts: each cycle's peak, times that of the one "
-        "before", check=FRACTION)
-    cyclic_mode: str | None = _option(None, "Schedule", "cyclic", choices=("triangular", "triangular2"))
-    step_size: int | None = _option(None, "Schedule", "step: how long between two cuts", check=AT_LEAST_ONE)
-    milestones: tuple[int, ...] | None = _option(None, "Schedule", "multistep: where the cuts are, as 10,25,40",
-        parse=_integers, metavar="N,N,...", check=RISING)
-    gamma: float | None = _option(None, "Schedule", "step, multistep, exponential, plateau: the factor of a cut",
-        check=FRACTION)
-    decay_rate: float | None = _option(None, "Schedule", "natural_exp, inverse_time: how fast", check=POSITIVE)
-    power: float | None = _option(None, "Schedule", "polynomial", check=POSITIVE)
-    pct_start: float | None = _option(None, "Schedule", "one_cycle: the part of the run that rises", check=INSIDE)
-    decay_fraction: float | None = _option(None, "Schedule", "wsd: the part of the run that decays", check=FRACTION)
-    plateau_patience: int | None = _option(None, "Schedule", "plateau: evaluations without a new best before a cut",
-        check=NOT_NEGATIVE)
+    # The other options of this group are made from schedule.py.
+    scheduler: str = _schedule("linear", "the rate's way from its peak to the end of the run", choices=SCHEDULERS,
+        common=True)
 
-    loss: str = _option("ce", "Regularisation", "cross-entropy, or a cumulative link for ordered labels",
-        choices=("ce", "ordinal"))
-    ordinal: bool = _option(False, "Regularisation", "the labels are ordered: report mean absolute error, quadratic "
-        "weighted kappa and off-by-one accuracy too")
-    label_smoothing: float = _option(0.0, "Regularisation", "this much of each label goes to all classes",
-        check=PROBABILITY)
-    r_drop: float = _option(0.0, "Regularisation", "weight of the divergence between two passes with different dropout",
-        metavar="ALPHA", check=NOT_NEGATIVE)
-    ema: float = _option(0.0, "Regularisation", "evaluate and keep a moving average of the weights with this decay",
-        metavar="DECAY", check=PROBABILITY)
-    class_weights: str | None = _option(None, "Regularisation", "weigh each class's loss by its rarity",
-        choices=("balanced",))
-    sampler: str | None = _option(None, "Regularisation", "draw each class as often as the others",
-        choices=("balanced",))
-    aug_delete: float = _option(0.0, "Regularisation", "delete each word of a training sentence with this probability",
-        check=PROBABILITY)
-    aug_swap: float = _option(0.0, "Regularisation", "swap this part of the words with a neighbour", check=PROBABILITY)
-    aug_replace: float = _option(0.0, "Regularisation", "replace each token with this probability by a near "
-        "neighbour in the model's own embedding", check=PROBABILITY)
+    loss: str = _regular("ce", "cross-entropy, or a cumulative link for ordered labels", choices=("ce", "ordinal"))
+    ordinal: bool = _regular(False, "the labels are ordered: report mean absolute error, quadratic weighted kappa "
+        "and off-by-one accuracy too", only=SCORING)
+    label_smoothing: float = _regular(0.0, "this much of each label goes to all classes", check=PROBABILITY)
+    r_drop: float = _regular(0.0, "weight of the divergence between two passes with different dropout", metavar="ALPHA",
+        check=NOT_NEGATIVE,
+        needs=[Need(lambda c: c.dropout or c.hidden_dropout_prob,
+            "without --dropout and --hidden_dropout_prob the two passes are the same")])
+    ema: float = _regular(0.0, "evaluate and keep a moving average of the weights with this decay", metavar="DECAY",
+        check=PROBABILITY, also="ema_decay")
+    class_weights: str | None = _regular(None, "weigh each class's loss by its rarity", choices=("balanced",))
+    sampler: str | None = _regular(None, "draw each class as often as the others", choices=("balanced",))
+    aug_delete: float = _regular(0.0, "delete each word of a sentence with this probability", check=PROBABILITY)
+    aug_swap: float = _regular(0.0, "swap this part of the words with a neighbour", check=PROBABILITY)
+    aug_replace: float = _regular(0.0, "replace each token with this probability by a near neighbour in the model's "
+        "own embedding", check=PROBABILITY)
 
-    monitor: str = _option("dev_acc", "Stopping and guards", "what chooses the best evaluation",
+    monitor: str = _stop("dev_acc", "what chooses the best evaluation", also="metric metric_for_best_model",
         choices=("dev_acc", "dev_f1", "dev_loss", "dev_mae", "dev_qwk"))
-    patience: int = _option(5, "Stopping and guards", "stop after N evaluations without a new best; 0: never",
-        metavar="N", check=NOT_NEGATIVE)
-    min_delta: float = _option(0.0, "Stopping and guards", "what a new best must gain", check=NOT_NEGATIVE)
-    eval_every: float = _option(1.0, "Stopping and guards", "evaluate every such part of an epoch", check=FRACTION)
-    guards: str = _option("on", "Stopping and guards", "skip steps that are not finite, roll back when the loss "
-        "diverges", choices=("on", "off"))
-    detect_anomaly: bool = _option(False, "Stopping and guards", "name the operation whose gradient is not a number "
-        "(slow)")
-    overfit_batch: bool = _option(False, "Stopping and guards", "check first that the model can memorise one batch")
-    check_gradients: bool = _option(False, "Stopping and guards", "check first that one big batch, micro-batches and a "
-        "short last window give the same gradient")
-    save_every: int | None = _option(None, "Stopping and guards", "save the state for a resume every N steps too (each "
-        "epoch it is saved anyway)", metavar="N", check=AT_LEAST_ONE)
-    resume: str | None = _option(None, "Stopping and guards", "go on with a run that was stopped, or with all the "
-        "runs of --seeds or --folds; the options come from its folder", metavar="RUN")
-    deterministic: bool = _option(False, "Stopping and guards", "bit-identical runs on a GPU too, a little slower")
-    plan: bool = _option(False, "Stopping and guards", "train nothing: print what the run would do, draw its schedule")
+    patience: int = _stop(5, "stop after N evaluations without a new best; 0: never", metavar="N", check=NOT_NEGATIVE,
+        common=True, also="early_stop early_stopping early_stopping_patience")
+    min_delta: float = _stop(0.0, "what a new best must gain", check=NOT_NEGATIVE)
+    eval_every: float = _stop(1.0, "evaluate every such part of an epoch", check=FRACTION, also="eval_steps")
+    guards: str = _stop("on", "skip steps that are not finite, roll back when the loss diverges", choices=("on", "off"),
+        only=TRAINING)
+    detect_anomaly: bool = _stop(False, "name the operation whose gradient is not a number (slow)", only=TRAINING)
+    overfit_batch: bool = _stop(False, "check first that the model can memorise one batch")
+    check_gradients: bool = _stop(False, "check first that one big batch, micro-batches and a short last one give "
+        "the same gradient")
+    save_every: int | None = _stop(None, "save the state for a resume every N steps too (each epoch it is saved "
+        "anyway)", metavar="N", check=AT_LEAST_ONE, also="save_steps save_interval")
+    resume: str | None = _stop(None, "go on with a run that was stopped, or with all the runs of --seeds or --folds; "
+        "the options come from its folder", metavar="RUN", only=FINETUNE, common=True, also="resume_from_checkpoint",
+        requires=Need(lambda c: c.option == "finetune" or "option" not in c.given,
+            "--resume goes on with a fine-tuning run, and --option is {option}; leave --option out"))
+    deterministic: bool = _stop(False, "bit-identical runs on a GPU too, a little slower", only=TRAINING)
+    plan: bool = _stop(False, "train nothing: print what the run would do, draw its schedule", only=FINETUNE,
+        common=True,
+        requires=Need(lambda c: c.option == "finetune", "--plan is about --option finetune, and --option is {option}"))
 
-    lr_min: float = _option(1e-7, "Range test", "lr_find: the first rate", check=RATE)
-    lr_max: float = _option(1e-2, "Range test", "lr_find: the last rate", check=RATE)
-    lr_steps: int = _option(100, "Range test", "lr_find: how many steps", check=AT_LEAST_TEN)
-    lr_repeats: int = _option(1, "Range test", "lr_find: repeat over N seeds, for an interval", metavar="N",
-        check=AT_LEAST_ONE)
-    confirm: bool = _option(False, "Range test", "lr_find: train briefly at five rates across the interval, with up to "
-        "three seeds, and recommend the best where it can be told from chance")
+    lr_min: float = _range(1e-7, "the first rate", check=RATE,
+        requires=Need(lambda c: c.lr_min < c.lr_max, "--lr_min {lr_min:g} must be below --lr_max {lr_max:g}"))
+    lr_max: float = _range(1e-2, "the last rate", check=RATE)
+    lr_steps: int = _range(100, "how many steps it takes", check=Check(lambda x: x >= 10, "10 or more"))
+    lr_repeats: int = _range(1, "repeat over N seeds, for an interval", metavar="N", check=AT_LEAST_ONE)
+    confirm: bool = _range(False, "train briefly at five rates across the interval, with up to three seeds, and "
+        "recommend the best where it can be told from chance")
 
-    use_gpu: bool = _option(False, "Device", "short for --device cuda; without a GPU it warns and uses the CPU")
-    device: str | None = _option(None, "Device", "cpu, cuda, cuda:1 or mps (default: cpu)")
-    dtype: str = _option("auto", "Device", "precision of the matrix products; auto is bfloat16 where the device is "
-        "fast at it", choices=("auto", "float32", "bfloat16"))
-    kernels: str = _option("auto", "Device", "auto: on a CPU the norms, positions, SwiGLU and AdamW of a large model "
-        "run in C (kernels.c), compiled at the first start; off: all in PyTorch", choices=("auto", "off"))
+    use_gpu: bool = _device(False, "short for --device cuda; without a GPU it warns and uses the CPU", common=True,
+        needs=[Need(lambda c: not c.device, "--device decides")], also="cuda")
+    device: str | None = _device(None, "cpu, cuda, cuda:1, mps (default: cpu)", common=True, also="cpu no_cuda use_cpu")
+    dtype: str = _device("auto", "precision of the matrix products; auto is bfloat16 where the device is fast at it",
+        choices=("auto", "float32", "bfloat16"), also="bf16 fp16 amp precision")
+    kernels: str = _device("auto", "auto: on a CPU the norms, positions, SwiGLU and AdamW of a large model run in C "
+        "(fused.c), compiled at the first start; off: all in PyTorch", choices=("auto", "off"))
 
-    output_dir: str | None = _option(None, "Output", "the run folder (default: runs/<option>-<epochs>-<lr>, with -2, "
-        "-3 behind it when it exists)", metavar="DIR")
-    overwrite: bool = _option(False, "Output", "replace the run that is in --output_dir")
-    dev_out: str | None = _option(None, "Output", "predictions for dev, `label ||| sentence` a line, in the file's "
-        "order (default: in the run folder; for prompt, here)", metavar="FILE")
-    test_out: str | None = _option(None, "Output", "the same for test", metavar="FILE")
+    output_dir: str | None = _output(None, "the run folder (default: runs/<option>-<epochs>-<lr>, with -2, -3 behind "
+        "it when it exists)", metavar="DIR", common=True, also="save_dir")
+    overwrite: bool = _output(False, "replace the run that is in --output_dir", also="overwrite_output_dir force",
+        needs=[Need(lambda c: c.output_dir, "it needs --output_dir")])
+    dev_out: str | None = _output(None, "predictions for dev, `label ||| sentence` a line, in the file's order "
+        "(default: in the run folder; for prompt, here)", metavar="FILE", only=SCORING, needs=[ONE_RUN])
+    test_out: str | None = _output(None, "the same for test", metavar="FILE", only=SCORING, needs=[ONE_RUN])
 
-    prefix: str = _option(GENERATE_PREFIX, "Generation and prompting", "generate: the text to continue",
-        metavar="TEXT", show_default=False)
-    max_new_tokens: int = _option(75, "Generation and prompting", "generate: how many tokens", check=AT_LEAST_ONE)
-    generated_sentence_low_temp_out: str = _option("generated-sentence-temp-0.txt", "Generation and prompting",
-        "generate: the file for the greedy text", metavar="FILE")
-    generated_sentence_high_temp_out: str = _option("generated-sentence-temp-1.txt", "Generation and prompting",
-        "generate: the file for the text at temperature 1.0", metavar="FILE")
-    question: str = _option(QUESTION, "Generation and prompting", "prompt: what follows the sentence; {labels} "
-        "stands for the labels' names", metavar="TEXT", show_default=False)
+    prefix: str = _text(GENERATE_PREFIX, "the text to continue", metavar="TEXT", show_default=False, common=True,
+        also="prompt_text text")
+    max_new_tokens: int = _text(75, "how many tokens to generate", check=AT_LEAST_ONE)
+    generated_sentence_low_temp_out: str = _text("generated-sentence-temp-0.txt", "the file for the greedy text")
+    generated_sentence_high_temp_out: str = _text("generated-sentence-temp-1.txt", "the file for the text drawn at "
+        "temperature 1.0")
+    question: str = _text(QUESTION, "what follows the sentence; {labels} stands for the labels' names", metavar="TEXT",
+        show_default=False, only=("prompt",))
 
     given: frozenset[str] = field(default=frozenset(), metadata={})  # the options that were typed
 
 
-def options() -> list:
+def options() -> list[Field[Any]]:
     """The fields of `RunConfig` that are options of the command line."""
     return [f for f in fields(RunConfig) if f.metadata]
+
+
+def contradiction(c: RunConfig) -> str:
+    """What the options have against each other, seen from the options alone; "" when it is nothing."""
+    for f in options():
+        rivals = [name for name in f.metadata["one_of"] if getattr(c, name) is not None]
+        if len(rivals) > 1:
+            return f"--{' and --'.join(rivals)} contradict each other; give one"
+        need, value = f.metadata["requires"], getattr(c, f.name)
+        if need and value is not None and value is not False and not need.holds(c):  # --fold 0 equals False
+            return need.said(f.name, c)
+    return ""
+
+
+def no_effect(c: RunConfig) -> list[str]:
+    """A line for each option that was given but does nothing in this run, and why."""
+    lines = []
+    for f in sorted((f for f in options() if f.name in c.given), key=lambda f: f.name):
+        if c.option not in f.metadata["only"]:
+            lines.append(f"--{f.name}: it belongs to another --option")
+        elif missing := [need for need in f.metadata["needs"] if not need.holds(c)]:
+            lines.append(f"--{f.name}: {missing[0].said(f.name, c)}")
+    return lines
 
 
 # --------------------------------------------------------------------------- the parser
 
 
 class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
+    def error(self, message: str) -> NoReturn:
         """One line, without the usage of every option in front of it. Exit code 2."""
         self.exit(2, f"{self.prog}: error: {shown(message)}\n")
 
 
-def _value_type(kind: str) -> type:
-    for name, python_type in (("int", int), ("float", float)):
-        if name in kind:
-            return python_type
-    return str
+def integers(text: str) -> tuple[int, ...]:
+    """10,25,40 as a tuple; raises ValueError, which argparse reports, for anything else."""
+    return tuple(int(part) for part in text.split(","))
 
 
-def make_parser() -> argparse.ArgumentParser:
+integers.__name__ = "list of whole numbers"  # argparse says: invalid list of whole numbers value
+
+
+def value_type(f: Field[Any]) -> Callable[[str], Any]:
+    """What reads the option's value."""
+    types: dict[str, Callable[[str], Any]] = {"tuple": integers, "int": int, "float": float}
+    return next((read for name, read in types.items() if name in str(f.type)), str)
+
+
+def make_parser(command: str | None = None) -> argparse.ArgumentParser:
+    """The parser of every option. Its help has those that the command uses; without one, those used most."""
     parser = _Parser(
-        prog="run_llama.py",
-        description="Fine-tune, evaluate and prompt a LLaMA that you can read.",
-        epilog="- and _ are interchangeable in every option. More: README.md",
-        argument_default=argparse.SUPPRESS,
-        allow_abbrev=False,
-    )
-    groups: dict[str, Any] = {}
+        prog="run_llama.py", usage=f"python run_llama.py --option {command or 'COMMAND'} [options]",
+        description="Fine-tune, evaluate and prompt a LLaMA that you can read. "
+        + (f"All that --option {command} uses:" if command else "What people use most:"),
+        epilog=("" if command else "All that a command uses: python run_llama.py --option COMMAND --help, such as "
+                "--option finetune --help. ") + "- and _ are interchangeable in every option. More: README.md",
+        argument_default=argparse.SUPPRESS, allow_abbrev=False)
+    groups = {name: parser.add_argument_group(name) for name in dict.fromkeys(f.metadata["group"] for f in options())}
     for f in options():
-        meta = f.metadata
-        if meta["group"] not in groups:
-            groups[meta["group"]] = parser.add_argument_group(meta["group"])
-        group = groups[meta["group"]]
-        text = meta["help"].replace("%", "%%")
-        if f.type is bool:
-            group.add_argument(f"--{f.name}", action="store_true", help=text)
-            continue
-        if f.default is not None and meta.get("show_default", True):
-            text += f" (default: {f.default})"
-        keywords: dict[str, Any] = {"type": meta.get("parse", _value_type(str(f.type))), "help": text}
-        if "choices" in meta:
-            keywords["choices"] = meta["choices"]
-        else:
-            keywords["metavar"] = meta.get("metavar", keywords["type"].__name__.upper())
-        group.add_argument(f"--{f.name}", **keywords)
+        meta, text = f.metadata, f.metadata["help"].replace("%", "%%")
+        keywords: dict[str, Any] = {"action": "store_true"}
+        if f.type is not bool:
+            read, choices = value_type(f), meta.get("choices") or None
+            keywords = {"type": read, "choices": choices}
+            if not choices:
+                keywords["metavar"] = meta.get("metavar") or read.__name__.upper()
+            if f.default is not None and meta.get("show_default", True):
+                text += f" (default: {f.default})"
+        if not command and "finetune" not in meta["only"]:
+            text = f"{', '.join(meta['only'])}: {text}"
+        is_shown = command in meta["only"] if command else meta["common"]
+        groups[meta["group"]].add_argument(f"--{f.name}", help=text if is_shown else argparse.SUPPRESS, **keywords)
     return parser
 
 
-# What other programs call these options.
-OTHER_NAMES = {
-    "option": "mode task action command",
-    "dataset": "data dataset_name",
-    "train": "train_file train_data",
-    "dev": "dev_file valid validation validation_file eval_file",
-    "test": "test_file predict_file",
-    "label_names": "labels label_file",
-    "max_sentence_len": "max_len max_seq_len max_seq_length max_sentence_length",
-    "train_limit": "max_train_samples",
-    "pretrained_model_path": "model model_name model_path model_name_or_path pretrained_model checkpoint",
-    "tokenizer": "tokenizer_name tokenizer_path",
-    "n_layers": "layers num_layers num_hidden_layers",
-    "hidden_dropout_prob": "hidden_dropout classifier_dropout",
-    "dropout": "dropout_prob attention_dropout",
-    "epochs": "num_epochs n_epochs num_train_epochs max_epochs",
-    "batch_size": "bs train_batch_size per_device_train_batch_size",
-    "grad_accum": "gradient_accumulation gradient_accumulation_steps accumulation_steps accumulate_grad_batches",
-    "grad_checkpoint": "gradient_checkpointing",
-    "seed": "random_seed random_state",
-    "seeds": "n_seeds num_seeds",
-    "folds": "cv kfold k_folds n_folds num_folds",
-    "optimizer": "optim",
-    "lr": "learning_rate",
-    "layerwise_lr_decay": "llrd layer_decay",
-    "weight_decay": "wd",
-    "max_grad_norm": "grad_clip clip_grad_norm gradient_clip_val",
-    "scheduler": "schedule lr_scheduler lr_scheduler_type",
-    "warmup_ratio": "warmup warmup_proportion",
-    "label_smoothing": "label_smoothing_factor",
-    "ema": "ema_decay",
-    "monitor": "metric metric_for_best_model",
-    "patience": "early_stop early_stopping early_stopping_patience",
-    "eval_every": "eval_steps eval_interval",
-    "save_every": "save_steps save_interval",
-    "resume": "resume_from resume_from_checkpoint",
-    "use_gpu": "gpu cuda use_cuda",
-    "device": "cpu no_cuda use_cpu",
-    "dtype": "bf16 fp16 amp precision",
-    "output_dir": "output out_dir save_dir",
-    "overwrite": "overwrite_output_dir force",
-    "prefix": "prompt_text text",
-    "max_new_tokens": "max_tokens",
-}
-MEANT = {other: name for name, others in OTHER_NAMES.items() for other in others.split()}
+MEANT = {other: f.name for f in options() for other in f.metadata["also"].split()}  # what other programs call them
 ALIASES = {"max_length": "max_sentence_len"}
 
 
@@ -438,16 +408,24 @@ def _underscores(argument: str) -> str:
     return "--" + ALIASES.get(name, name) + equals + value
 
 
+def _command_in(words: list[str]) -> str | None:
+    """The value of --option, which may stand behind --help; None where there is none that we know."""
+    values = [after for word, after in itertools.pairwise(words) if word == "--option"]
+    values += [word.partition("=")[2] for word in words if word.startswith("--option=")]
+    return next((value for value in values if value in COMMANDS), None)
+
+
 def parse_args(argv: list[str] | None = None) -> RunConfig:
     """The command line as a `RunConfig`. Bad values print one line to stderr and exit with code 2."""
     argv = sys.argv[1:] if argv is None else argv
-    parser = make_parser()
-    known = [f.name for f in options()]
-    namespace, unknown = parser.parse_known_args([_underscores(a) for a in argv])
+    words = [_underscores(a) for a in argv]
+    parser = make_parser(_command_in(words) if {"-h", "--help"} & {*words} else None)
+    namespace, unknown = parser.parse_known_args(words)
     if unknown:
         name = unknown[0].partition("=")[0]
         meant = MEANT.get(name.lstrip("-").replace("-", "_"))
-        near = [meant] if meant else difflib.get_close_matches(name.lstrip("-"), [*known, *ALIASES], n=1)
+        known = [*(f.name for f in options()), *ALIASES]
+        near = [meant] if meant else difflib.get_close_matches(name.lstrip("-"), known, n=1)
         hint = f"did you mean --{near[0]}?" if near else "see --help"
         parser.error(f"unknown option {name}: {hint}")
     given = vars(namespace)
@@ -470,50 +448,3 @@ def parse_args(argv: list[str] | None = None) -> RunConfig:
     if fault := contradiction(config):
         parser.error(fault)
     return config
-
-
-def contradiction(c: RunConfig) -> str:
-    """What two of the given options have against each other, seen from the options alone; "" when it is nothing."""
-    warmups = [n for n in ("warmup_steps", "warmup_epochs", "warmup_ratio") if getattr(c, n) is not None]
-    several = "seeds" if c.seeds else "folds"
-    faults = {
-        "--seeds and --folds contradict each other; give one": c.seeds and c.folds,
-        f"--resume goes on with a fine-tuning run, and --option is {c.option}; leave --option out":
-            c.resume and "option" in c.given and c.option != "finetune",
-        f"--plan is about --option finetune, and --option is {c.option}": c.plan and c.option != "finetune",
-        f"--{several} repeats --option finetune, and --option is {c.option}":
-            (c.seeds or c.folds) and c.option != "finetune" and not c.resume,
-        f"--fold {c.fold} needs --folds above it, which is {c.folds or 'not given'}":
-            c.fold is not None and c.fold >= (c.folds or 0),
-        f"--{' and --'.join(warmups)} contradict each other; give one": len(warmups) > 1,
-        "--dataset and --train contradict each other; give one": c.dataset and c.train,
-        "--nesterov needs a --momentum above 0": c.nesterov and not c.momentum,
-        f"--lr_min {c.lr_min:g} must be below --lr_max {c.lr_max:g}": c.lr_min >= c.lr_max,
-    }
-    return next((fault for fault, holds in faults.items() if holds), "")
-
-
-def fault_of(saved: dict[str, Any]) -> str:
-    """What is wrong with the options of a saved run, by the checks that typed ones go through; "" when it is nothing.
-    Options that are newer than the run are not there."""
-    known = {f.name: f for f in options()}
-    for name, value in saved.items():
-        if name not in known:
-            return f"this version has no --{name}"
-        f = known[name]
-        if value is None and f.default is None:
-            continue
-        kind = bool if f.type is bool else list if "parse" in f.metadata else _value_type(str(f.type))
-        is_right = type(value) in ((int, float) if kind is float else (kind,))
-        if kind is list:
-            is_right = is_right and value and all(type(item) is int for item in value)
-        if not is_right:
-            return f"--{name} is {value!r}, expected {'a ' if kind is not int else 'an '}{kind.__name__}"
-        choices, check = f.metadata.get("choices"), f.metadata.get("check")
-        if choices and value not in choices:
-            return f"--{name} is {value!r}; it can be {', '.join(choices)}"
-        if check and not check.holds(value):
-            return f"--{name} is {value!r}; it must be {check.words}"
-        if kind is str and (not value and name != "prefix" or "\0" in value):
-            return f"--{name} is {value!r}"
-    return ""

@@ -1,38 +1,35 @@
 """A Llama from scratch: RMSNorm, rotary positions, grouped-query attention, SwiGLU, a key-value cache, `generate`.
 
 Shapes: B sentences, T tokens, D = config.dim, H heads of size D / H, K key-value heads, V words.
-Rotary positions turn adjacent pairs (Llama 2's own layout); `checkpoint.py` reorders the weights of files that
+Rotary positions turn adjacent pairs (Llama 2's own layout); `formats/weights.py` reorders the weights of files that
 rotate halves instead.
 """
 
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from importlib import import_module
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-import kernels
-from config import LlamaConfig
+from config import InputError, LlamaConfig
+from formats.weights import Weights, check_n_layers, read_weights
+
+# --------------------------------------------------------------------------- the operations
 
 
-class RMSNorm(nn.Module):
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension (Zhang and Sennrich 2019, arXiv 1910.07467, eq. 4).
 
     Computed in float32 whatever the input's precision.
     """
-
-    def __init__(self, dim: int, eps: float = 1e-6):
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(dim))
-
-    def forward(self, x: Tensor) -> Tensor:
-        if kernels.suits(x) and (x.dtype == torch.float32 or not torch.is_grad_enabled()):
-            return kernels.RMSNorm.apply(x, self.weight, self.eps)
-        wide = x.float()
-        return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)).type_as(x) * self.weight
+    wide = x.float()
+    return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).type_as(x) * weight
 
 
 @lru_cache(maxsize=8)
@@ -48,8 +45,6 @@ def rotary_table(head_dim: int, max_seq_len: int, theta: float, device: torch.de
 def rotate(x: Tensor, table: Tensor) -> Tensor:
     """Turn adjacent pairs of x (B, T, heads, head_dim) by the table's angles: (T, head_dim / 2), or (B, T, ...) where
     each row has positions of its own. Keeps x's type."""
-    if kernels.suits(x) and table.shape == (x.shape[1], x.shape[-1] // 2):
-        return kernels.Rotate.apply(x, table)
     pairs = torch.view_as_complex(x.float().reshape(*x.shape[:-1], -1, 2))
     return torch.view_as_real(pairs * table[..., None, :]).flatten(-2).type_as(x)
 
@@ -67,17 +62,60 @@ def apply_rotary_emb(
     return rotate(query, table), rotate(key, table)
 
 
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up, of two tensors of one shape (Shazeer 2020, arXiv 2002.05202, eq. 5, without biases)."""
+    return F.silu(gate) * up
+
+
+def no_decoder(model: "Llama", caches: list["KVCache"]) -> None:
+    """`generate` computes each new token layer by layer."""
+
+
+@dataclass(frozen=True)
+class Operations:
+    """The functions that the modules below compute with, through their attribute `ops`.
+
+    `fused.accelerate(model)` gives the modules of one model another object with the same functions. A `decoder` of a
+    model in `generate` and its layers' caches is None, or has a method `step(x, position, angles)` that computes all
+    layers for one new token.
+    """
+
+    rms_norm: Callable[[Tensor, Tensor, float], Tensor] = rms_norm
+    rotate: Callable[[Tensor, Tensor], Tensor] = rotate
+    swiglu: Callable[[Tensor, Tensor], Tensor] = swiglu
+    linear: Callable[[Tensor, Tensor], Tensor] = F.linear
+    decoder: Callable[["Llama", list["KVCache"]], Any] = no_decoder
+
+
+PLAIN = Operations()
+
+# --------------------------------------------------------------------------- the modules
+
+
+class RMSNorm(nn.Module):
+    """Each vector scaled to a root mean square of 1, then by a learned weight: see `rms_norm`."""
+
+    ops = PLAIN
+
+    def __init__(self, dim: int, eps: float = 1e-6):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.ops.rms_norm(x, self.weight, self.eps)
+
+
 class Linear(nn.Linear):
-    """A matrix product without a bias. For one token, in `generate`, it is bound by reading the weight."""
+    """A matrix product without a bias."""
+
+    ops = PLAIN
 
     def __init__(self, in_features: int, out_features: int):
         super().__init__(in_features, out_features, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.numel() == self.in_features and torch.is_inference_mode_enabled() and x.dtype == self.weight.dtype and (
-                self.in_features % 2 == 0 and kernels.suits(x, self.weight) and self.weight.is_contiguous()):
-            return kernels.times(self.weight, x)
-        return F.linear(x, self.weight)
+        return self.ops.linear(x, self.weight)
 
 
 class KVCache:
@@ -102,6 +140,8 @@ def take(x: Tensor, at: Tensor) -> Tensor:
 class Attention(nn.Module):
     """Grouped-query attention (Ainslie et al. 2023, arXiv 2305.13245) with rotary positions, no biases."""
 
+    ops = PLAIN
+
     def __init__(self, config: LlamaConfig):
         super().__init__()
         self.config = config
@@ -120,11 +160,11 @@ class Attention(nn.Module):
         only: with padding on the right, no real token of a causal model ever sees any."""
         batch, length, _ = x.shape
         heads = (batch, length, -1, self.config.head_dim)
-        key = rotate(self.wk(x).view(heads), table).transpose(1, 2)
+        key = self.ops.rotate(self.wk(x).view(heads), table).transpose(1, 2)
         value = self.wv(x).view(heads).transpose(1, 2)
         if at is not None:
             x, table, length = take(x, at), table[at][:, None], 1
-        query = rotate(self.wq(x).view(batch, length, -1, self.config.head_dim), table).transpose(1, 2)
+        query = self.ops.rotate(self.wq(x).view(batch, length, -1, self.config.head_dim), table).transpose(1, 2)
         if cache is not None:
             key, value = cache.add(start, key, value)
         causal = self.config.attention == "causal" and length > 1  # one token may look at all that came before it
@@ -138,6 +178,8 @@ class Attention(nn.Module):
 class FeedForward(nn.Module):
     """SwiGLU: w2(silu(w1 x) * w3 x) (Shazeer 2020, arXiv 2002.05202, eq. 6, without biases)."""
 
+    ops = PLAIN
+
     def __init__(self, config: LlamaConfig):
         super().__init__()
         self.w1 = Linear(config.dim, config.hidden_dim)
@@ -146,10 +188,7 @@ class FeedForward(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.w1(x), self.w3(x)
-        suits = kernels.suits(gate, up) and gate.dtype == up.dtype
-        inner = kernels.SwiGLU.apply(gate, up) if suits else F.silu(gate) * up
-        return self.dropout(self.w2(inner))
+        return self.dropout(self.w2(self.ops.swiglu(self.w1(x), self.w3(x))))
 
 
 class LlamaLayer(nn.Module):
@@ -177,6 +216,8 @@ class Llama(nn.Module):
     scaled by 1 / sqrt(2 * n_layers) (Radford et al. 2019, section 2.3).
     """
 
+    ops = PLAIN
+
     def __init__(self, config: LlamaConfig):
         super().__init__()
         self.config = config
@@ -202,11 +243,11 @@ class Llama(nn.Module):
         `lengths` (B,), the number of real tokens, matters to bidirectional attention only (None: all are real).
         With `caches`, the tokens stand at positions start, start + 1, ... (where start > 0, one token alone). With
         `at` (B,), only the states at these positions are wanted, (B, 1, D): the last layer computes keys and values
-        for all tokens and the rest, nine tenths of its work, for those alone. Raises ValueError beyond max_seq_len.
+        for all tokens and the rest, nine tenths of its work, for those alone. Raises InputError beyond max_seq_len.
         """
         end = start + tokens.shape[1]
         if end > self.config.max_seq_len:
-            raise ValueError(f"{end} tokens do not fit into the model's context of {self.config.max_seq_len}; "
+            raise InputError(f"{end} tokens do not fit into the model's context of {self.config.max_seq_len}; "
                              "cut them with --max_sentence_len")
         if start and tokens.shape[1] > 1:
             raise ValueError("behind the first window of a cache there is one token at a time")
@@ -255,12 +296,13 @@ class Llama(nn.Module):
                 # At the start, and at each step beyond the context, where every token's position has changed.
                 window = idx[:, -context:]
                 length = min(context, window.shape[1] + max_new_tokens)
-                precision = self.layers[0].attention.wk(self.tok_embeddings(idx[:, :0])).dtype  # autocast's, if on
+                project = self.layers[0].get_submodule("attention.wk")
+                precision = project(self.tok_embeddings(idx[:, :0])).dtype  # autocast's, if on
                 caches = [KVCache(len(idx), length, self.config, precision, idx.device) for _ in self.layers]
                 plain = {LlamaLayer, Attention, FeedForward, RMSNorm, Linear, nn.Dropout, nn.ModuleList}
-                suits = len(idx) == 1 and idx.shape[1] < context and kernels.Decoder.suits(self, caches) and (
+                decodes = len(idx) == 1 and idx.shape[1] < context and (
                     {type(module) for module in self.layers.modules()} <= plain)  # no adapters
-                decoder = kernels.Decoder(self, caches) if suits else None
+                decoder = self.ops.decoder(self, caches) if decodes else None
                 seen = 0
             else:
                 window = idx[:, seen:]
@@ -272,7 +314,7 @@ class Llama(nn.Module):
             seen += window.shape[1]
             logits = self.output(last)
             if not torch.isfinite(logits).all():
-                raise ValueError("the model's output is not finite: the weights hold numbers that are not, or that are "
+                raise InputError("the model's output is not finite: the weights hold numbers that are not, or that are "
                                  "far too large; fetch or copy the file again")
             if temperature == 0:
                 following = logits.argmax(-1, keepdim=True)
@@ -282,7 +324,27 @@ class Llama(nn.Module):
         return idx
 
 
-def load_pretrained(path) -> Llama:
-    """A Llama with the weights of a file or folder: `checkpoint.load_pretrained`, under the name by which people's
-    tests import it. The import is by name because reading files belongs one floor above this room."""
-    return import_module("checkpoint").load_pretrained(path)
+def load_pretrained(path: str | Path | Weights, n_layers: int | None = None, dropout: float = 0.0,
+                    attention: str = "causal") -> Llama:
+    """A Llama in float32, in evaluation mode, with the weights of a file or folder of any format.
+
+    `n_layers`: the first K layers of the stack only (the others are not read). Raises FileNotFoundError, or
+    InputError for a file that is damaged, of another architecture, or that holds other shapes than it says.
+    """
+    weights = path if isinstance(path, Weights) else read_weights(path)
+    check_n_layers(weights, n_layers)
+    config = replace(weights.config, n_layers=n_layers or weights.config.n_layers, dropout=dropout, attention=attention)
+    with torch.device("meta"):
+        model = Llama(config)
+    for name, parameter in model.named_parameters():
+        if weights.shapes.get(name) != tuple(parameter.shape):
+            raise InputError(f"{weights.path}: {name} has the shape {weights.shapes.get(name)}, the model it describes "
+                             f"wants {tuple(parameter.shape)}")
+    names = [name for name, _ in model.named_parameters()]
+    with ThreadPoolExecutor(min(4, torch.get_num_threads())) as pool:
+        state = dict(zip(names, pool.map(lambda name: weights.readers[name]().contiguous(), names), strict=True))
+    model.load_state_dict(state, assign=True, strict=False)
+    if config.tie_embeddings:
+        model.output.weight = model.tok_embeddings.weight
+    model.requires_grad_(True)
+    return model.eval()

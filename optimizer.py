@@ -1,291 +1,15 @@
-"""What turns gradients into weights: learning-rate schedules, parameter groups, and optimizers, all from scratch.
-
-A schedule is a pure function of the optimizer step, so a resumed run has the rate that it would have had.
-"""
+"""What turns gradients into weights: parameter groups and optimizers, all from scratch."""
 
 import ctypes
-import inspect
-import itertools
-import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-import kernels
-
-# --------------------------------------------------------------------------- learning-rate schedules
-#
-# Each is a function of t = 0, 1, 2, ..., n: optimizer steps since the warmup, of n that remain. The value is a factor
-# on the base rate; t = 0 is what the first update uses. A decay to `min_lr_ratio` (r) is there at t = n, just behind
-# the last update, so that no update is spent at a rate of 0. Where "u" stands, it is the number of optimizer steps in
-# one unit of `step_size`, `milestones`, `gamma` and `decay_rate`: 1, or an epoch's steps with schedule_every="epoch".
-
-
-def constant(t: int, n: int) -> float:
-    """1"""
-    return 1.0
-
-
-def linear(t: int, n: int, *, min_lr_ratio: float = 0.0) -> float:
-    """1 - (1 - r) t/n"""
-    return 1.0 - (1.0 - min_lr_ratio) * t / n
-
-
-def cosine(t: int, n: int, *, min_lr_ratio: float = 1e-3) -> float:
-    """r + (1 - r) (1 + cos(pi t/n)) / 2
-
-    Loshchilov and Hutter 2017 (SGDR, arXiv 1608.03983), equation 5, one cycle.
-    """
-    return between(1.0, min_lr_ratio, t / n)
-
-
-def cosine_restarts(t: int, n: int, *, cycles: int = 1, cycle_mult: float = 1.0, cycle_decay: float = 1.0,
-                    min_lr_ratio: float = 1e-3) -> float:
-    """r + (peak_k - r) (1 + cos(pi t_k/n_k)) / 2 in cycle k = 0 .. N-1, peak_k = max(r, decay^k), n_k ~ mult^k
-
-    Loshchilov and Hutter 2017 (SGDR, arXiv 1608.03983), equation 5. The lengths n_k share the n steps in the
-    proportions mult^k; cycle k begins at a whole step, the nearest one, so that a restart is always at its peak.
-    """
-    # Shares relative to the last cycle: mult ** k itself may overflow.
-    shares = [cycle_mult ** -(cycles - 1 - k) for k in range(cycles)]
-    starts = [round(n * s / sum(shares)) for s in itertools.accumulate(shares, initial=0.0)]
-    k = max(k for k in range(cycles) if starts[k] <= t)
-    return between(max(min_lr_ratio, cycle_decay**k), min_lr_ratio, (t - starts[k]) / max(1, starts[k + 1] - starts[k]))
-
-
-def linear_cosine(t: int, n: int, *, min_lr_ratio: float = 1e-3) -> float:
-    """(a + 1 - t/n) (1 + cos(2 pi c t/n)) / 2 + b with a = 0, c = 1/2 periods and b = r: it begins at 1 + r
-
-    Bello et al. 2017 (Neural optimizer search, arXiv 1709.07417) with TensorFlow's defaults
-    (tf.compat.v1.train.linear_cosine_decay: alpha 0, num_periods 0.5, beta 0.001).
-    """
-    return (1.0 - t / n) * between(1.0, 0.0, t / n) + min_lr_ratio
-
-
-def step(t: int, n: int, *, step_size: int, gamma: float = 0.1, unit: int = 1) -> float:
-    """gamma^floor(t / (u step_size))"""
-    return gamma ** (t // (unit * step_size))
-
-
-def multistep(t: int, n: int, *, milestones: Sequence[int], gamma: float = 0.1, unit: int = 1) -> float:
-    """gamma^(number of milestones <= t/u)"""
-    return gamma ** sum(t >= milestone * unit for milestone in milestones)
-
-
-def exponential(t: int, n: int, *, gamma: float, unit: int = 1) -> float:
-    """gamma^(t/u)"""
-    return gamma ** (t / unit)
-
-
-def natural_exp(t: int, n: int, *, decay_rate: float, unit: int = 1) -> float:
-    """exp(-k t/u), k = decay_rate (tf.compat.v1.train.natural_exp_decay)"""
-    return math.exp(-decay_rate * t / unit)
-
-
-def inverse_time(t: int, n: int, *, decay_rate: float, unit: int = 1) -> float:
-    """1 / (1 + k t/u), k = decay_rate (tf.keras.optimizers.schedules.InverseTimeDecay)"""
-    return 1.0 / (1.0 + decay_rate * t / unit)
-
-
-def polynomial(t: int, n: int, *, power: float = 1.0, min_lr_ratio: float = 0.0) -> float:
-    """r + (1 - r) (1 - t/n)^power"""
-    return min_lr_ratio + (1.0 - min_lr_ratio) * (1.0 - t / n) ** power
-
-
-def inverse_sqrt(t: int, n: int, *, timescale: int = 10_000) -> float:
-    """sqrt(s / (s + t)), s = warmup_steps, or 10000 without a warmup
-
-    Vaswani et al. 2017 (arXiv 1706.03762), equation 3; the 10000 is transformers' get_inverse_sqrt_schedule's.
-    """
-    return math.sqrt(timescale / (timescale + t))
-
-
-def cyclic(t: int, n: int, *, cycles: int = 1, cyclic_mode: str = "triangular", min_lr_ratio: float = 0.1) -> float:
-    """r + (1 - r) h (1 - |2 frac(t N/n) - 1|), N cycles; h = 1, or 2^-floor(t N/n) for triangular2
-
-    Smith 2017 (arXiv 1506.01186), section 3: up for half a cycle and down for the other; it begins at r.
-    """
-    cycle, place = divmod(t * cycles / n, 1.0)
-    height = 1.0 if cyclic_mode == "triangular" else 0.5**cycle
-    return min_lr_ratio + (1.0 - min_lr_ratio) * height * (1.0 - abs(2.0 * place - 1.0))
-
-
-def one_cycle(t: int, n: int, *, pct_start: float = 0.3) -> float:
-    """half a cosine from 1/25 up to 1 at t = pct_start n - 1, then half a cosine down to 1/250000 at t = n - 1
-
-    Smith and Topin 2018 (arXiv 1708.07120), as torch.optim.lr_scheduler.OneCycleLR has it with div_factor 25 and
-    final_div_factor 1e4. The one decay that ends at the last update, and not behind it.
-    """
-    first, peak, last, low = 1 / 25, pct_start * n - 1, n - 1, 1 / 25 / 1e4
-    if t <= peak:
-        return between(first, 1.0, t / peak if peak else 1.0)
-    return between(1.0, low, min(1.0, (t - peak) / (last - peak)))
-
-
-def wsd(t: int, n: int, *, decay_fraction: float = 0.2, min_lr_ratio: float = 0.0) -> float:
-    """1, then over the last d = decay_fraction n steps r + (1 - r) (n - t)/d
-
-    Warmup, stable, decay: Hu et al. 2024 (MiniCPM, arXiv 2404.06395); the linear decay is that of
-    Haegele et al. 2024 (arXiv 2405.18392).
-    """
-    return min_lr_ratio + (1.0 - min_lr_ratio) * min(1.0, (n - t) / (decay_fraction * n))
-
-
-def plateau(history: Sequence[float], *, gamma: float = 0.5, patience: int = 3, plateau_mode: str = "max",
-            min_lr_ratio: float = 0.0) -> float:
-    """max(r, gamma^k), k = how often `history` went more than `patience` values without a new best
-
-    A function of the dev metric's values so far, oldest first, and of nothing else. Counted as
-    torch.optim.lr_scheduler.ReduceLROnPlateau does with threshold 0: the count begins anew after each cut.
-    """
-    best, bad, cuts = -math.inf, 0, 0
-    for value in history:
-        value = value if plateau_mode == "max" else -value
-        best, bad = (value, 0) if value > best else (best, bad + 1)
-        if bad > patience:
-            cuts, bad = cuts + 1, 0
-    return max(min_lr_ratio, gamma**cuts)
-
-
-def between(start: float, end: float, progress: float) -> float:
-    """Half a cosine from `start` at progress 0 to `end` at progress 1."""
-    return end + (start - end) * (1.0 + math.cos(math.pi * progress)) / 2.0
-
-
-SCHEDULES: dict[str, Callable[..., float]] = {f.__name__: f for f in (
-    constant, linear, cosine, cosine_restarts, linear_cosine, step, multistep, exponential, natural_exp, inverse_time,
-    polynomial, inverse_sqrt, cyclic, one_cycle, wsd, plateau)}
-
-# What `make_schedule` works out itself; every other argument of a schedule is an option of that name.
-_DERIVED = ("t", "n", "unit", "timescale", "history")
-
-SCHEDULE_OPTIONS: dict[str, tuple[str, ...]] = {
-    name: tuple(p for p in inspect.signature(f).parameters if p not in _DERIVED) for name, f in SCHEDULES.items()}
-
-
-def _whole(value: Any, least: int) -> bool:
-    return isinstance(value, int) and value >= least
-
-
-_CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "min_lr_ratio": (lambda v: 0 <= v <= 1, "between 0 and 1"),
-    "cycles": (lambda v: _whole(v, 1), "a whole number from 1"),
-    "cycle_mult": (lambda v: 1 <= v < math.inf, "1 or more"),
-    "cycle_decay": (lambda v: 0 < v <= 1, "above 0 and at most 1"),
-    "step_size": (lambda v: _whole(v, 1), "a whole number from 1"),
-    "milestones": (lambda v: all(_whole(m, 1) for m in v) and all(a < b for a, b in itertools.pairwise(v)),
-                   "whole numbers from 1, each larger than the one before"),
-    "gamma": (lambda v: 0 < v <= 1, "above 0 and at most 1"),
-    "decay_rate": (lambda v: 0 < v < math.inf, "above 0"),
-    "power": (lambda v: 0 < v < math.inf, "above 0"),
-    "decay_fraction": (lambda v: 0 < v <= 1, "above 0 and at most 1"),
-    "cyclic_mode": (lambda v: v in ("triangular", "triangular2"), "triangular or triangular2"),
-    "pct_start": (lambda v: 0 < v < 1, "between 0 and 1"),
-    "patience": (lambda v: _whole(v, 0), "a whole number from 0"),
-    "plateau_mode": (lambda v: v in ("max", "min"), "max or min"),
-}
-
-
-def make_schedule(name: str, *, total_steps: int, steps_an_epoch: int = 1, warmup_steps: int = 0,
-                  warmup_kind: str = "linear", warmup_start: float = 0.0, schedule_every: str = "step",
-                  **options: Any) -> Callable[..., float]:
-    """The schedule `name` with a warmup in front: factor(i) or factor(i, history), on the base rate, for step i.
-
-        i < W, linear:    start + (f(0) - start) (i + 1) / W      i < W, constant:    start
-        i >= W:           f(t) of n steps, t = i - W and n = total - W
-
-    W is `warmup_steps`, start is `warmup_start`, and f is the schedule; f(0), where the last step of a linear warmup
-    arrives, is 1 for all but cyclic and one_cycle, which begin low, and linear_cosine, which begins at 1 + r. The
-    step that would have the rate 0 is left out. A step beyond the run has the last value, f(n).
-
-    schedule_every="epoch" makes a staircase: f has the value of the epoch's first step, and `step_size`, `milestones`,
-    and the unit of `gamma` and `decay_rate` are epochs; they are optimizer steps otherwise. The schedule's epoch 0 is
-    then the one in which the warmup ends: with E = `steps_an_epoch` and B = E floor(W / E), t = E floor(i / E) - B
-    and n = total - B. The warmup itself goes by steps.
-
-    `options` are those of SCHEDULE_OPTIONS; None or () leaves the schedule's default, and what it has no use for is
-    checked and ignored. `history` is the dev metric's values so far, which plateau wants and no other.
-
-    Raises ValueError, naming the option, for a value out of range and for one that is missing.
-    """
-    function = SCHEDULES.get(name)
-    if function is None:
-        raise ValueError(f"--scheduler {name} is none of {', '.join(SCHEDULES)}")
-    _check_steps(total_steps, steps_an_epoch, warmup_steps, warmup_kind, warmup_start, schedule_every)
-    given = {key: value for key, value in options.items() if value not in (None, (), [])}
-    for key, value in given.items():
-        if key not in _CHECKS:
-            raise ValueError(f"no schedule has an option {key}")
-        holds, wanted = _CHECKS[key]
-        if not holds(value):
-            raise ValueError(f"--{key} {value} must be {wanted}")
-    used = {key: given[key] for key in SCHEDULE_OPTIONS[name] if key in given}
-    parameters = inspect.signature(function).parameters
-    for key in SCHEDULE_OPTIONS[name]:
-        if key not in used and parameters[key].default is inspect.Parameter.empty:
-            raise ValueError(f"--scheduler {name} needs --{key}")
-    by_epoch = schedule_every == "epoch"
-    if "unit" in parameters and by_epoch:
-        used["unit"] = steps_an_epoch
-    if "timescale" in parameters and warmup_steps:
-        used["timescale"] = warmup_steps
-    begin = warmup_steps // steps_an_epoch * steps_an_epoch if by_epoch else warmup_steps
-    n = max(1, total_steps - begin)
-
-    def behind_warmup(i: int, history: Sequence[float]) -> float:
-        if function is plateau:
-            return plateau(history, **used)
-        at = i // steps_an_epoch * steps_an_epoch if by_epoch else i
-        return function(min(max(0, at - begin), n), n, **used)
-
-    def factor(i: int, history: Sequence[float] = ()) -> float:
-        if i >= warmup_steps:
-            return behind_warmup(i, history)
-        if warmup_kind == "constant":
-            return warmup_start
-        top = behind_warmup(begin, history)
-        return warmup_start + (top - warmup_start) * ((i + 1) / warmup_steps)
-
-    return factor
-
-
-def _check_steps(total_steps: int, steps_an_epoch: int, warmup_steps: int, warmup_kind: str, warmup_start: float,
-                 schedule_every: str) -> None:
-    if total_steps < 1 or steps_an_epoch < 1:
-        raise ValueError(f"a run of {total_steps} steps, {steps_an_epoch} an epoch, has no schedule")
-    if warmup_steps < 0:
-        raise ValueError(f"--warmup_steps {warmup_steps} must be 0 or more")
-    if warmup_steps > total_steps:
-        raise ValueError(f"--warmup_steps {warmup_steps} is beyond the run's {total_steps} steps")
-    if warmup_kind not in ("linear", "constant"):
-        raise ValueError(f"--warmup_kind {warmup_kind} must be linear or constant")
-    if not 0 <= warmup_start <= 1:
-        raise ValueError(f"--warmup_start {warmup_start} must be between 0 and 1")
-    if warmup_steps and warmup_kind == "constant" and warmup_start == 0:
-        raise ValueError("--warmup_kind constant needs a --warmup_start above 0, or nothing is learned in it")
-    if schedule_every not in ("step", "epoch"):
-        raise ValueError(f"--schedule_every {schedule_every} must be step or epoch")
-
-
-def lr_scale(kind: str, effective_batch: int, base_batch: int) -> float:
-    """The factor on the learning rate for a batch of B = `effective_batch` where it was tuned at `base_batch`.
-
-    "linear": B / base (Goyal et al. 2017, arXiv 1706.02677, section 2.1); "sqrt": sqrt(B / base), which keeps the
-    variance of an update (Krizhevsky 2014, arXiv 1404.5997). Raises ValueError for another kind or a batch
-    below 1.
-    """
-    if effective_batch < 1 or base_batch < 1:
-        raise ValueError(f"batches of {effective_batch} and {base_batch} sentences must be 1 or more")
-    if kind == "linear":
-        return effective_batch / base_batch
-    if kind == "sqrt":
-        return math.sqrt(effective_batch / base_batch)
-    raise ValueError(f"the learning rate scales linear or sqrt with the batch, not {kind}")
-
+import fused
 
 # --------------------------------------------------------------------------- parameter groups
 
@@ -345,7 +69,7 @@ def _place(name: str, n_layers: int) -> tuple[str, int]:
 # --------------------------------------------------------------------------- optimizers
 
 
-def _loss(closure: Callable[[], Tensor] | None) -> Tensor | None:
+def _loss(closure: Callable[[], Any] | None) -> Any:
     """What a step returns: the closure's loss, with its gradients computed."""
     if closure is None:
         return None
@@ -363,13 +87,13 @@ def _check_betas(betas: tuple[float, float]) -> None:
         raise ValueError(f"betas {betas} must be at least 0 and below 1")
 
 
-def _with_gradient(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> Iterator[nn.Parameter]:
-    """The group's parameters that have a gradient."""
+def _with_gradient(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> Iterator[tuple[nn.Parameter, Tensor]]:
+    """The group's parameters that have a gradient, and it."""
     for p in group["params"]:
         if p.grad is not None:
             if p.grad.is_sparse:
                 raise ValueError(f"{type(optimizer).__name__} wants dense gradients")
-            yield p
+            yield p, p.grad
 
 
 class _Moments(NamedTuple):
@@ -403,8 +127,9 @@ class AdamW(torch.optim.Optimizer):
     The decay comes after the update and is scaled by lr alone. `correct_bias=False` leaves out the two factors
     1 - b^t. Raises ValueError for a value out of range.
 
-    After `kernels.switch(True)`, float32 on the CPU is updated by ten lines of C (`kernels.c`), in one pass over memory
-    where PyTorch makes seven; everything else by `eager_adamw`. The two agree to rounding.
+    With `fused=True`, float32 on the CPU is updated by ten lines of C (`fused.c`), in one pass over memory where
+    PyTorch makes seven; everything else, and all of it without a C compiler, by `eager_adamw`. The two agree to
+    rounding, and a state does not say which it was: it can be loaded for either.
 
     A sparse gradient, an embedding's, is the dense one of mostly zeros: rows that had a gradient at an earlier step
     move on with their moments. Only those that never had one are passed over, which without weight decay is exact.
@@ -418,34 +143,42 @@ class AdamW(torch.optim.Optimizer):
         eps: float = 1e-6,
         weight_decay: float = 0.0,
         correct_bias: bool = True,
+        *,
+        fused: bool = False,
     ):
         _check_not_negative(lr=lr, eps=eps, weight_decay=weight_decay)
         _check_betas(betas)
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay,
                                   "correct_bias": correct_bias})
+        self.is_fused = fused
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy keeps: PyTorch's has the defaults, the groups and the state only."""
+        return {**super().__getstate__(), "is_fused": self.is_fused}
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update of every parameter that has a gradient."""
         loss = _loss(closure)
+        library = fused.library() if self.is_fused else None
         calls = []
         for group in self.param_groups:
             eager = []
             for p in group["params"]:
                 if p.grad is None:
                     continue
-                moments = self._count(p, group)
-                if _suits_native(moments):
+                moments = self._count(p, p.grad, group)
+                if library and _fits_fused(moments):
                     calls.append((moments, group))
                 else:
                     eager.append(moments._replace(g=moments.g.to_dense()))
             eager_adamw(eager, group)
-        if calls:
-            _run_native(kernels.library(), calls)
+        if library and calls:
+            _run_fused(library, calls)
         return loss
 
-    def _count(self, p: nn.Parameter, group: dict[str, Any]) -> _Moments:
-        """Count one step of p, whose state begins at zero, and work out its step size."""
+    def _count(self, p: nn.Parameter, g: Tensor, group: dict[str, Any]) -> _Moments:
+        """Count one step of p with the gradient g; its state begins at zero. Works out its step size."""
         state = self.state[p]
         if not state:
             state.update(step=0, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
@@ -454,7 +187,6 @@ class AdamW(torch.optim.Optimizer):
         if group["correct_bias"]:
             beta1, beta2 = group["betas"]
             step_size *= (1 - beta2 ** state["step"]) ** 0.5 / (1 - beta1 ** state["step"])
-        g = p.grad
         if g.is_sparse and group["weight_decay"]:
             g = g.to_dense()  # every row decays
         elif g.is_sparse:
@@ -488,14 +220,14 @@ def eager_adamw(moments: list[_Moments], group: dict[str, Any]) -> None:
             torch._foreach_mul_(p, 1 - group["lr"] * group["weight_decay"])
 
 
-def _suits_native(moments: _Moments) -> bool:
-    """Is C switched on, and all of it float32 on the CPU without holes?"""
+def _fits_fused(moments: _Moments) -> bool:
+    """Is all of it float32 on the CPU without holes?"""
     g = moments.g._values() if moments.g.is_sparse else moments.g
     tensors = (moments.p, g, moments.m, moments.v)
-    return kernels.suits(*tensors) and all(t.dtype == torch.float32 and t.is_contiguous() for t in tensors)
+    return fused.supports(*tensors) and all(t.dtype == torch.float32 and t.is_contiguous() for t in tensors)
 
 
-def _run_native(library: ctypes.CDLL, calls: list[tuple[_Moments, dict[str, Any]]]) -> None:
+def _run_fused(library: ctypes.CDLL, calls: list[tuple[_Moments, dict[str, Any]]]) -> None:
     """Each of PyTorch's number of threads does its equal part of every tensor; C runs outside Python's lock."""
     threads = torch.get_num_threads()
     rows = {id(moments): _rows(moments) for moments, _ in calls if moments.g.is_sparse}
@@ -530,10 +262,11 @@ def _run_native(library: ctypes.CDLL, calls: list[tuple[_Moments, dict[str, Any]
 def _rows(moments: _Moments) -> tuple[Tensor, Tensor, Tensor]:
     """The rows that have had a gradient at any step (N,), where in the present gradient each is, or -1 (N,), and a row
     of zeros. All other rows have moments of 0, and without decay they stay as they are."""
-    touched = moments.g._indices()[0]
-    places = torch.full((len(moments.active),), -1)
+    touched, active = moments.g._indices()[0], moments.active
+    assert active is not None  # which a sparse gradient has
+    places = torch.full((len(active),), -1)
     places[touched] = torch.arange(len(touched))
-    rows = moments.active.nonzero()[:, 0]
+    rows = active.nonzero()[:, 0]
     return rows, places[rows], moments.p.new_zeros(moments.p.shape[-1])
 
 
@@ -556,12 +289,11 @@ class SGD(torch.optim.Optimizer):
                                   "decoupled": decoupled})
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update of every parameter that has a gradient."""
         loss = _loss(closure)
         for group in self.param_groups:
-            for p in _with_gradient(self, group):
-                update = p.grad
+            for p, update in _with_gradient(self, group):
                 if group["weight_decay"] and not group["decoupled"]:
                     update = update.add(p, alpha=group["weight_decay"])
                 if group["momentum"]:
@@ -598,18 +330,18 @@ class Lion(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update of every parameter that has a gradient."""
         loss = _loss(closure)
         for group in self.param_groups:
             beta1, beta2 = group["betas"]
-            for p in _with_gradient(self, group):
+            for p, gradient in _with_gradient(self, group):
                 state = self.state[p]
                 if not state:
                     state["exp_avg"] = torch.zeros_like(p)
-                update = state["exp_avg"].lerp(p.grad, 1 - beta1).sign_()
+                update = state["exp_avg"].lerp(gradient, 1 - beta1).sign_()
                 p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update, alpha=group["lr"])
-                state["exp_avg"].lerp_(p.grad, 1 - beta2)
+                state["exp_avg"].lerp_(gradient, 1 - beta2)
         return loss
 
 
@@ -636,25 +368,24 @@ class Adafactor(torch.optim.Optimizer):
                                   "weight_decay": weight_decay, "scale_parameter": scale_parameter})
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update of every parameter that has a gradient."""
         loss = _loss(closure)
         for group in self.param_groups:
-            for p in _with_gradient(self, group):
-                update = p.grad * self._inverse_root(p, group)
+            for p, gradient in _with_gradient(self, group):
+                update = gradient * self._inverse_root(p, gradient, group)
                 update /= (_rms(update) / group["clip_threshold"]).clamp_(min=1)
+                scale: Tensor | float = 1.0
                 if group["scale_parameter"]:
                     scale = _rms(p).clamp_(min=group["eps"][1])
                     update *= scale
-                else:
-                    scale = 1.0
                 p.mul_(1 - group["lr"] * group["weight_decay"] * scale).sub_(update, alpha=group["lr"])
         return loss
 
-    def _inverse_root(self, p: nn.Parameter, group: dict[str, Any]) -> Tensor:
+    def _inverse_root(self, p: nn.Parameter, gradient: Tensor, group: dict[str, Any]) -> Tensor:
         """1 / sqrt(v), which broadcasts to p's shape, after v has seen the gradient."""
         state = self.state[p]
-        squared = p.grad.square().add_(group["eps"][0])
+        squared = gradient.square().add_(group["eps"][0])
         if not state:
             state["step"] = 0
             if p.dim() > 1:
@@ -675,4 +406,5 @@ def _rms(x: Tensor) -> Tensor:
     return x.square().mean().sqrt()
 
 
-OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {"adamw": AdamW, "sgd": SGD, "lion": Lion, "adafactor": Adafactor}
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "adamw": AdamW, "sgd": SGD, "lion": Lion, "adafactor": Adafactor}

@@ -1,165 +1,18 @@
 """One small interface over three kinds of tokenizer: SentencePiece `.model`, `tokenizer.json`, and the one in a GGUF.
 
-The tokenizer of a GGUF lies in the file's header, so the header is read here, and `checkpoint.py` finds the
-tensors with the same function. The `gguf` package's own reader takes seconds for that header and believes the
-counts in it; this one walks it once and checks every count and size against the file before using it.
+The tokenizer of a GGUF stands in the file's header, see `formats/gguf.py`.
 """
 
 import json
-import mmap
 import shutil
-import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from config import is_out_of_memory
-
-# --------------------------------------------------------------------------- the header of a GGUF
-
-
-@dataclass(frozen=True)
-class GGUFTensor:
-    """Where a tensor lies. `shape` is in PyTorch's order (rows first); `start` and `nbytes` count from the file's
-    first byte; `kind` is a `gguf.GGMLQuantizationType` number."""
-
-    shape: tuple[int, ...]
-    kind: int
-    start: int
-    nbytes: int
-
-
-_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-_STRING, _ARRAY = 8, 9
-
-
-class _Walk:
-    """Reads little-endian values from a buffer, front to back, never beyond its end."""
-
-    def __init__(self, buffer: mmap.mmap, path: Path):
-        self.buffer, self.path, self.at, self.size = buffer, path, 0, len(buffer)
-
-    def fail(self, what: str) -> ValueError:
-        return ValueError(f"{self.path}: damaged or truncated GGUF: {what} (at byte {self.at} of {self.size}); "
-                          "fetch or copy the file again")
-
-    def need(self, nbytes: int, what: str) -> None:
-        if nbytes > self.size - self.at:
-            raise self.fail(f"{what} wants {nbytes} bytes, {self.size - self.at} are left")
-
-    def number(self, code: str, what: str) -> Any:
-        size = struct.calcsize("<" + code)
-        self.need(size, what)
-        (value,) = struct.unpack_from("<" + code, self.buffer, self.at)
-        self.at += size
-        return value
-
-    def string(self, what: str) -> str:
-        length = self.number("Q", what)
-        self.need(length, what)
-        raw = self.buffer[self.at : self.at + length]
-        self.at += length
-        return raw.decode("utf-8", errors="replace")
-
-    def value(self, kind: int, what: str) -> Any:
-        if kind in _SCALARS:
-            return self.number(_SCALARS[kind], what)
-        if kind == _STRING:
-            return self.string(what)
-        if kind != _ARRAY:
-            raise self.fail(f"{what} has the unknown type {kind}")
-        item, count = self.number("I", what), self.number("Q", what)
-        if item == _STRING:
-            self.need(8 * count, f"{what}, {count} strings,")
-            return [self.string(what) for _ in range(count)]
-        if item not in _SCALARS:  # arrays of arrays are allowed by the format and used by nobody
-            raise self.fail(f"{what} is an array of the type {item}")
-        self.need(count * struct.calcsize("<" + _SCALARS[item]), f"{what}, {count} items,")
-        code = f"<{count}{_SCALARS[item]}"
-        values = struct.unpack_from(code, self.buffer, self.at)
-        self.at += struct.calcsize(code)
-        return list(values)
-
-
-def read_gguf(path: str | Path) -> tuple[dict[str, Any], dict[str, GGUFTensor]]:
-    """The metadata and the tensors' places of a GGUF file, version 2 or 3 (github.com/ggml-org/ggml, docs/gguf.md).
-
-    Raises ValueError, naming the field, for a file whose counts, sizes, offsets or names cannot be.
-    """
-    path = Path(path)
-    status = path.stat()
-    return _read_gguf(path, status.st_mtime_ns, status.st_size)
-
-
-@lru_cache(maxsize=2)  # the tokenizer and the weights both want it, and it takes half a second
-def _read_gguf(path: Path, changed: int, size: int) -> tuple[dict[str, Any], dict[str, GGUFTensor]]:
-    with open(path, "rb") as file:
-        if file.read(4) != b"GGUF":
-            raise ValueError(f"{path}: not a GGUF file (it does not begin with the letters GGUF)")
-        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as buffer:
-            return _read_header(_Walk(buffer, path))
-
-
-def _read_header(walk: _Walk) -> tuple[dict[str, Any], dict[str, GGUFTensor]]:
-    walk.at = 4
-    version = walk.number("I", "the version")
-    if version not in (2, 3):
-        raise ValueError(f"{walk.path}: GGUF version {version}; versions 2 and 3 are read here")
-    n_tensors, n_pairs = walk.number("Q", "the tensor count"), walk.number("Q", "the metadata count")
-    # The smallest records: a pair is a name's length, a type and a byte; a tensor one dimension and a one-byte name.
-    walk.need(13 * n_pairs, f"metadata of {n_pairs} entries")
-    walk.need(32 * n_tensors, f"a list of {n_tensors} tensors")
-    metadata: dict[str, Any] = {}
-    for _ in range(n_pairs):
-        key = walk.string("a metadata key")
-        if key in metadata:
-            raise walk.fail(f"the key {key!r} stands there twice")
-        metadata[key] = walk.value(walk.number("I", key), key)
-    records: dict[str, tuple] = {}
-    for _ in range(n_tensors):
-        name = walk.string("a tensor's name")
-        if name in records:
-            raise walk.fail(f"the tensor {name!r} stands there twice")
-        n_dims = walk.number("I", name)
-        if not 1 <= n_dims <= 4:
-            raise walk.fail(f"{name} has {n_dims} dimensions, 1 to 4 are possible")
-        dims = [walk.number("Q", name) for _ in range(n_dims)]
-        records[name] = (tuple(reversed(dims)), walk.number("I", name), walk.number("Q", name))
-    alignment = metadata.get("general.alignment", 32)
-    if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
-        raise walk.fail(f"general.alignment is {alignment}, which is not a power of two")
-    data_start = -(-walk.at // alignment) * alignment
-    return metadata, _place_tensors(walk, records, data_start, alignment)
-
-
-def _place_tensors(walk: _Walk, records: dict[str, tuple], data_start: int, alignment: int) -> dict[str, GGUFTensor]:
-    from gguf.constants import GGML_QUANT_SIZES
-
-    block_sizes = {int(kind): sizes for kind, sizes in GGML_QUANT_SIZES.items()}
-    tensors = {}
-    for name, (shape, kind, offset) in records.items():
-        if kind not in block_sizes:
-            raise walk.fail(f"{name} has the unknown quantisation {kind}")
-        per_block, block_bytes = block_sizes[kind]
-        count = 1
-        for n in shape:
-            count *= n  # Python's integers do not overflow
-        if count == 0 or shape[-1] % per_block:
-            raise walk.fail(f"{name} has the shape {shape}, its rows are not a multiple of {per_block}")
-        nbytes = count // per_block * block_bytes
-        if offset % alignment or data_start + offset + nbytes > walk.size:
-            raise walk.fail(f"{name} lies at {offset} + {nbytes} bytes, the file has {walk.size - data_start} for data")
-        tensors[name] = GGUFTensor(shape, kind, data_start + offset, nbytes)
-    end = 0
-    for name, tensor in sorted(tensors.items(), key=lambda item: item[1].start):
-        if tensor.start < end:
-            raise walk.fail(f"{name} overlaps the tensor before it")
-        end = tensor.start + tensor.nbytes
-    return tensors
-
+from config import InputError, LlamaConfig, counted
+from formats.gguf import read_gguf
+from formats.memory import is_out_of_memory
 
 # --------------------------------------------------------------------------- the three kinds
 
@@ -174,7 +27,7 @@ _LLAMA3_SPLIT = (
 def _gguf_vocabulary(metadata: dict[str, Any], path: Path) -> list[str]:
     tokens = metadata.get("tokenizer.ggml.tokens")
     if not isinstance(tokens, list) or not tokens or not isinstance(tokens[0], str):  # a list has one type
-        raise ValueError(f"{path}: the GGUF has no tokenizer in it; name one with --tokenizer")
+        raise InputError(f"{path}: the GGUF has no tokenizer in it; name one with --tokenizer")
     return tokens
 
 
@@ -188,13 +41,13 @@ def _from_gguf_bpe(metadata: dict[str, Any], path: Path):
     kind = metadata.get("tokenizer.ggml.pre", "default")
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=kind != "llama-bpe")
     if kind == "smollm":
-        first = [pre_tokenizers.Digits(individual_digits=True)]
+        first: list[Any] = [pre_tokenizers.Digits(individual_digits=True)]
     elif kind == "llama-bpe":
         first = [pre_tokenizers.Split(Regex(_LLAMA3_SPLIT), "isolated")]
     elif kind in ("default", "gpt-2"):
         first = []
     else:
-        raise ValueError(f"{path}: its tokenizer splits words as {kind!r}; known here: smollm, llama-bpe, gpt-2. "
+        raise InputError(f"{path}: its tokenizer splits words as {kind!r}; known here: smollm, llama-bpe, gpt-2. "
                          "Name a tokenizer.json with --tokenizer")
     backend = Backend(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
     backend.pre_tokenizer = pre_tokenizers.Sequence([*first, byte_level])
@@ -233,19 +86,19 @@ def _from_gguf_spm(metadata: dict[str, Any], path: Path):
 
 @contextmanager
 def _faults_named(path: Path, what: str) -> Iterator[None]:
-    """Inside, whatever the `tokenizers` library stumbles over in a file becomes a ValueError that names it.
+    """Inside, whatever the `tokenizers` library stumbles over in a file becomes an InputError that names it.
 
     It raises a bare Exception for what it notices. A panic of its Rust code is a PanicException, which is none: it
     derives from BaseException. (Rust has then written its own lines on stderr.)
     """
     try:
         yield
-    except (ValueError, MemoryError):
+    except (InputError, MemoryError):
         raise
     except BaseException as error:
         if is_out_of_memory(error) or not (isinstance(error, Exception) or type(error).__name__ == "PanicException"):
             raise
-        raise ValueError(f"{path}: {what} ({str(error)[:200] or type(error).__name__}); fetch or copy the file again, "
+        raise InputError(f"{path}: {what} ({str(error)[:200] or type(error).__name__}); fetch or copy the file again, "
                          "or name another with --tokenizer") from None
 
 
@@ -253,7 +106,7 @@ MOST_GROWTH = 10_000  # how many times longer a normaliser may make a text; real
 
 
 def _check_growth(path: Path) -> None:
-    """Raises ValueError for a tokenizer.json whose normaliser (or decoder) lengthens texts without bound: of 60 steps
+    """Raises InputError for a tokenizer.json whose normaliser (or decoder) lengthens texts without bound: of 60 steps
     that each double every letter the library would never come back, and loading alone can run them. (The library's
     regular expressions have a limit of their own, beyond which they panic.)"""
 
@@ -279,9 +132,9 @@ def _check_growth(path: Path) -> None:
         parts = [file.get("normalizer"), file.get("decoder")] if isinstance(file, dict) else []
         too_long = any(growth(part) > MOST_GROWTH for part in parts)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not a tokenizer.json ({error})") from None
+        raise InputError(f"{path}: not a tokenizer.json ({error})") from None
     if too_long:
-        raise ValueError(f"{path}: its normaliser or decoder makes a text more than {MOST_GROWTH} times as long; no "
+        raise InputError(f"{path}: its normaliser or decoder makes a text more than {MOST_GROWTH} times as long; no "
                          "tokenizer does that: fetch or copy the file again, or name another with --tokenizer")
 
 
@@ -292,7 +145,7 @@ class Tokenizer:
     first two; None: `tokenizer.model` in this folder. `max_len` cuts a sentence after that many tokens, the
     begin and end tokens not counted. `add_bos`: what the model saw in front of its texts, as the file says it.
     Attributes: `n_words`, `bos_id`, `eos_id`, `pad_id`, `max_len`, `add_bos`.
-    Raises FileNotFoundError for a missing file and ValueError for one that is not a tokenizer.
+    Raises FileNotFoundError for a missing file and InputError for one that is not a tokenizer.
     """
 
     def __init__(self, max_len: int | None = None, tokenizer_model: str | Path | None = None):
@@ -303,7 +156,8 @@ class Tokenizer:
             raise FileNotFoundError(f"{path}: there is no tokenizer here; fetch the one of the stories models with "
                                     "`python data/prepare.py stories42M`, or name one with --tokenizer")
         self.path, self.max_len = path, max_len
-        self._backend = self._sentencepiece = None
+        self._backend: Any = None  # a tokenizers.Tokenizer, or
+        self._sentencepiece: Any = None  # a SentencePieceProcessor
         if path.suffix == ".json":
             self._load_json()
         elif path.suffix == ".gguf":
@@ -317,7 +171,7 @@ class Tokenizer:
         try:
             self._sentencepiece = SentencePieceProcessor(model_file=str(self.path))
         except (RuntimeError, OSError) as error:
-            raise ValueError(f"{self.path}: not a SentencePiece model ({error})") from None
+            raise InputError(f"{self.path}: not a SentencePiece model ({error})") from None
         self.n_words = self._sentencepiece.vocab_size()
         self.bos_id, self.eos_id = self._sentencepiece.bos_id(), self._sentencepiece.eos_id()
         self.pad_id = max(self._sentencepiece.piece_to_id("<0x00>"), 0)
@@ -349,16 +203,16 @@ class Tokenizer:
                 try:
                     found = json.loads(file.read_text(encoding="utf-8"))
                 except (ValueError, RecursionError) as error:
-                    raise ValueError(f"{file}: not a JSON object ({error})") from None
+                    raise InputError(f"{file}: not a JSON object ({error})") from None
                 if not isinstance(found, dict):
-                    raise ValueError(f"{file}: not a JSON object (found a {type(found).__name__})")
+                    raise InputError(f"{file}: not a JSON object (found a {type(found).__name__})")
                 for key in ("bos_token", "eos_token", "pad_token"):
                     token = found.get(key)
                     token = token.get("content") if isinstance(token, dict) else token
                     if not isinstance(token, str | None):
-                        raise ValueError(f"{file}: {key} is {found[key]!r:.60}, expected a text")
+                        raise InputError(f"{file}: {key} is {found[key]!r:.60}, expected a text")
                 if not isinstance(found.get("add_bos_token"), bool | None):
-                    raise ValueError(f"{file}: add_bos_token is {found['add_bos_token']!r:.60}, expected true or false")
+                    raise InputError(f"{file}: add_bos_token is {found['add_bos_token']!r:.60}, expected true or false")
                 settings.update(found)
         return settings
 
@@ -380,14 +234,14 @@ class Tokenizer:
         kind = metadata.get("tokenizer.ggml.model")
         makers = {"gpt2": _from_gguf_bpe, "llama": _from_gguf_spm}
         if kind not in makers:
-            raise ValueError(f"{self.path}: its tokenizer is of the kind {kind!r}; known here: gpt2 and llama. "
+            raise InputError(f"{self.path}: its tokenizer is of the kind {kind!r}; known here: gpt2 and llama. "
                              "Name another with --tokenizer")
         tokens = _gguf_vocabulary(metadata, self.path)
         kinds = metadata.get("tokenizer.ggml.token_type", [1] * len(tokens))
         numbers = [metadata.get(f"tokenizer.ggml.{name}_token_id", default)
                    for name, default in (("bos", -1), ("eos", -1), ("padding", 0), ("unknown", 0))]
         if not isinstance(kinds, list) or not all(type(i) is int and -1 <= i < len(tokens) for i in numbers):
-            raise ValueError(f"{self.path}: its tokenizer's token types are not a list, or a special token's number "
+            raise InputError(f"{self.path}: its tokenizer's token types are not a list, or a special token's number "
                              f"is not among its {len(tokens)} tokens: {numbers}")
         with _faults_named(self.path, "its tokenizer cannot be built"):  # merges that are not text, too few scores, ...
             self._backend = makers[kind](metadata, self.path)
@@ -439,3 +293,11 @@ class Tokenizer:
         settings = {n: self._backend.id_to_token(i) for n, i in names.items() if i >= 0}
         settings["add_bos_token"] = bool(self.add_bos)
         (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=1), encoding="utf-8")
+
+
+def check_vocabulary(tokenizer: Tokenizer, config: LlamaConfig) -> None:
+    """Raises InputError for a tokenizer that knows more words than the embedding has rows, added ones included."""
+    if tokenizer.n_words > config.vocab_size:
+        raise InputError(f"{tokenizer.path}: the tokenizer numbers {counted(tokenizer.n_words, 'word')}, the model's "
+                         f"embedding has only {config.vocab_size} rows; they do not belong together (--tokenizer names "
+                         "another)")

@@ -1,6 +1,6 @@
 """Do the guards leave healthy runs alone, and do they notice and save those that diverge?
 
-    python benchmarks/bench_guards.py [--healthy 200] [--diverging 50] [--only healthy]
+    python -m benchmarks.bench_guards [--healthy 200] [--diverging 50] [--only healthy]
 
 Small random models (2 layers of 32 dimensions), data made here. A run is drawn from its number: its data (two classes
 that a word decides, with 0 to 20% of the labels flipped and up to 99 of 100 sentences in one class; five ordered ones
@@ -26,19 +26,15 @@ import json
 import math
 import random
 import shutil
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path = [str(ROOT), str(ROOT / "tests"), *(p for p in sys.path if Path(p or ".").resolve() != ROOT / "benchmarks")]
-import tiny  # noqa: E402
-
-import run_llama  # noqa: E402
-from benchmarks.measure import machine, write  # noqa: E402
+import run_llama
+from benchmarks.measure import machine, write
+from tests import tiny
 
 SCHEDULES = {
     "constant": [], "linear": [], "cosine": [], "cosine_restarts": ["--cycles", "3"], "linear_cosine": [],

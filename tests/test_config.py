@@ -2,15 +2,19 @@
 
 import ast
 import functools
-import inspect
+import io
 import re
 import subprocess
 import sys
+import types
+from contextlib import redirect_stdout
 
 import pytest
 from conftest import ROOT
 
 import config
+import schedule
+from training import run_folder
 
 
 def test_every_option_of_the_teaching_scripts_is_understood():
@@ -33,10 +37,10 @@ def test_the_defaults_are_the_teaching_scripts():
 @pytest.mark.parametrize("f", config.options(), ids=lambda f: f.name)
 def test_minus_and_underscore_are_interchangeable(f):
     check = f.metadata.get("check")
-    read = f.metadata.get("parse", float)
+    read = config.value_type(f)
     fitting = next((v for v in ("0.5", "1", "2", "10") if "float" in str(f.type) or "." not in v
                     if not check or check.holds(read(v))), "1")
-    value = [] if f.type is bool else [str(f.metadata.get("choices", [fitting])[0])]
+    value = [] if f.type is bool else [str((f.metadata.get("choices") or [fitting])[0])]
     finetune = ["--option", "finetune"]
     partners = {"plan": finetune, "seeds": finetune, "folds": finetune, "fold": [*finetune, "--folds", "2"],
                 "lr_min": ["--lr_max", "1"]}.get(f.name, [])  # what some options are refused without
@@ -104,9 +108,54 @@ def test_what_fits_together_is_accepted():
 
 
 def test_the_schedulers_are_those_that_there_are():
-    from optimizer import SCHEDULES
+    (scheduler,) = (f for f in config.options() if f.name == "scheduler")
+    assert scheduler.metadata["choices"] == tuple(schedule.SCHEDULES) == schedule.SCHEDULERS
 
-    assert config.SCHEDULERS == tuple(SCHEDULES)
+
+# What other programs call these options.
+OTHER_NAMES = {
+    "option": "mode task action command",
+    "dataset": "data dataset_name",
+    "train": "train_file train_data",
+    "dev": "dev_file valid validation validation_file eval_file",
+    "test": "test_file predict_file",
+    "label_names": "labels label_file",
+    "max_sentence_len": "max_len max_seq_len max_seq_length max_sentence_length",
+    "train_limit": "max_train_samples",
+    "pretrained_model_path": "model model_name model_path model_name_or_path pretrained_model checkpoint",
+    "tokenizer": "tokenizer_name tokenizer_path",
+    "n_layers": "layers num_layers num_hidden_layers",
+    "hidden_dropout_prob": "hidden_dropout classifier_dropout",
+    "dropout": "dropout_prob attention_dropout",
+    "epochs": "num_epochs n_epochs num_train_epochs max_epochs",
+    "batch_size": "bs train_batch_size per_device_train_batch_size",
+    "grad_accum": "gradient_accumulation gradient_accumulation_steps accumulation_steps accumulate_grad_batches",
+    "grad_checkpoint": "gradient_checkpointing",
+    "seed": "random_seed random_state",
+    "seeds": "n_seeds num_seeds",
+    "folds": "cv kfold k_folds n_folds num_folds",
+    "optimizer": "optim",
+    "lr": "learning_rate",
+    "layerwise_lr_decay": "llrd layer_decay",
+    "weight_decay": "wd",
+    "max_grad_norm": "grad_clip clip_grad_norm gradient_clip_val",
+    "scheduler": "schedule lr_scheduler lr_scheduler_type",
+    "warmup_ratio": "warmup warmup_proportion",
+    "label_smoothing": "label_smoothing_factor",
+    "ema": "ema_decay",
+    "monitor": "metric metric_for_best_model",
+    "patience": "early_stop early_stopping early_stopping_patience",
+    "eval_every": "eval_steps eval_interval",
+    "save_every": "save_steps save_interval",
+    "resume": "resume_from resume_from_checkpoint",
+    "use_gpu": "gpu cuda use_cuda",
+    "device": "cpu no_cuda use_cpu",
+    "dtype": "bf16 fp16 amp precision",
+    "output_dir": "output out_dir save_dir",
+    "overwrite": "overwrite_output_dir force",
+    "prefix": "prompt_text text",
+    "max_new_tokens": "max_tokens",
+}
 
 
 @pytest.mark.parametrize("argv, name", [
@@ -120,10 +169,15 @@ def test_what_other_programs_call_an_option_is_understood(argv, name, capsys):
     assert f"did you mean --{name}?" in capsys.readouterr().err
 
 
-def test_other_names_lead_to_options_and_hide_none():
+def test_other_names_lead_to_options_and_hide_none(capsys):
     known = {f.name for f in config.options()}
     assert set(config.MEANT.values()) <= known and not config.MEANT.keys() & (known | config.ALIASES.keys())
-    assert len(config.MEANT) == sum(len(names.split()) for names in config.OTHER_NAMES.values()), "a name twice"
+    assert len(config.MEANT) == sum(len(f.metadata["also"].split()) for f in config.options()), "a name twice"
+    for name, others in OTHER_NAMES.items():
+        for other in others.split():
+            with pytest.raises(SystemExit):
+                config.parse_args([f"--{other}"])
+            assert f"did you mean --{name}?" in capsys.readouterr().err
 
 
 def test_one_is_no_plural():
@@ -142,34 +196,66 @@ def test_messages_say_is_not_where_a_translation_would_say_is_no():
     assert not said
 
 
-def option_of(keyword):
-    """The option of the command line that gives a schedule its keyword."""
-    return {"patience": "plateau_patience", "plateau_mode": "monitor"}.get(keyword, keyword)
+def schedules_and_options():
+    return [(name, option) for name, one in schedule.SCHEDULES.items() for option in one.options]
 
 
-def schedule_keywords():
-    from optimizer import SCHEDULE_OPTIONS
-
-    return [(name, keyword) for name, keywords in SCHEDULE_OPTIONS.items() for keyword in keywords]
-
-
-def test_every_list_has_every_option_of_the_schedules():
-    """A schedule's signature is where its options are; what else must know them: the options of the command line, the
-    checks, what run_llama passes on (and names when it has no effect), and the table in README.md."""
-    import optimizer
-    import run_llama
-
-    keywords = {keyword for _, keyword in schedule_keywords()}
-    assert set(run_llama.schedule_options(config.RunConfig())) == keywords
-    assert set(optimizer._CHECKS) == keywords
-    assert {option_of(keyword) for keyword in keywords} <= {f.name for f in config.options()}
+def test_the_docs_have_every_option_of_the_schedules():
+    """A schedule's signature is where its options are; the command line is made from them, and the table in
+    docs/schedules.md must know them."""
+    own = {option for _, option in schedules_and_options()}
     of_schedules = {f.name for f in config.options() if f.metadata["group"] == "Schedule"}
     general = {"scheduler", "schedule_every"} | {n for n in of_schedules if n.startswith("warmup_")}
-    assert of_schedules - general == {option_of(keyword) for keyword in keywords} - {"monitor"}
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    for name, taken in optimizer.SCHEDULE_OPTIONS.items():
-        row = re.search(rf"^\| `{name}`.*\|(.*)\|$", readme, re.MULTILINE)[1]
-        assert set(re.findall(r"--(\w+)", row)) == {option_of(k) for k in taken} - {"monitor"}, name
+    assert of_schedules - general == own
+    table = (ROOT / "docs/schedules.md").read_text(encoding="utf-8")
+    for name, one in schedule.SCHEDULES.items():
+        row = re.search(rf"^\| `{name}`.*\|(.*)\|$", table, re.MULTILINE)[1]
+        assert set(re.findall(r"--(\w+)", row)) == one.options.keys(), name
+
+
+def rooms_with(monkeypatch, addition):
+    """schedule.py with an addition at the end of its schedules, and a config.py that reads it."""
+    rooms = []
+    for name in ("schedule", "config"):
+        room = types.ModuleType(name)
+        monkeypatch.setitem(sys.modules, name, room)
+        source = (ROOT / f"{name}.py").read_text(encoding="utf-8")
+        if name == "schedule":
+            source = source.replace("\n\ndef between(", addition + "\n\ndef between(")
+        exec(compile(source, f"{name}.py", "exec"), room.__dict__)
+        rooms.append(room)
+    return rooms
+
+
+NEW_SCHEDULE = '''
+@register(default_warmup=0.0)
+def square_root(t: int, n: int, *,
+                steepness: Annotated[float, Option("how far the rate falls", FRACTION)] = 0.5) -> float:
+    """1 - s sqrt(t/n)"""
+    return 1.0 - steepness * math.sqrt(t / n)
+
+'''
+
+
+def test_a_new_schedule_with_its_own_option_is_one_function(monkeypatch, capsys):
+    new, new_config = rooms_with(monkeypatch, NEW_SCHEDULE)
+    f = {f.name: f for f in new_config.options()}["steepness"]
+    assert f.metadata["group"] == "Schedule" and "square_root: 0.5" in f.metadata["help"]
+    config = new_config.parse_args(["--option", "finetune", "--scheduler", "square_root", "--steepness", "0.2"])
+    made = new.from_options(config, 4, True)
+    assert [made(i) for i in (0, 10, 40)] == [1.0, 1.0 - 0.2 * 0.5, 0.8] and not new_config.no_effect(config)
+    assert new.make_schedule("square_root", total_steps=40)(40) == 0.5
+    idle = new_config.parse_args(["--option", "finetune", "--scheduler", "cosine", "--steepness", "0.2"])
+    assert new_config.no_effect(idle) == ["--steepness: --scheduler cosine does not use it"]
+    fault = run_folder.fault_of({"steepness": 2.0}, new_config.options())
+    assert fault == "--steepness is 2.0; it must be above 0 and at most 1"
+    for words, said in ((["--steepness", "0"], "--steepness 0.0: it must be above 0 and at most 1"),
+                        (["--scheduler", "x"], "square_root")):
+        with pytest.raises(SystemExit):
+            new_config.parse_args(words)
+        assert said in capsys.readouterr().err
+    with pytest.raises(ValueError, match="--steepness 2 must be above 0 and at most 1"):
+        new.make_schedule("linear", total_steps=40, steepness=2)
 
 
 def typed(option):
@@ -184,38 +270,140 @@ def typed(option):
             return [f"--{option}", value], parsed
 
 
-@pytest.mark.parametrize("name, keyword", schedule_keywords())
-def test_every_option_of_a_schedule_reaches_it_from_the_command_line(name, keyword, monkeypatch):
-    import optimizer
-    import run_llama
+def made_and_reached(monkeypatch, name, words, monitor_rises=True):
+    """The keywords that a schedule gets when a run with these words asks for its rate."""
+    reached, one = {}, schedule.SCHEDULES[name]
 
-    reached, real = {}, optimizer.SCHEDULES[name]
-
-    @functools.wraps(real)  # its signature too
-    def schedule(*arguments, **keywords):
+    @functools.wraps(one.factor)  # its signature too
+    def factor(*arguments, **keywords):
         reached.update(keywords)
-        return real(*arguments, **keywords)
+        return one.factor(*arguments, **keywords)
 
-    words, value = typed(option_of(keyword))
-    needed = [word for other in optimizer.SCHEDULE_OPTIONS[name] if other != keyword and
-              inspect.signature(real).parameters[other].default is inspect.Parameter.empty
-              for word in typed(option_of(other))[0]]
-    monkeypatch.setitem(optimizer.SCHEDULES, name, schedule)
-    monkeypatch.setattr(optimizer, name, schedule)
-    made = run_llama.schedule_of(config.parse_args(["--scheduler", name, *words, *needed]), 10)
-    made(20, [0.5])
-    assert reached[keyword] == ({"dev_loss": "min", "dev_mae": "min"}.get(value, "max") if keyword == "plateau_mode"
-                                else value)
+    monkeypatch.setitem(schedule.SCHEDULES, name, one._replace(factor=factor))
+    schedule.from_options(config.parse_args(["--scheduler", name, *words]), 10, monitor_rises)(20, [0.5])
+    return reached
 
 
-def test_help_has_every_option_in_groups_and_does_not_import_torch():
+@pytest.mark.parametrize("name, option", schedules_and_options())
+def test_every_option_of_a_schedule_reaches_it_from_the_command_line(name, option, monkeypatch):
+    words, value = typed(option)
+    needed = [word for other, record in schedule.SCHEDULES[name].options.items()
+              if other != option and record.default is schedule.REQUIRED for word in typed(other)[0]]
+    assert made_and_reached(monkeypatch, name, [*words, *needed])[option] == value
+
+
+@pytest.mark.parametrize("monitor", ["dev_acc", "dev_f1", "dev_qwk", "dev_loss", "dev_mae"])
+def test_plateau_knows_which_way_the_monitor_gets_better(monitor, monkeypatch):
+    from commands import job
+
+    seen, real = [], schedule.from_options
+    monkeypatch.setattr(schedule, "from_options", lambda *arguments: seen.append(arguments[2]) or real(*arguments))
+    job.schedule_of(config.parse_args(["--scheduler", "plateau", "--monitor", monitor]), 10)
+    mode = made_and_reached(monkeypatch, "plateau", [], seen[0])["plateau_mode"]
+    assert mode == ("min" if monitor in ("dev_loss", "dev_mae") else "max")
+
+
+# --------------------------------------------------------------------------- which command uses what
+
+
+def help_of(*words):
+    out = io.StringIO()
+    with pytest.raises(SystemExit) as stop, redirect_stdout(out):
+        config.parse_args([*words, "--help"])
+    assert stop.value.code == 0
+    return out.getvalue()
+
+
+def shown_in(text):
+    return set(re.findall(r"^  --(\w+)", text, re.MULTILINE))
+
+
+def test_help_has_its_groups_and_does_not_import_torch():
     code = "import sys, run_llama\ntry: run_llama.main(['--help'])\nfinally: print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert done.stdout.strip().endswith("False")
-    for f in config.options():
-        assert re.search(rf"--{f.name}\b", done.stdout)
+    assert done.returncode == 0 and done.stdout.strip().endswith("False")
     for group in ("Data:", "Model:", "Training:", "Device:", "Output:"):
         assert group in done.stdout
+
+
+def test_every_option_belongs_to_commands_and_is_in_their_help():
+    for f in config.options():
+        assert f.metadata["only"] and {*f.metadata["only"]} <= {*config.COMMANDS}, f.name
+    for command in config.COMMANDS:
+        used = {f.name for f in config.options() if command in f.metadata["only"]}
+        for words in (["--option", command], [f"--option={command}"]):
+            assert shown_in(help_of(*words)) == used, command
+
+
+def test_the_option_may_stand_behind_help(capsys):
+    with pytest.raises(SystemExit):
+        config.parse_args(["-h", "--option", "predict"])
+    assert shown_in(capsys.readouterr().out) == shown_in(help_of("--option", "predict")) > {"run", "input"}
+
+
+def test_the_short_help_has_what_people_use_most_and_says_how_to_see_the_rest():
+    text = help_of()
+    assert shown_in(text) == {f.name for f in config.options() if f.metadata["common"]} > {"option", "lr", "epochs"}
+    assert "--option COMMAND --help" in " ".join(text.split())
+    assert "predict: a file of sentences" in text, "an option says whose it is where the help is nobody's own"
+    assert len(shown_in(text)) < 40
+
+
+@pytest.mark.parametrize("f", config.options(), ids=lambda f: f.name)
+def test_a_help_text_says_more_than_a_word(f):
+    words = f.metadata["help"].partition(" (")[0].split()
+    assert len(words) >= 3
+
+
+# An option -> words with which it does nothing, words with which it does, and the reason.
+NEEDS = {
+    "schedule_every": ("epoch --scheduler constant", "epoch --scheduler step", "--scheduler constant does not go by "
+                                                                               "the step"),
+    "warmup_kind": ("constant --warmup_steps 0", "constant --warmup_steps 2", "there is no warmup"),
+    "warmup_start": ("0.5 --scheduler cyclic", "0.5", "there is no warmup"),
+    "cycle_mult": ("2 --scheduler cosine_restarts", "2 --scheduler cosine_restarts --cycles 2",
+                   "there is one cycle only; give --cycles"),
+    "cycle_decay": ("0.5 --scheduler cosine_restarts --cycles 1", "0.5 --scheduler cosine_restarts --cycles 3",
+                    "there is one cycle only; give --cycles"),
+    "base_batch_size": ("9", "9 --lr_scaling sqrt", "it needs --lr_scaling"),
+    "decay_all": ("", "--weight_decay 0.1", "it needs --weight_decay"),
+    "momentum": ("0.5 --optimizer lion", "0.5 --optimizer sgd", "--optimizer lion does not use it"),
+    "nesterov": ("", "--optimizer sgd", "--optimizer adamw does not use it"),
+    "r_drop": ("1 --hidden_dropout_prob 0", "1 --hidden_dropout_prob 0 --dropout 0.1",
+               "without --dropout and --hidden_dropout_prob the two passes are the same"),
+    "overwrite": ("", "--output_dir x", "it needs --output_dir"),
+    "use_gpu": ("--device cpu", "", "--device decides"),
+    "dev_out": ("x --seeds 2", "x", "each run has its predictions in its own folder"),
+    "test_out": ("x --folds 3", "x --folds 3 --fold 1", "each run has its predictions in its own folder"),
+}
+
+
+def no_effect(words):
+    return config.no_effect(config.parse_args(["--option", "finetune", *words.split()]))
+
+
+@pytest.mark.parametrize("f", [f for f in config.options() if f.metadata["needs"]], ids=lambda f: f.name)
+def test_an_option_does_nothing_without_what_it_needs(f):
+    if f.name in NEEDS:
+        without, enough, reason = NEEDS[f.name]
+        assert no_effect(f"--{f.name} {without}") == [f"--{f.name}: {reason}"]
+        assert no_effect(f"--{f.name} {enough}") == []
+    else:
+        assert f.name in {option for _, option in schedules_and_options()}
+    for name, one in schedule.SCHEDULES.items():
+        if f.name in {option for _, option in schedules_and_options()}:
+            words = f"{' '.join(typed(f.name)[0])} --scheduler {name}"
+            is_idle = f"--{f.name}: --scheduler {name} does not use it" in no_effect(words)
+            assert is_idle == (f.name not in one.options), name
+
+
+@pytest.mark.parametrize("f", [f for f in config.options() if "finetune" not in f.metadata["only"]],
+                         ids=lambda f: f.name)
+def test_an_option_of_another_command_does_nothing(f):
+    value = "" if f.type is bool else "1e-3" if "float" in str(f.type) else "20"
+    assert no_effect(f"--{f.name} {value}") == [f"--{f.name}: it belongs to another --option"]
+    (its, *_) = f.metadata["only"]
+    assert config.no_effect(config.parse_args(["--option", its, *f"--{f.name} {value}".split()])) == []
 
 
 @pytest.mark.parametrize("bad", [{"dim": 0}, {"dim": 30, "n_heads": 4}, {"n_heads": 4, "n_kv_heads": 3},

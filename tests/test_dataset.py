@@ -1,7 +1,4 @@
-"""Reading, cutting into batches, the order of rows, and the baselines."""
-
-import re
-from pathlib import Path
+"""Cutting into tokens and batches, the order of rows, augmentation and class balance."""
 
 import numpy as np
 import pytest
@@ -12,8 +9,6 @@ from hypothesis import strategies as st
 from sklearn.utils.class_weight import compute_class_weight
 
 import dataset
-from config import parse_args
-from data import prepare
 from tokenizer import Tokenizer
 
 
@@ -22,61 +17,7 @@ def tokenizer(tiny_model):
     return Tokenizer(tokenizer_model=tiny_model)
 
 
-# --------------------------------------------------------------------------- reading
-
-
-def test_a_sentence_may_hold_the_separator_and_blank_lines_and_a_bom_are_skipped(tmp_path):
-    path = tmp_path / "a.txt"
-    path.write_bytes("\ufeff1 ||| one ||| two\r\n\r\n0 |||  three  \n".encode())
-    assert dataset.read_examples(path, 2) == ([1, 0], ["one ||| two", "three"])
-
-
-@pytest.mark.parametrize("line, words", [
-    ("no separator", "no ` ||| `"),
-    ("x ||| a", "is not an integer"),
-    ("1.5 ||| a", "is not an integer"),
-    ("² ||| a", "is not an integer"),
-    ("--1 ||| a", "is not an integer"),
-    ("-1 ||| a", "out of range"),
-    ("3 ||| a", "out of range"),
-    ("1 |||   ", "sentence is empty"),
-    ("1 |||    \t ", "sentence is empty"),
-])
-def test_a_bad_line_is_named_with_its_file_and_number(tmp_path, line, words):
-    path = write_split(tmp_path / "a.txt", [(0, "fine")])
-    path.write_text(path.read_text(encoding="utf-8") + "\n" + line + "\n", encoding="utf-8")
-    with pytest.raises(ValueError, match=re.escape(words)) as error:
-        dataset.read_examples(path, 3, Path("names.json"))
-    assert f"{path}:3: " in str(error.value)
-
-
-def test_of_many_bad_lines_ten_are_shown_and_all_counted(tmp_path):
-    path = tmp_path / "a.txt"
-    path.write_text("bad\n" * 25, encoding="utf-8")
-    with pytest.raises(ValueError) as error:
-        dataset.read_examples(path, 3)
-    assert str(error.value).count("\n") == 10 and "15 more lines" in str(error.value)
-    path.write_text("bad\n" * 11, encoding="utf-8")
-    with pytest.raises(ValueError, match="and 1 more line with such a fault"):
-        dataset.read_examples(path, 3)
-
-
-def test_an_empty_file_and_other_bytes_are_refused(tmp_path):
-    path = tmp_path / "a.txt"
-    path.write_bytes(b"\n \n")
-    with pytest.raises(ValueError, match="no sentence"):
-        dataset.read_examples(path, 3)
-    path.write_bytes(b"0 ||| fine\n1 ||| caf\xe9\n")
-    with pytest.raises(ValueError, match=r"a\.txt:2: .*UTF-8"):
-        dataset.read_examples(path, 3)
-
-
-@pytest.mark.parametrize("text", ["{", '{"a": 1}', "[]", '["one"]', "[1, 2]", '"bad good"'])
-def test_label_names_must_be_a_list_of_names(tmp_path, text):
-    path = tmp_path / "names.json"
-    path.write_text(text, encoding="utf-8")
-    with pytest.raises(ValueError, match=r"names\.json"):
-        dataset.read_label_names(path)
+# --------------------------------------------------------------------------- splits
 
 
 def test_a_label_that_train_does_not_have_is_refused_with_its_line(tmp_path, tokenizer):
@@ -95,48 +36,6 @@ def test_a_long_sentence_is_cut_and_counted_and_an_empty_one_keeps_a_token(token
     assert len(tokens[2]) >= 1
     tokens, n_cut = dataset.tokenize([long, "good"], tokenizer, context=50, max_sentence_len=7)
     assert n_cut == 1 and len(tokens[0]) == 7 + extra
-
-
-# --------------------------------------------------------------------------- which files
-
-
-def test_typed_paths_never_mix_with_another_data_set(tiny_data):
-    files = dataset.find_files(parse_args(["--train", str(tiny_data["train"]), "--dev", str(tiny_data["dev"])]))
-    assert files.test is None and files.name == "toy" and files.label_names == tiny_data["label_names"]
-
-
-def test_sst_is_used_where_it_is_and_movies_where_not(tmp_path, monkeypatch):
-    real = prepare.dataset_paths
-    monkeypatch.setattr(prepare, "dataset_paths", lambda name: real(name, tmp_path))
-    fetched = []
-
-    def fetch(name):
-        fetched.append(name)
-        for path in real(name, tmp_path).values():
-            path.write_text("0 ||| a\n", encoding="utf-8")
-
-    monkeypatch.setattr(prepare, "fetch", fetch)
-    files = dataset.find_files(parse_args([]))
-    assert files.name == "movies" and fetched == ["movies"] and "prepare.py sst" in files.notice
-    for split in ("train", "dev"):
-        write_split(tmp_path / f"sst-{split}.txt", [(0, "a")])
-    files = dataset.find_files(parse_args([]))
-    assert files.name == "sst" and files.test is None and not files.notice and fetched == ["movies"]
-
-
-@pytest.mark.parametrize("typed, words", [
-    (["--dataset", "sst"], "prepare.py sst"),
-    (["--dataset", "mine"], "can be fetched: movies"),
-    (["--train", "data/sst-train.txt"], "prepare.py sst"),
-    (["--dev", "nowhere.txt"], "check --dev"),
-])
-def test_a_missing_file_names_the_command_that_fetches_it(tmp_path, monkeypatch, typed, words):
-    monkeypatch.chdir(tmp_path)
-    real = prepare.dataset_paths
-    monkeypatch.setattr(prepare, "dataset_paths", lambda name: real(name, tmp_path))
-    with pytest.raises(FileNotFoundError, match="no such file") as error:
-        dataset.find_files(parse_args(typed))
-    assert words in str(error.value)
 
 
 # --------------------------------------------------------------------------- batches
@@ -339,20 +238,3 @@ def test_near_neighbours_are_scikit_learns(n):
 
 def test_one_word_alone_is_its_own_neighbour():
     assert (dataset.near_neighbours(torch.randn(4, 3), np.array([2, 2])) == np.arange(4)[:, None]).all()
-
-
-# --------------------------------------------------------------------------- baselines
-
-
-def test_the_baselines_are_the_majority_and_scikit_learns_pipeline(tmp_path, tokenizer):
-    from sklearn.feature_extraction.text import TfidfVectorizer
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
-
-    train = tiny_sentences(60, 0) + [(2, "good")] * 5
-    split = dataset.load_split(write_split(tmp_path / "dev.txt", tiny_sentences(40, 1)), tokenizer, 64)
-    labels, sentences = zip(*train, strict=True)
-    found = dataset.baselines(labels, list(sentences), {"dev": split})["dev"]
-    assert found["majority"] == pytest.approx((split.labels == 2).mean())
-    pipeline = make_pipeline(TfidfVectorizer(ngram_range=(1, 2)), LogisticRegression(max_iter=200))
-    assert found["tfidf"] == pytest.approx(pipeline.fit(sentences, labels).score(split.sentences, split.labels))

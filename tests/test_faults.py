@@ -14,12 +14,12 @@ import pytest
 import torch
 from conftest import ROOT, write_split
 
-import checkpoint
 import classifier
 import config
-import dataset
 import run_llama
-import trainer
+from commands import generate, results
+from formats import files, memory, tables
+from training import metrics, trainer
 
 
 @pytest.fixture
@@ -63,15 +63,15 @@ def test_every_way_to_say_out_of_memory_is_one_message(arguments, monkeypatch, c
 
 
 def test_other_errors_are_not_taken_for_it():
-    assert not any(map(config.is_out_of_memory, (RuntimeError("size mismatch"), ValueError("not enough memory"),
+    assert not any(map(memory.is_out_of_memory, (RuntimeError("size mismatch"), ValueError("not enough memory"),
                                                  OSError(errno.ENOENT, "no such file"), KeyboardInterrupt())))
-    assert trainer.is_out_of_memory is config.is_out_of_memory, "one definition"
+    assert trainer.is_out_of_memory is memory.is_out_of_memory, "one definition"
 
 
 LIMITED = """
 import resource, sys
 sys.path.insert(0, sys.argv[1])
-import run_llama, checkpoint, tokenizers, torch
+import run_llama, commands.generate, tokenizers, torch
 pages = int(open("/proc/self/statm").read().split()[0])
 resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 2**26,) * 2)
 sys.exit(run_llama.main(["--pretrained_model_path", "big.pt", "--tokenizer", "any.json"]))
@@ -146,12 +146,15 @@ def test_a_reader_that_leaves_before_the_work_is_done_is_no_success(run, tiny_da
     ("--option predict --run run --input - <&-", "stdin: there is no sentence"),
 ])
 def test_closed_streams(run, tiny_model, closed, words):
-    """In a child, most of them without torch's seconds: the streams are opened before any option is looked at."""
-    code = ("import sys; sys.path.insert(0, sys.argv.pop(1)); import run_llama\n"
-            "run_llama.OPTIONS['generate'] = lambda config: open('kept', 'w').close() or print('x') or "
-            "run_llama.notice('y')\n"
-            "run_llama.check_outputs = lambda config: None\n"
-            "run_llama.load_run = lambda config: (None, None, None, None)\nsys.exit(run_llama.main())")
+    """In a child, some of them without torch's seconds: the streams are opened before any command is imported."""
+    code = ("import sys, types; sys.path.insert(0, sys.argv.pop(1)); import run_llama\n"
+            "from training import logs\n"
+            "sys.modules['commands.generate'] = generate = types.ModuleType('commands.generate')\n"
+            "generate.run = lambda config: open('kept', 'w').close() or print('x') or logs.notice('y') or 0\n"
+            "if 'predict' in sys.argv:\n"
+            "    from commands import predict\n"
+            "    predict.load_run = lambda config: None\n"
+            "sys.exit(run_llama.main())")
     Path("in.txt").write_text("good\n", encoding="utf-8")
     done = subprocess.run(["sh", "-c", f'"$0" -c "$1" "$2" {closed}', sys.executable, code, str(ROOT)], text=True,
                           capture_output=True)
@@ -177,7 +180,7 @@ def test_a_second_interrupt_adds_no_traceback(arguments, monkeypatch):
             return super().write(text)
 
     err = Slow()
-    monkeypatch.setitem(run_llama.OPTIONS, "generate", twice)
+    monkeypatch.setattr(generate, "run", twice)
     monkeypatch.setattr(sys, "stderr", err)
     assert run_llama.main(["--option", "generate"]) == 130
     assert err.getvalue() == "stopped here\ninterrupted\n"
@@ -205,7 +208,7 @@ def test_numbers_that_no_tensor_holds_are_refused(option, value, capsys):
 def test_no_file_of_mine_is_touched_by_the_check_of_an_output(tmp_path, name):
     mine = tmp_path / "o.txt.probe"
     mine.write_text("mine", encoding="utf-8")
-    run_llama.check_outputs(config.RunConfig(option="finetune", **{name: str(tmp_path / "o.txt")}))
+    results.check_outputs(config.RunConfig(option="finetune", **{name: str(tmp_path / "o.txt")}))
     assert mine.read_text(encoding="utf-8") == "mine" and list(tmp_path.iterdir()) == [mine]
 
 
@@ -241,8 +244,8 @@ def test_far_more_names_than_labels_are_said_before_the_training(arguments, tmp_
 
 
 def test_of_many_classes_the_pairs_that_occur_are_kept():
-    assert run_llama.confusion([0, 1, 1], [0, 0, 1], 2) == {"confusion_matrix": [[1, 0], [1, 1]]}
-    many = run_llama.confusion([0, 99_999, 0], [3, 0, 3], 100_000)
+    assert metrics.confusion([0, 1, 1], [0, 0, 1], 2) == {"confusion_matrix": [[1, 0], [1, 1]]}
+    many = metrics.confusion([0, 99_999, 0], [3, 0, 3], 100_000)
     assert many == {"confusion_pairs": [[0, 3, 2], [99_999, 0, 1]]}
 
 
@@ -253,9 +256,9 @@ def test_kappa_is_scikit_learns_without_its_matrix():
         random = np.random.default_rng(seed)
         labels, scores = random.integers(0, 7, 40), torch.from_numpy(random.normal(size=(40, 7)))
         expected = cohen_kappa_score(labels, scores.argmax(1).numpy(), labels=range(7), weights="quadratic")
-        assert trainer.score(scores, labels, ordinal=True)["qwk"] == pytest.approx(expected, abs=1e-12)
+        assert metrics.score(scores, labels, ordinal=True)["qwk"] == pytest.approx(expected, abs=1e-12)
     many = torch.zeros((3, 200_000), dtype=torch.float64)  # a matrix of 200,000 by 200,000 takes 300 GiB
-    assert trainer.score(many, np.array([0, 0, 199_999]), ordinal=True)["qwk"] == 0
+    assert metrics.score(many, np.array([0, 0, 199_999]), ordinal=True)["qwk"] == 0
 
 
 # --------------------------------------------------------------------------- text for a terminal
@@ -286,10 +289,10 @@ def test_no_code_reaches_the_terminal(arguments, tiny_model, tmp_path, capsys):
 
 
 def test_a_saved_label_name_with_terminal_codes_is_refused(run):
-    settings = checkpoint.read_json(run / "best" / "config.json")
+    settings = files.read_json(run / "best" / "config.json")
     settings["label_names"][0] = "\x1b[31mbad"
     with pytest.raises(ValueError, match="label_names"):
-        classifier.empty_classifier(settings, run / "best" / "config.json")
+        classifier.ClassifierConfig.read(settings, run / "best" / "config.json")
 
 
 # --------------------------------------------------------------------------- line ends
@@ -301,7 +304,7 @@ def test_every_line_end_is_one(tmp_path, ends, run, capsys):
     text = "".join(f"{label} ||| {sentence}{ends[i % len(ends)]}" for i, (label, sentence) in enumerate(rows))
     path = tmp_path / "data.txt"
     path.write_bytes(text.encode())
-    assert dataset.read_examples(path, 3) == tuple(map(list, zip(*rows, strict=True)))
+    assert tables.read_examples(path, 3) == tuple(map(list, zip(*rows, strict=True)))
     assert run_llama.main(["--option", "predict", "--run", "run", "--input", str(path)]) == 0
     assert capsys.readouterr().out.count("\n") == 60
     lines = [f"{label} ||| {sentence}" for label, sentence in rows]
@@ -310,7 +313,7 @@ def test_every_line_end_is_one(tmp_path, ends, run, capsys):
         raw[number - 1] = fault
         path.write_bytes(b"".join(line + ends[i % len(ends)].encode() for i, line in enumerate(raw)))
         with pytest.raises(ValueError, match=f"data.txt:{number}: "):
-            dataset.read_examples(path, 3)
+            tables.read_examples(path, 3)
 
 
 # --------------------------------------------------------------------------- a tokenizer beside a saved classifier

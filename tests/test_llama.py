@@ -122,14 +122,12 @@ def test_with_bidirectional_attention_the_last_token_changes_the_first_hidden_st
 def test_bidirectional_attention_equals_transformers_with_an_all_zero_mask(tmp_path):
     theirs = tiny.hf_model()
     theirs.save_pretrained(tmp_path)
-    from checkpoint import load_pretrained as load
-
     ids, lengths = tiny.tokens(2, 10), torch.tensor([10, 6])
     mask = torch.zeros(2, 1, 10, 10)  # transformers adds a 4-dimensional mask to the scores as it is
     mask[1, :, :, 6:] = torch.finfo(torch.float32).min
     with torch.no_grad():
         want = theirs(ids, attention_mask=mask).logits
-        got = load(tmp_path, attention="bidirectional")(ids, lengths)[0]
+        got = load_pretrained(tmp_path, attention="bidirectional")(ids, lengths)[0]
     assert max_difference(got[0], want[0]) < 1e-4 and max_difference(got[1, :6], want[1, :6]) < 1e-4
 
 

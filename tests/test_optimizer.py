@@ -1,4 +1,4 @@
-"""Schedules, parameter groups and optimizers against PyTorch's, transformers', and the papers written out in NumPy."""
+"""Parameter groups and optimizers against PyTorch's, transformers', and the papers written out in NumPy."""
 
 import copy
 import math
@@ -7,249 +7,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from torch.optim import lr_scheduler
 from transformers import optimization as hf
 
-import kernels
+import fused
 from classifier import LlamaEmbeddingClassifier
+from config import OPTIMIZERS as OPTIMIZER_NAMES
 from config import LlamaConfig
 from llama import Llama
-from optimizer import (
-    OPTIMIZERS,
-    SCHEDULE_OPTIONS,
-    SCHEDULES,
-    SGD,
-    Adafactor,
-    AdamW,
-    Lion,
-    lr_scale,
-    make_schedule,
-    parameter_groups,
-)
-
-# --------------------------------------------------------------------------- schedules
-
-NEEDED = {"step": {"step_size": 2}, "multistep": {"milestones": (1, 3)}, "exponential": {"gamma": 0.9},
-          "natural_exp": {"decay_rate": 0.1}, "inverse_time": {"decay_rate": 0.5}}
-
-
-def ours(name, steps, **options):
-    factor = make_schedule(name, **{"total_steps": steps, **options})
-    return [factor(i) for i in range(steps)]
-
-
-def reference(make, steps, lr=1.0):
-    """The rates that somebody else's scheduler gives to the first updates."""
-    sgd = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=lr)
-    scheduler, rates = make(sgd), []
-    for _ in range(steps):
-        rates.append(float(sgd.param_groups[0]["lr"]))
-        sgd.step()
-        scheduler.step()
-    return rates
-
-
-THEIRS = {
-    "constant": ({}, lambda o: hf.get_constant_schedule(o)),
-    "linear": ({}, lambda o: hf.get_linear_schedule_with_warmup(o, 0, 40)),
-    "linear to 0.1": ({"min_lr_ratio": 0.1}, lambda o: lr_scheduler.LinearLR(o, 1.0, 0.1, total_iters=40)),
-    "cosine": ({}, lambda o: lr_scheduler.CosineAnnealingLR(o, 40, eta_min=1e-3)),
-    "cosine to 0.2": ({"min_lr_ratio": 0.2},
-                      lambda o: hf.get_cosine_with_min_lr_schedule_with_warmup(o, 0, 40, min_lr_rate=0.2)),
-    "cosine_restarts": ({"cycles": 4, "min_lr_ratio": 0.0},
-                        lambda o: hf.get_cosine_with_hard_restarts_schedule_with_warmup(o, 0, 40, num_cycles=4)),
-    "cosine_restarts to 0.1": ({"cycles": 2, "cycle_mult": 3.0, "min_lr_ratio": 0.1},
-                               lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, T_0=10, T_mult=3, eta_min=0.1)),
-    "step": ({"step_size": 7, "gamma": 0.5}, lambda o: lr_scheduler.StepLR(o, 7, 0.5)),
-    "step by 0.1": ({"step_size": 7}, lambda o: lr_scheduler.StepLR(o, 7)),
-    "multistep": ({"milestones": [10, 25, 33]}, lambda o: lr_scheduler.MultiStepLR(o, [10, 25, 33])),
-    "exponential": ({"gamma": 0.9}, lambda o: lr_scheduler.ExponentialLR(o, 0.9)),
-    "natural_exp": ({"decay_rate": 0.2}, lambda o: lr_scheduler.LambdaLR(o, lambda i: np.exp(-0.2 * i))),
-    "inverse_time": ({"decay_rate": 0.2}, lambda o: lr_scheduler.LambdaLR(o, lambda i: 1 / (1 + 0.2 * i))),
-    "polynomial": ({"power": 2.0}, lambda o: lr_scheduler.PolynomialLR(o, 40, power=2.0)),
-    "polynomial to 0.05": ({"power": 3.0, "min_lr_ratio": 0.05}, lambda o:
-                           hf.get_polynomial_decay_schedule_with_warmup(o, 0, 40, lr_end=0.05, power=3.0)),
-    "inverse_sqrt": ({}, lambda o: hf.get_inverse_sqrt_schedule(o, 0)),
-    "cyclic": ({"cycles": 2}, lambda o: lr_scheduler.CyclicLR(o, 0.1, 1.0, step_size_up=10)),
-    "cyclic, odd": ({"cycles": 3, "min_lr_ratio": 0.3}, lambda o: lr_scheduler.CyclicLR(o, 0.3, 1.0, 40 / 6)),
-    "cyclic, triangular2": ({"cycles": 5, "cyclic_mode": "triangular2", "min_lr_ratio": 0.0},
-                            lambda o: lr_scheduler.CyclicLR(o, 0.0, 1.0, step_size_up=4, mode="triangular2")),
-    "one_cycle": ({}, lambda o: lr_scheduler.OneCycleLR(o, 1.0, total_steps=41)),
-    "one_cycle from 0.12": ({"pct_start": 0.12}, lambda o: lr_scheduler.OneCycleLR(o, 1.0, 41, pct_start=0.12)),
-    "wsd": ({}, lambda o: hf.get_wsd_schedule(o, 0, 8, 40, decay_type="linear")),
-    "wsd to 0.1": ({"decay_fraction": 0.5, "min_lr_ratio": 0.1},
-                   lambda o: hf.get_wsd_schedule(o, 0, 20, 40, decay_type="linear", min_lr_ratio=0.1)),
-}
-
-
-@pytest.mark.parametrize("case", THEIRS)
-def test_a_schedule_is_the_one_that_others_wrote(case):
-    options, make = THEIRS[case]
-    name = case.replace(",", " ").split()[0]
-    total = 41 if name == "one_cycle" else 40  # theirs counts one step beyond the run
-    mine = [make_schedule(name, total_steps=total, **options)(i) for i in range(40)]
-    np.testing.assert_allclose(mine, reference(make, 40), rtol=1e-11, atol=1e-15)
-
-
-def test_linear_cosine_is_tensorflows():
-    """tf.compat.v1.train.linear_cosine_decay's documentation, with its defaults."""
-    alpha, beta, num_periods, decay_steps = 0.0, 0.001, 0.5, 40
-    wanted = []
-    for global_step in range(decay_steps):
-        linear_decay = (decay_steps - global_step) / decay_steps
-        cosine_decay = 0.5 * (1 + np.cos(np.pi * 2 * num_periods * global_step / decay_steps))
-        wanted.append((alpha + linear_decay) * cosine_decay + beta)
-    np.testing.assert_allclose(ours("linear_cosine", 40), wanted, rtol=1e-12)
-
-
-def test_each_restart_is_lower_and_longer():
-    rates = ours("cosine_restarts", 70, cycles=3, cycle_mult=2.0, cycle_decay=0.5, min_lr_ratio=0.0)
-    assert [rates[i] for i in (0, 10, 30)] == [1.0, 0.5, 0.25]
-    assert all(a > b for i, (a, b) in enumerate(zip(rates, rates[1:], strict=False), 1) if i not in (10, 30))
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.lists(st.floats(0, 1) | st.just(math.nan), max_size=30), st.integers(0, 4), st.sampled_from(["max", "min"]),
-       st.sampled_from([0.0, 0.1]))
-def test_plateau_is_torchs(history, patience, mode, low):
-    sgd = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-    theirs = lr_scheduler.ReduceLROnPlateau(sgd, mode, 0.5, patience, threshold=0, min_lr=low, eps=0)
-    mine = make_schedule("plateau", total_steps=100, patience=patience, plateau_mode=mode, min_lr_ratio=low)
-    for i, value in enumerate(history):
-        theirs.step(value)
-        assert mine(i, history[: i + 1]) == sgd.param_groups[0]["lr"]
-
-
-def test_plateau_begins_with_the_briefest_history_and_a_warmup():
-    factor = make_schedule("plateau", total_steps=50, warmup_steps=4)
-    assert [factor(i) for i in range(5)] == [0.25, 0.5, 0.75, 1.0, 1.0]
-    assert factor(40, [0.5, 0.4, 0.4, 0.4]) == 1.0 and factor(40, [0.5, 0.4, 0.4, 0.4, 0.4]) == 0.5
-
-
-WARMED = {
-    "constant": lambda o: hf.get_constant_schedule_with_warmup(o, 8),
-    "linear": lambda o: hf.get_linear_schedule_with_warmup(o, 8, 40),
-    "inverse_sqrt": lambda o: hf.get_inverse_sqrt_schedule(o, 8),
-    "cosine": lambda o: hf.get_cosine_with_min_lr_schedule_with_warmup(o, 8, 40, min_lr_rate=1e-3),
-    "wsd": lambda o: hf.get_wsd_schedule(o, 8, 8, 40, decay_type="linear"),
-}
-
-
-@pytest.mark.parametrize("name", WARMED)
-def test_a_warmup_is_transformers_without_its_step_at_zero(name):
-    options = {"decay_fraction": 0.25} if name == "wsd" else {}
-    mine, theirs = ours(name, 40, warmup_steps=8, **options), reference(WARMED[name], 40)
-    np.testing.assert_allclose(mine[:8], theirs[1:9], rtol=1e-12)
-    np.testing.assert_allclose(mine[8:], theirs[8:], rtol=1e-12)
-
-
-def test_a_warmup_that_starts_above_zero_is_torchs_linear_and_constant():
-    linear = reference(lambda o: lr_scheduler.LinearLR(o, 0.25, 1.0, total_iters=6), 9)
-    np.testing.assert_allclose(ours("constant", 8, warmup_steps=6, warmup_start=0.25), linear[1:], rtol=1e-12)
-    flat = reference(lambda o: lr_scheduler.ConstantLR(o, 0.25, total_iters=6), 8)
-    assert ours("constant", 8, warmup_steps=6, warmup_start=0.25, warmup_kind="constant") == flat
-
-
-def test_by_epoch_the_factor_is_a_staircase_and_the_units_are_epochs():
-    by_epoch = {"total_steps": 40, "steps_an_epoch": 10, "schedule_every": "epoch"}
-    smooth = ours("linear", 40)
-    assert ours("linear", 40, **by_epoch) == [smooth[i // 10 * 10] for i in range(40)]
-    for name, options in {"step": {"step_size": 2}, "multistep": {"milestones": (1, 3)}, "exponential": {"gamma": 0.5},
-                          "natural_exp": {"decay_rate": 0.3}, "inverse_time": {"decay_rate": 0.3}}.items():
-        per_epoch = ours(name, 4, **options)
-        np.testing.assert_allclose(ours(name, 40, **by_epoch, **options), np.repeat(per_epoch, 10), rtol=1e-12)
-
-
-def test_by_epoch_a_warmup_goes_by_steps_and_does_not_shift_the_epochs():
-    rates = ours("step", 40, steps_an_epoch=10, schedule_every="epoch", step_size=1, gamma=0.5, warmup_steps=4)
-    assert rates == [0.25, 0.5, 0.75] + [1.0] * 7 + [0.5] * 10 + [0.25] * 10 + [0.125] * 10
-    rates = ours("step", 40, steps_an_epoch=10, schedule_every="epoch", step_size=1, gamma=0.5, warmup_steps=20)
-    assert rates[19:] == [1.0] * 11 + [0.5] * 10
-
-
-@settings(max_examples=300, deadline=None)
-@given(st.sampled_from(sorted(SCHEDULES)), st.integers(1, 60), st.data())
-def test_any_schedule_is_finite_within_its_bounds_and_continuous_behind_the_warmup(name, total, data):
-    total = data.draw(st.sampled_from([total, 1, 2, 3, 4, 5]))
-    warmup = data.draw(st.integers(0, total))
-    options = {"warmup_steps": warmup, "warmup_start": data.draw(st.floats(0, 1)),
-               "steps_an_epoch": data.draw(st.integers(1, 20)),
-               "schedule_every": data.draw(st.sampled_from(["step", "epoch"])), **NEEDED.get(name, {})}
-    choices = {"min_lr_ratio": st.floats(0, 1), "cycles": st.integers(1, 9), "cycle_mult": st.floats(1, 1e300),
-               "cycle_decay": st.floats(0.01, 1), "step_size": st.integers(1, 99), "gamma": st.floats(1e-9, 1),
-               "decay_rate": st.floats(1e-9, 1e9), "power": st.floats(0.01, 99), "decay_fraction": st.floats(1e-3, 1),
-               "pct_start": st.floats(1e-3, 0.999), "cyclic_mode": st.sampled_from(["triangular", "triangular2"])}
-    for key in set(SCHEDULE_OPTIONS[name]) & set(choices):
-        if data.draw(st.booleans()):
-            options[key] = data.draw(choices[key])
-    factor = make_schedule(name, total_steps=total, **options)
-    top = 2.0 if name == "linear_cosine" else 1.0  # TensorFlow adds its beta on top
-    rates = [factor(i) for i in range(total + 3)]
-    assert all(type(rate) is float and 0 <= rate <= top + 1e-12 for rate in rates), rates
-    if 0 < warmup:
-        assert rates[warmup - 1] == pytest.approx(rates[warmup], abs=1e-12)
-
-
-@pytest.mark.parametrize("name", ["linear", "cosine", "cosine_restarts", "polynomial", "wsd"])
-def test_a_decay_arrives_just_behind_the_last_update_and_stays(name):
-    factor = make_schedule(name, total_steps=30, warmup_steps=7, min_lr_ratio=0.125)
-    assert factor(29) > factor(30) == factor(99) == pytest.approx(0.125, rel=1e-12)
-
-
-@pytest.mark.parametrize("name", SCHEDULES)
-def test_a_schedules_first_line_is_its_formula_and_its_options_are_known(name):
-    assert SCHEDULES[name].__doc__.splitlines()[0].strip()
-    wanted = {"constant": (), "cosine": ("min_lr_ratio",), "step": ("step_size", "gamma"), "one_cycle": ("pct_start",),
-              "cyclic": ("cycles", "cyclic_mode", "min_lr_ratio"), "inverse_sqrt": ()}
-    assert SCHEDULE_OPTIONS[name] == wanted.get(name, SCHEDULE_OPTIONS[name])
-
-
-@pytest.mark.parametrize("name, options, message", [
-    ("cosin", {}, "--scheduler cosin"),
-    ("step", {}, "--scheduler step needs --step_size"),
-    ("multistep", {"milestones": ()}, "--scheduler multistep needs --milestones"),
-    ("exponential", {"gamma": None}, "--scheduler exponential needs --gamma"),
-    ("natural_exp", {}, "--scheduler natural_exp needs --decay_rate"),
-    ("cosine", {"warmup_steps": 50}, "--warmup_steps 50 is beyond the run's 40 steps"),
-    ("cosine", {"warmup_steps": -1}, "--warmup_steps"),
-    ("cosine", {"warmup_kind": "cubic"}, "--warmup_kind"),
-    ("cosine", {"warmup_start": 1.5}, "--warmup_start"),
-    ("cosine", {"warmup_kind": "constant", "warmup_steps": 3}, "--warmup_start"),
-    ("cosine", {"schedule_every": "day"}, "--schedule_every"),
-    ("cosine", {"min_lr_ratio": 1.5}, "--min_lr_ratio"),
-    ("cosine", {"min_lr_ratio": math.nan}, "--min_lr_ratio"),
-    ("cosine_restarts", {"cycles": 0}, "--cycles"),
-    ("cosine_restarts", {"cycle_mult": 0.5}, "--cycle_mult"),
-    ("cosine_restarts", {"cycle_decay": 0.0}, "--cycle_decay"),
-    ("step", {"step_size": 0}, "--step_size"),
-    ("step", {"step_size": 3, "gamma": 1.5}, "--gamma"),
-    ("multistep", {"milestones": (10, 5)}, "--milestones"),
-    ("multistep", {"milestones": (0, 5)}, "--milestones"),
-    ("inverse_time", {"decay_rate": -1.0}, "--decay_rate"),
-    ("polynomial", {"power": 0.0}, "--power"),
-    ("wsd", {"decay_fraction": 0.0}, "--decay_fraction"),
-    ("cyclic", {"cyclic_mode": "round"}, "--cyclic_mode"),
-    ("one_cycle", {"pct_start": 1.0}, "--pct_start"),
-    ("plateau", {"patience": -1}, "--patience"),
-    ("plateau", {"plateau_mode": "mean"}, "--plateau_mode"),
-    ("constant", {"gamma": 7.0}, "--gamma"),
-    ("constant", {"gama": 0.5}, "gama"),
-    ("constant", {"total_steps": 0}, "0 steps"),
-])
-def test_nonsense_is_refused_by_its_options_name(name, options, message):
-    with pytest.raises(ValueError) as error:
-        make_schedule(name, **{"total_steps": 40, **options})
-    assert message in str(error.value)
-
-
-def test_the_rate_grows_with_the_batch_or_its_root():
-    assert lr_scale("linear", 512, 128) == 4.0 and lr_scale("sqrt", 512, 128) == 2.0
-    for bad in (("cubic", 8, 8), ("linear", 0, 8), ("sqrt", 8, 0)):
-        with pytest.raises(ValueError):
-            lr_scale(*bad)
-
+from optimizer import OPTIMIZERS, SGD, Adafactor, AdamW, Lion, parameter_groups
 
 # --------------------------------------------------------------------------- parameter groups
 
@@ -274,6 +39,10 @@ def test_each_parameter_has_the_rate_and_the_decay_of_its_place(classifier):
     assert [(g["name"]) for g in groups] == [
         "embeddings", "layer 0", "layer 0, no decay", "layer 1", "layer 1, no decay", "layer 2",
         "layer 2 to top, no decay", "head", "head, no decay"]
+
+
+def test_the_optimizers_are_those_of_the_command_line():
+    assert tuple(OPTIMIZERS) == OPTIMIZER_NAMES
 
 
 def test_equal_groups_are_one_and_a_tied_parameter_is_in_it_once(classifier):
@@ -322,10 +91,9 @@ def test_without_decay_and_eps_it_is_torch_adam():
 @pytest.fixture(params=["eager", "native"])
 def way(request, monkeypatch):
     """Both ways through AdamW; the second is only there with a C compiler."""
-    if request.param == "native" and kernels.library() is None:
+    if request.param == "native" and fused.library() is None:
         pytest.skip("no C compiler here")
-    kernels.switch(request.param == "native")
-    return request.param
+    return request.param == "native"
 
 
 @pytest.mark.parametrize("correct_bias", [True, False])
@@ -337,7 +105,7 @@ def test_a_step_is_the_papers_formula(way, correct_bias, weight_decay):
     p, m, v = random.normal(size=(4, 3)), np.zeros((4, 3)), np.zeros((4, 3))
     double, single = torch.nn.Parameter(torch.tensor(p)), torch.nn.Parameter(torch.tensor(p).float())
     adamw = AdamW([double, single], lr=lr, betas=(b1, b2), eps=eps, weight_decay=weight_decay,
-                  correct_bias=correct_bias)
+                  correct_bias=correct_bias, fused=way)
     for t in range(1, 20):
         g = random.normal(size=p.shape)
         double.grad, single.grad = torch.tensor(g), torch.tensor(g).float()
@@ -350,13 +118,13 @@ def test_a_step_is_the_papers_formula(way, correct_bias, weight_decay):
     np.testing.assert_allclose(single.detach().numpy(), p, rtol=1e-5, atol=1e-7)
 
 
-def adamw_run(shapes, threads=1, steps=4):
+def adamw_run(shapes, native, threads=1, steps=4):
     """Parameters and state after some steps of float32 on random gradients, one of them not there at first."""
     draw = torch.Generator().manual_seed(3)
     params = [torch.nn.Parameter(torch.randn(shape, generator=draw)) for shape in shapes]
     half = len(params) // 2
     adamw = AdamW([{"params": params[:half], "lr": 3e-3}, {"params": params[half:], "weight_decay": 0.0}], lr=1e-2,
-                  weight_decay=0.1)
+                  weight_decay=0.1, fused=native)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -376,31 +144,28 @@ SHAPES = [(40, 31), (37,), (1,), (0,), (300, 301), ()]
 
 
 def test_both_ways_agree_and_the_number_of_threads_changes_no_bit():
-    if kernels.library() is None:
+    if fused.library() is None:
         pytest.skip("no C compiler here")
-    eager = adamw_run(SHAPES)
-    kernels.switch(True)
-    native = adamw_run(SHAPES)
+    eager, native = adamw_run(SHAPES, False), adamw_run(SHAPES, True)
     for a, b in zip(eager, native, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
     assert any(not torch.equal(a, b) for a, b in zip(eager, native, strict=True))  # it was another way
     for threads in (1, 2, 3):
-        assert all(map(torch.equal, native, adamw_run(SHAPES, threads)))
+        assert all(map(torch.equal, native, adamw_run(SHAPES, True, threads)))
 
 
 def test_the_native_way_takes_only_what_it_can():
     """What is not float32 or not in one piece goes through PyTorch, with the same result."""
-    if kernels.library() is None:
+    if fused.library() is None:
         pytest.skip("no C compiler here")
     values, gradients = torch.randn(6, 4), torch.randn(6, 4)
     found = []
     for native in (True, False):
-        kernels.switch(native)
         params = [torch.nn.Parameter(values.t().clone(memory_format=torch.preserve_format)),
                   torch.nn.Parameter(values.t().contiguous()), torch.nn.Parameter(values.t().double().contiguous())]
         for p in params:
             p.grad = gradients.t().to(p.dtype)  # never in one piece
-        AdamW(params, lr=0.1).step()
+        AdamW(params, lr=0.1, fused=native).step()
         found.append([p.detach() for p in params])
     assert all(map(torch.equal, *found))
 
@@ -409,21 +174,20 @@ def test_autograd_sees_that_a_native_step_wrote(way):
     p = torch.nn.Parameter(torch.ones(3))
     y = (p * p).sum()
     p.grad = torch.ones(3)
-    AdamW([p]).step()
+    AdamW([p], fused=way).step()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.backward()
 
 
 def test_dense_steps_between_sparse_ones_are_not_forgotten():
     """Each step's gradient is sparse or dense (a compiler that is gone, a decay that was switched on)."""
-    if kernels.library() is None:
+    if fused.library() is None:
         pytest.skip("no C compiler here")
     found = []
     for kinds in ((False,) * 4, (True, False, True, True)):
-        kernels.switch(True)
         torch.manual_seed(0)
         table = torch.nn.Embedding(6, 4)
-        adamw = AdamW(table.parameters(), lr=0.1)
+        adamw = AdamW(table.parameters(), lr=0.1, fused=True)
         for word, table.sparse in zip((0, 1, 2, 2), kinds, strict=True):
             adamw.zero_grad()
             table(torch.tensor([word])).pow(2).sum().backward()
@@ -434,26 +198,41 @@ def test_dense_steps_between_sparse_ones_are_not_forgotten():
 
 def test_without_a_compiler_it_goes_on(monkeypatch):
     monkeypatch.setenv("CC", "/nowhere/cc")
-    kernels._compiled.cache_clear()
+    fused._compiled.cache_clear()
     try:
-        kernels.switch(True)
         p = torch.nn.Parameter(torch.ones(3))
-        adamw = AdamW([p], lr=0.5)
+        adamw = AdamW([p], lr=0.5, fused=True)
         for _ in range(2):
             p.grad = torch.ones(3)
             adamw.step()
+        assert fused.library() is None and "/nowhere/cc" in fused.fault()
     finally:
-        kernels._compiled.cache_clear()
+        fused._compiled.cache_clear()
     torch.testing.assert_close(p.detach(), torch.zeros(3), rtol=0, atol=1e-4)
-    assert not kernels.is_on()
+
+
+def test_no_state_says_which_way_it_was():
+    """States on disk hold the groups, and are compared with a run's settings; a copy goes the same way."""
+    states = []
+    for native in (False, True):
+        p = torch.nn.Parameter(torch.ones(3))
+        p.grad = torch.ones(3)
+        adamw = AdamW([p], lr=0.1, fused=native)
+        adamw.step()
+        states.append(adamw.state_dict())
+        assert "fused" not in adamw.defaults and not any("fused" in group for group in adamw.param_groups)
+        other = AdamW([torch.nn.Parameter(torch.ones(3))], lr=0.3, fused=not native)
+        other.load_state_dict(states[-1])
+        assert copy.deepcopy(adamw).is_fused == native and other.is_fused != native
+    assert states[0]["param_groups"] == states[1]["param_groups"]
+    assert states[0]["state"][0].keys() == states[1]["state"][0].keys()
 
 
 def embedding_run(sparse: bool, native: bool, weight_decay: float = 0.0, state=None):
     """A table of which each step touches a few rows, by AdamW at changing rates: the table after each step."""
-    kernels.switch(native)
     torch.manual_seed(0)
     table = torch.nn.Embedding(40, 6, sparse=sparse)
-    adamw = AdamW(table.parameters(), lr=0.1, weight_decay=weight_decay)
+    adamw = AdamW(table.parameters(), lr=0.1, weight_decay=weight_decay, fused=native)
     if state:
         table.load_state_dict(state[0])
         adamw.load_state_dict(copy.deepcopy(state[1]))
@@ -473,7 +252,7 @@ def embedding_run(sparse: bool, native: bool, weight_decay: float = 0.0, state=N
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 def test_a_sparse_gradient_is_the_dense_one(native, weight_decay):
     """torch.optim.SparseAdam is not: rows without a gradient stand still there, though their momentum goes on."""
-    if native and kernels.library() is None:
+    if native and fused.library() is None:
         pytest.skip("no C compiler here")
     dense, _ = embedding_run(False, False, weight_decay)
     sparse, (_, state) = embedding_run(True, native, weight_decay)
@@ -485,7 +264,7 @@ def test_a_sparse_gradient_is_the_dense_one(native, weight_decay):
 
 
 def test_a_sparse_run_goes_on_from_a_dense_one_and_between_the_two_ways():
-    if kernels.library() is None:
+    if fused.library() is None:
         pytest.skip("no C compiler here")
     _, begun = embedding_run(False, False)
     judge, later = embedding_run(False, False, state=begun)

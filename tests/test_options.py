@@ -12,21 +12,23 @@ import math
 import shutil
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_sentences, write_split
+from conftest import exchange, tiny_sentences, write_split
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch.nn import functional as F
 
 import run_llama
-import trainer
+from commands import job as jobs
 from config import options
 from data import prepare
+from training import state as states
+from training.task import Evaluation
 
 # Plain SGD without clipping, dropout and schedule: the step that anyone can do by hand. An option that is given again
 # behind these replaces them.
@@ -64,7 +66,7 @@ class Watched:
             self.windows.append(self.batches)
             self.batches = []
 
-        run.task = replace(run.task, losses=watched_losses, evaluate=watched_evaluate)
+        exchange(run.task, losses=watched_losses, evaluate=watched_evaluate)
         run.optimizer.step = watched_step
 
     def rows(self, step: int = 0) -> list[int]:
@@ -114,7 +116,7 @@ class Run:
 
 def main(folder: Path, argv: list, change: Callable = lambda run: None) -> Run:
     """The program in this process, its trainings watched. `change(run)` may replace parts of a training before that."""
-    starts, real = [], run_llama.start
+    starts, real = [], jobs.build_job
 
     def start(*arguments):
         run = real(*arguments)
@@ -124,7 +126,7 @@ def main(folder: Path, argv: list, change: Callable = lambda run: None) -> Run:
 
     out, err = io.StringIO(), io.StringIO()
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
-        patch.setattr(run_llama, "start", start)
+        patch.setattr(jobs, "build_job", start)
         code = run_llama.main([str(word) for word in argv])
     return Run(folder, code, out.getvalue(), err.getvalue(), starts)
 
@@ -723,9 +725,10 @@ def scores(**series):
 
         def evaluate():
             calls.append(1)
-            plain = {"train_acc": 0.5, "dev_loss": 1.0, "dev_acc": 0.5}
-            return plain | {name: values[min(len(calls), len(values)) - 1] for name, values in series.items()}
-        run.task = replace(run.task, evaluate=evaluate)
+            found = {"train_acc": 0.5, "dev_loss": 1.0, "dev_acc": 0.5} | {
+                name: values[min(len(calls), len(values)) - 1] for name, values in series.items()}
+            return Evaluation(found, found.pop("collapsed", ""))
+        exchange(run.task, evaluate=evaluate)
     return change
 
 
@@ -785,8 +788,8 @@ def test_eval_every_is_a_part_of_an_epoch(finetune, few):
 
 
 def test_save_every_keeps_a_state_of_these_steps(finetune, few, monkeypatch):
-    saved, real = [], trainer.save_state
-    monkeypatch.setattr(trainer, "save_state", lambda last, step, *more: saved.append(step) or real(last, step, *more))
+    saved, real = [], states.save_state
+    monkeypatch.setattr(states, "save_state", lambda last, step, *more: saved.append(step) or real(last, step, *more))
     for text, want in (("", [0, 6]), (" --save_every 2", [0, 2, 4, 6])):
         saved.clear()
         finetune(f"{few}{text}", lambda run: None)
@@ -801,7 +804,7 @@ def poisoned(bad: set[int], make: Callable = lambda losses: losses * math.nan) -
         def losses(batch):
             seen.append(1)
             return make(real(batch)) if len(seen) in bad else real(batch)
-        run.task = replace(run.task, losses=losses)
+        exchange(run.task, losses=losses)
     return change
 
 
@@ -829,13 +832,13 @@ def test_a_rollback_goes_on_from_the_last_good_state_at_a_lower_rate(finetune):
 def test_a_collapse_is_rolled_back(finetune):
     """The second evaluation finds one class alone and a far lower accuracy, and the loss of its epoch is higher."""
     def change(run):
-        scores(dev_acc=[0.9, 0.2, 0.95], one_class=[None, 0, None], collapsed=[None, 0, None])(run)
+        scores(dev_acc=[0.9, 0.2, 0.95], collapsed=["", "every prediction is bad", ""])(run)
         real, evaluate, calls = run.task.losses, run.task.evaluate, []
 
         def found():
             calls.append(1)
-            return {name: value for name, value in evaluate().items() if value is not None}
-        run.task = replace(run.task, evaluate=found, losses=lambda batch: real(batch) * (2 if len(calls) == 1 else 1))
+            return evaluate()
+        exchange(run.task, evaluate=found, losses=lambda batch: real(batch) * (2 if len(calls) == 1 else 1))
 
     options = "--batch_size 24 --epochs 2 --optimizer adamw --lr 1e-2"  # four steps an epoch
     run = finetune(options, change)
@@ -859,7 +862,7 @@ def test_detect_anomaly_names_the_operation(finetune):
 def test_check_gradients_refuses_a_loss_that_depends_on_the_pass(finetune):
     def change(run):
         real = run.task.losses
-        run.task = replace(run.task, losses=lambda batch: real(batch) * len(batch["labels"]))
+        exchange(run.task, losses=lambda batch: real(batch) * len(batch["labels"]))
 
     run = finetune("--check_gradients", change, code=2)
     assert "--check_gradients: micro-batches change the gradient" in run.err
@@ -870,7 +873,7 @@ def test_overfit_batch_says_whether_one_batch_can_be_memorised(finetune, learns)
     def change(run):
         if not learns:  # the gradient is that of nothing
             real = run.task.losses
-            run.task = replace(run.task, losses=lambda batch: real(batch).detach() + 0 * real(batch))
+            exchange(run.task, losses=lambda batch: real(batch).detach() + 0 * real(batch))
 
     run = finetune("--overfit_batch --optimizer adamw --lr 1e-2", change)
     line = next(line for line in run.out.splitlines() if line.startswith("overfit :: one batch"))
@@ -1012,8 +1015,8 @@ TESTED = {
     "test_run_llama::test_a_run_with_c_is_the_run_without": "kernels",
     "test_run_llama::test_a_run_folder_that_holds_a_run_is_refused": "output_dir overwrite",
     "test_resume::test_a_signal_saves_and_says_how_to_go_on": "resume",
-    "test_search::test_a_plan_says_what_a_run_does": "plan",
-    "test_search::test_repeats_give_an_interval_and_confirm_ranks_by_dev_loss": "confirm",
+    "test_plan::test_a_plan_says_what_a_run_does": "plan",
+    "test_lr_find::test_repeats_give_an_interval_and_confirm_ranks_by_dev_loss": "confirm",
 }
 
 

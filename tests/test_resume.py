@@ -15,15 +15,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, tiny_sentences, write_split
+from conftest import ROOT, exchange, tiny_sentences, write_split
 from safetensors import safe_open
 
-import checkpoint
-import kernels
+import fused
 import run_llama
-import search
-import trainer
+from commands import job as jobs
+from commands import lr_find, verify_resume
 from config import parse_args
+from formats import files
+from training import checks, device, logs, metrics, trainer
+from training import state as states
 
 posix = pytest.mark.skipif(os.name != "posix", reason="SIGKILL, SIGTERM's handlers and RLIMIT_FSIZE are POSIX's")
 forks = pytest.mark.skipif(not sys.platform.startswith("linux"),
@@ -97,7 +99,7 @@ def stop_at(monkeypatch, steps=(), batches=(), number="SIGTERM") -> None:
     """A real signal in the middle of these optimizer steps, each once, and of these evaluation batches, counted over
     all the processes of a run."""
     steps, seen = set(steps), [0]
-    real_step, real_batch = trainer.Loop.accumulate, trainer.make_batch
+    real_step, real_batch = trainer.Loop.accumulate, metrics.make_batch
 
     def accumulate(self, rows):
         if self.progress.step + 1 in steps:
@@ -112,7 +114,7 @@ def stop_at(monkeypatch, steps=(), batches=(), number="SIGTERM") -> None:
         return real_batch(*arguments)
 
     monkeypatch.setattr(trainer.Loop, "accumulate", accumulate)
-    monkeypatch.setattr(trainer, "make_batch", make_batch)
+    monkeypatch.setattr(metrics, "make_batch", make_batch)
 
 
 def run_and_resume(run: Path, *argv, code: int = 143) -> int:
@@ -144,9 +146,9 @@ def test_a_run_that_is_stopped_anywhere_ends_as_if_it_had_not_been(inputs, strai
 
 @posix
 def test_with_c_too(inputs, tmp_path, monkeypatch):
-    """The kernels, and an embedding that AdamW updates by the rows that have had a gradient: its state has them."""
-    monkeypatch.setattr(run_llama, "is_large", lambda n_parameters: True)
-    if kernels.library() is None:
+    """The loops in C, and an embedding that AdamW updates by the rows that have had a gradient: its state has them."""
+    monkeypatch.setattr(device, "LARGE", 0)
+    if fused.library() is None:
         pytest.skip("no C compiler here")
     assert main("--option", "finetune", *inputs, *HARD, "--output_dir", tmp_path / "straight") == 0
     stop_at(monkeypatch, {2, 9, 17})
@@ -176,7 +178,7 @@ def test_the_seconds_of_a_resumed_run_go_on_counting(inputs, tmp_path, monkeypat
     stop_at(monkeypatch, (9,))
     for options in (["--option", "finetune", *inputs, *HARD, "--output_dir", run], ["--resume", run]):
         clock = itertools.count()
-        monkeypatch.setattr(trainer.time, "perf_counter", lambda clock=clock: float(next(clock)))
+        monkeypatch.setattr(time, "perf_counter", lambda clock=clock: float(next(clock)))
         main(*options)
     seconds = [json.loads(line)["seconds"] for line in (run / "steps.jsonl").read_text(encoding="utf-8").splitlines()]
     result = json.loads((run / "result.json").read_text(encoding="utf-8"))
@@ -186,14 +188,12 @@ def test_the_seconds_of_a_resumed_run_go_on_counting(inputs, tmp_path, monkeypat
 
 def poison(monkeypatch, bad: range) -> None:
     """A loss that is not a number in these steps, until the first rollback."""
-    loops, real = [], run_llama.start
+    loops, real = [], jobs.build_job
 
     def start(*arguments):
-        from dataclasses import replace
-
         run = real(*arguments)
         losses = run.task.losses
-        run.task = replace(run.task, losses=lambda batch: losses(batch) * (
+        exchange(run.task, losses=lambda batch: losses(batch) * (
             float("nan") if loops[-1].progress.step + 1 in bad and not loops[-1].progress.rollbacks else 1.0))
         return run
 
@@ -202,7 +202,7 @@ def poison(monkeypatch, bad: range) -> None:
             super().__init__(*arguments, **more)
             loops.append(self)
 
-    monkeypatch.setattr(run_llama, "start", start)
+    monkeypatch.setattr(jobs, "build_job", start)
     monkeypatch.setattr(trainer, "Loop", Loop)
 
 
@@ -217,7 +217,7 @@ def test_a_stop_around_a_rollback_changes_nothing(inputs, tmp_path, monkeypatch,
     assert [e["event"] for e in lines(expected / "events.jsonl")] == ["skipped"] * 3 + ["rollback"]
 
     stop_at(monkeypatch, (9, 10, 11))
-    real, kills = trainer.save_state, [1]
+    real, kills = states.save_state, [1]
 
     def killed_before_the_rollback_is_saved(last, step, tensors, values, good):
         progress = dict(dict(values["dict"])["progress"]["dict"])
@@ -226,7 +226,7 @@ def test_a_stop_around_a_rollback_changes_nothing(inputs, tmp_path, monkeypatch,
             raise KeyboardInterrupt
         real(last, step, tensors, values, good)
 
-    monkeypatch.setattr(trainer, "save_state", killed_before_the_rollback_is_saved)
+    monkeypatch.setattr(states, "save_state", killed_before_the_rollback_is_saved)
     run = tmp_path / "run"
     ended = [main("--option", "finetune", *options, "--output_dir", run)]
     while ended[-1] in (130, 143):
@@ -241,11 +241,11 @@ def test_a_resumed_run_keeps_its_micro_batch(inputs, straight, tmp_path, monkeyp
     """--auto_batch measures what is free at that moment: once a run, or the rounding changes."""
     options = [*HARD, "--auto_batch"]
     found = iter((4, 16))
-    monkeypatch.setattr(trainer, "find_micro_batch", lambda loop: next(found))
+    monkeypatch.setattr(checks, "find_micro_batch", lambda loop: next(found))
     stop_at(monkeypatch, (7,))
     assert run_and_resume(tmp_path / "run", *inputs, *options) == 1
     monkeypatch.undo()
-    monkeypatch.setattr(trainer, "find_micro_batch", lambda loop: 4)
+    monkeypatch.setattr(checks, "find_micro_batch", lambda loop: 4)
     assert main("--option", "finetune", *inputs, *options, "--output_dir", tmp_path / "straight") == 0
     assert_same_end(tmp_path / "run", tmp_path / "straight")
 
@@ -320,7 +320,7 @@ def stopped(inputs, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         stop_at(patch, (8,))
         assert main("--option", "finetune", *inputs, *HARD, "--save_every", "1", "--output_dir", run) == 143
-    assert [p.name.rpartition("-")[0] for p in checkpoint._states(run / "last")] == ["step-8", "step-7"]
+    assert [p.name.rpartition("-")[0] for p in states._states(run / "last")] == ["step-8", "step-7"]
     return run
 
 
@@ -350,7 +350,7 @@ DAMAGES = {
 def test_a_damaged_state_falls_back_to_the_one_before(stopped, straight, damage, monkeypatch, capsys):
     """... and says so; the run is stopped once more on its way, since a save has to cope with what it finds."""
     run = Path(shutil.copytree(stopped, "run"))
-    newest = checkpoint._states(run / "last")[0]
+    newest = states._states(run / "last")[0]
     DAMAGES[damage](newest)
     (run / "last/.step-9-9.tmp").mkdir()  # the litter of a killed write: never used, and removed
     (run / "last/.step-9-9.tmp/tensors.safetensors").write_bytes(b"half")
@@ -359,7 +359,8 @@ def test_a_damaged_state_falls_back_to_the_one_before(stopped, straight, damage,
     assert main("--resume", run) == 143
     err = capsys.readouterr().err
     assert f"{newest}: " in err and "going back to the state before it" in err and f"resuming {run} at step 7" in err
-    assert [checkpoint._fault(s) for s in checkpoint._states(run / "last")] == [None, None], "two whole ones again"
+    faults = [files.fault_of_manifest(state, states.NEEDED) for state in states._states(run / "last")]
+    assert faults == [None, None], "two whole ones again"
     assert main("--resume", run) == 0
     assert_same_end(run, straight(*HARD))
 
@@ -368,15 +369,15 @@ def test_no_cut_and_no_flipped_bit_is_ever_loaded(stopped, tmp_path):
     """At 60 places: what is loaded is the newest state as it was, where the damage does not touch it (a flag in its
     manifest), or the one before."""
     draw = random.Random(0)
-    newest, before = (checkpoint.read_json(s / "state.json") for s in checkpoint._states(stopped / "last"))
+    newest, before = (files.read_json(s / "state.json") for s in states._states(stopped / "last"))
     n_fallen_back = 0
     for i in range(60):
         last = tmp_path / "last"
         shutil.copytree(stopped / "last", last)
-        state = checkpoint._states(last)[0]
+        state = states._states(last)[0]
         name = ("tensors.safetensors", "state.json", "manifest.json")[i % 3]
         (cut if draw.random() < 0.3 else flip)(state / name, draw.random())
-        _, values, faults = checkpoint.load_state(last)
+        _, values, faults = states.load_state(last)
         n_fallen_back += len(faults)
         assert values == (before if faults else newest) and (faults or name == "manifest.json")
         assert not faults or str(state) in faults[0]
@@ -386,20 +387,20 @@ def test_no_cut_and_no_flipped_bit_is_ever_loaded(stopped, tmp_path):
 
 def test_with_every_state_damaged_it_says_so_and_touches_nothing(stopped, capsys):
     run = Path(shutil.copytree(stopped, "run"))
-    for state in checkpoint._states(run / "last"):
+    for state in states._states(run / "last"):
         flip(state / "tensors.safetensors", 0.5)
     assert main("--resume", run) == 2
     err = capsys.readouterr().err
     assert err.count("has changed since it was written (sha256)") == 2 and "no whole state to go on from" in err
     assert "Traceback" not in err
-    assert lines(run / "steps.jsonl") == lines(stopped / "steps.jsonl") and len(checkpoint._states(run / "last")) == 2
+    assert lines(run / "steps.jsonl") == lines(stopped / "steps.jsonl") and len(states._states(run / "last")) == 2
 
 
 def test_a_run_that_was_killed_before_its_first_state_begins(inputs, straight, tmp_path, monkeypatch, capsys):
     def killed(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(trainer, "save_state", killed)
+    monkeypatch.setattr(states, "save_state", killed)
     assert main("--option", "finetune", *inputs, *HARD, "--output_dir", "run") == 130
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)
@@ -472,7 +473,7 @@ SERVER = """
 import json, os, sys, traceback
 sys.path.insert(0, sys.argv[1])
 import sklearn.feature_extraction.text, sklearn.linear_model, sklearn.metrics, torch, tokenizers
-import run_llama, checkpoint, classifier, dataset, optimizer, trainer
+import run_llama, classifier, dataset, optimizer, commands.finetune
 torch.set_num_threads(1)
 torch.optim.SGD([torch.zeros(1)], lr=1.0)  # the first optimizer imports half of torch
 for line in sys.stdin:
@@ -563,8 +564,9 @@ def test_a_run_that_is_killed_at_random_moments_ends_as_if_it_had_not_been(input
         if (run / "best/model.safetensors").exists():
             with safe_open(run / "best/model.safetensors", "pt") as file:
                 assert all(torch.isfinite(file.get_tensor(name)).all() for name in file.keys())
-        states = checkpoint._states(run / "last")
-        assert all(checkpoint._fault(state) is None for state in states) and (states or not killed[-1])
+        left = states._states(run / "last")
+        faults = [files.fault_of_manifest(state, states.NEEDED) for state in left]
+        assert not any(faults) and (left or not killed[-1])
     programs.start("--resume", run)
     assert programs.wait() == 0, programs.errors()
     print(f"killed at steps {killed} of {total}")
@@ -581,7 +583,7 @@ def test_a_full_disk_keeps_the_last_good_state_and_names_path_and_bytes(inputs, 
     assert "Traceback" not in err and f"{run}/last/step-1-1: the state could not be written" in err
     assert "File too large" in err and " bytes, " in err and " are free; the last whole state is kept" in err
     assert [p.name for p in (run / "last").iterdir()] == ["step-0-0"]
-    assert checkpoint._fault(run / "last/step-0-0") is None
+    assert files.fault_of_manifest(run / "last/step-0-0", states.NEEDED) is None
     programs.start("--resume", run, limit=300_000)
     assert programs.wait() == 2 and [p.name for p in (run / "last").iterdir()] == ["step-0-0"]
     programs.start("--resume", run)
@@ -595,7 +597,7 @@ def test_a_full_disk_keeps_every_other_file_too(tmp_path):
     from safetensors.torch import save_file
 
     def write(values):
-        checkpoint.write_atomically(tmp_path / "file", lambda temporary: save_file(values, str(temporary)))
+        files.write_atomically(tmp_path / "file", lambda temporary: save_file(values, str(temporary)))
 
     write({"a": torch.ones(10)})
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -604,16 +606,16 @@ def test_a_full_disk_keeps_every_other_file_too(tmp_path):
         with pytest.raises(OSError, match=rf"{tmp_path}/file: it could not be written .*; \d+ bytes are free there"):
             write({"a": torch.zeros(10_000)})
         with open(tmp_path / "log", "ab", buffering=0) as log:
-            trainer.write_line(log, {"a": "x" * 9_000})
+            logs._write_line(log, {"a": "x" * 9_000})
             with pytest.raises(OSError, match=rf"{tmp_path}/log: it could not be written .*; \d+ bytes are free there"):
-                trainer.write_line(log, {"a": "x" * 9_000})
+                logs._write_line(log, {"a": "x" * 9_000})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     with safe_open(tmp_path / "file", "pt") as file:
         assert torch.equal(file.get_tensor("a"), torch.ones(10))
     assert {p.name for p in tmp_path.iterdir()} == {"file", "log"}
     denied = PermissionError(errno.EACCES, "Permission denied")
-    assert checkpoint.disk_full(tmp_path / "file", denied) is denied, "that is not about room"
+    assert files.disk_full(tmp_path / "file", denied) is denied, "that is not about room"
 
 
 @forks
@@ -632,7 +634,7 @@ def test_the_second_run_in_a_folder_is_refused_at_once(inputs, programs, tmp_pat
     finally:
         os.kill(pid, signal.SIGTERM)
         assert programs.wait() == 143
-    assert checkpoint._states(run / "last") and "--resume" in programs.errors(), "the first one was not disturbed"
+    assert states._states(run / "last") and "--resume" in programs.errors(), "the first one was not disturbed"
 
 
 @forks
@@ -696,7 +698,7 @@ def test_verify_resume_sees_a_resume_that_is_not_exact(fault, tmp_path, capsys):
     """An imitation of the program stands in for one whose resume has a fault."""
     program = tmp_path / "program.py"
     program.write_text(IMITATION.replace("FAULT", repr(fault)), encoding="utf-8")
-    assert search.verify_resume(parse_args([]), tmp_path, program, kills=1) == (1 if fault else 0)
+    assert verify_resume.verify_resume(parse_args([]), tmp_path, program, kills=1) == (1 if fault else 0)
     assert capsys.readouterr().out.count("DIFFERENT") == (1 if fault else 0)
     result = json.loads((tmp_path / "result.json").read_text(encoding="utf-8"))
     assert [name for name in ("weights", "state", "steps") if not result[f"same_{name}"]] == ([fault] if fault else [])
@@ -706,7 +708,7 @@ def test_verify_resume_says_why_the_run_itself_failed(tmp_path):
     program = tmp_path / "program.py"
     program.write_text("import sys; print('too bad', file=sys.stderr); sys.exit(2)", encoding="utf-8")
     with pytest.raises(ValueError, match="the run itself failed:\ntoo bad"):
-        search.verify_resume(parse_args([]), tmp_path, program)
+        verify_resume.verify_resume(parse_args([]), tmp_path, program)
 
 
 def test_verify_resume_kills_after_different_steps_and_says_so_afterwards(tmp_path, capsys, monkeypatch):
@@ -731,7 +733,7 @@ def test_verify_resume_kills_after_different_steps_and_says_so_afterwards(tmp_pa
 
     monkeypatch.setattr(random, "Random", Draw)
     monkeypatch.setattr(subprocess, "Popen", Watched)
-    assert search.verify_resume(parse_args([]), tmp_path, program) == 0
+    assert verify_resume.verify_resume(parse_args([]), tmp_path, program) == 0
     reached, said = zip(*killed, strict=True)
     assert len(reached) == 3 and 9 <= reached[0] < reached[1] < reached[2] < 60
     assert "killed" not in said[0], "nothing is said before it has happened"
@@ -749,7 +751,7 @@ def test_verify_resume_proves_nothing_where_nothing_could_be_killed(tmp_path, ca
     program.write_text(IMITATION.replace("FAULT", "''"), encoding="utf-8")
     monkeypatch.setattr(subprocess, "Popen", Quick)
     with pytest.raises(ValueError, match="nothing is proved: the run was finished before it could be killed"):
-        search.verify_resume(parse_args([]), tmp_path, program)
+        verify_resume.verify_resume(parse_args([]), tmp_path, program)
     out, err = capsys.readouterr()
     assert "killed after" not in out and "it was finished before it could be killed after step" in err
     assert json.loads((tmp_path / "result.json").read_text(encoding="utf-8"))["killed_at"] == []
@@ -773,7 +775,7 @@ def test_a_signal_to_verify_resume_ends_its_child_too(number, tmp_path):
     try:
         threading.Thread(target=send, daemon=True).start()
         with pytest.raises(SystemExit) as end:
-            search.verify_resume(parse_args([]), tmp_path, program)
+            verify_resume.verify_resume(parse_args([]), tmp_path, program)
     finally:
         signal.signal(number, before)
     assert end.value.code == 128 + number
@@ -791,7 +793,8 @@ def test_a_reader_that_leaves_changes_no_exit_code(option, inputs, tmp_path, mon
         (folder / "result.json").write_text("{}", encoding="utf-8")
         return 1
 
-    monkeypatch.setattr(search, option, work)
+    room = {"verify_resume": verify_resume, "lr_find": lr_find}[option]
+    monkeypatch.setattr(room, option, work)
     reader, writer = os.pipe()
     os.close(reader)
     with open(writer, "w", encoding="utf-8") as out:
@@ -803,7 +806,8 @@ def test_a_reader_that_leaves_changes_no_exit_code(option, inputs, tmp_path, mon
 
 @posix
 def test_verify_resume_proves_it_on_a_real_run(inputs, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(search.verify_resume, "__defaults__", (1,))  # one kill: each is a start of the whole program
+    # One kill: each is a start of the whole program.
+    monkeypatch.setattr(verify_resume.verify_resume, "__defaults__", (1,))
     assert main("--option", "verify_resume", *inputs, *HARD, "--save_every", "2", "--output_dir", tmp_path / "v") == 0
     out = capsys.readouterr().out
     assert "best weights identical, last state identical, steps.jsonl identical (18 steps)" in out

@@ -7,18 +7,24 @@ import hashlib
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_sentences, write_split
+from conftest import exchange, tiny_sentences, write_split
 from safetensors.torch import load_file, save_file
 from test_faults import make_older
 from test_resume import assert_same_end, flip, lines, main, refused, stop_at
 
-import checkpoint
-import run_llama
-import trainer
+from commands import job as jobs
+from commands import one_run
+from commands import saved as saved_runs
+from config import parse_args
+from formats import files
+from training import best as best_folder
+from training import run_folder
+from training import state as states
 
 posix = pytest.mark.skipif(os.name != "posix", reason="signals, links and /dev are POSIX's")
 TRAIN = ["--batch_size", "16", "--epochs", "2", "--lr", "3e-3", "--save_every", "2", "--eval_every", "0.5",
@@ -79,13 +85,13 @@ def edit(path: Path, change, seal: bool = True) -> None:
 
 def edit_state(run: Path, change) -> None:
     """Change the newest state's values, by the key, and its manifest with them."""
-    state = checkpoint._states(run / "last")[0]
+    state = states._states(run / "last")[0]
     values = json.loads((state / "state.json").read_text(encoding="utf-8"))
     change(values)
     (state / "state.json").write_text(json.dumps(values), encoding="utf-8")
     manifest = json.loads((state / "manifest.json").read_text(encoding="utf-8"))
     manifest["files"]["state.json"] = {"bytes": (state / "state.json").stat().st_size,
-                                       "sha256": checkpoint.sha256(state / "state.json")}
+                                       "sha256": files.sha256(state / "state.json")}
     (state / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
 
 
@@ -230,7 +236,7 @@ def test_a_best_model_of_another_run_and_one_without_a_manifest(stopped, finishe
     run = copy(stopped)
     shutil.rmtree(run / "best")
     shutil.copytree(finished / "best", run / "best")
-    digests = [checkpoint.sha256(where / "best/manifest.json") for where in (stopped, finished)]
+    digests = [files.sha256(where / "best/manifest.json") for where in (stopped, finished)]
     assert digests[0] != digests[1], "else this would show nothing"
     assert "manifest.json is not that of the run's best evaluation" in one_line(capsys, "--resume", run)
     run = copy(finished)
@@ -255,13 +261,13 @@ def test_a_best_model_of_another_run_and_one_without_a_manifest(stopped, finishe
 def test_a_kill_at_any_rename_of_best_leaves_one_that_loads_and_the_same_end(inputs, finished, capsys, monkeypatch):
     """The third evaluation's: before, between and after the two renames, and before the state that knows of it."""
     n_best = [0]
-    real_save, real_replace, real_state = checkpoint.save_classifier, os.replace, trainer.save_state
+    real_save, real_replace, real_state = saved_runs.save_classifier, os.replace, states.save_state
 
     def save(*arguments):
         n_best[0] += 1
         return real_save(*arguments)
 
-    monkeypatch.setattr(checkpoint, "save_classifier", save)
+    monkeypatch.setattr(saved_runs, "save_classifier", save)
     assert main("--option", "finetune", *inputs, *TRAIN, "--output_dir", "count") == 0
     assert n_best[0] >= 3, "else there is nothing to replace"
     for moment in range(5):
@@ -285,7 +291,7 @@ def test_a_kill_at_any_rename_of_best_leaves_one_that_loads_and_the_same_end(inp
 
         with monkeypatch.context() as patch:
             patch.setattr(os, "replace", replace)
-            patch.setattr(trainer, "save_state", state)
+            patch.setattr(states, "save_state", state)
             with pytest.raises(Kill):
                 main("--option", "finetune", *inputs, *TRAIN, "--output_dir", run)
         n_best[0] = 9
@@ -306,7 +312,7 @@ def test_best_goes_back_to_the_one_that_the_state_knows(tmp_path):
     for i, name in enumerate((".best.old", "best")):
         (tmp_path / name).mkdir()
         (tmp_path / name / "manifest.json").write_text(str(i), encoding="utf-8")
-    checkpoint.restore_best(tmp_path / "best", checkpoint.sha256(tmp_path / ".best.old/manifest.json"))
+    best_folder.restore_best(tmp_path / "best", files.sha256(tmp_path / ".best.old/manifest.json"))
     assert (tmp_path / "best/manifest.json").read_text(encoding="utf-8") == "0"
     assert os.listdir(tmp_path) == ["best"]
 
@@ -324,15 +330,15 @@ def test_outputs_that_are_not_finite_are_an_error(inputs, finished, capsys, monk
         assert "is not finite (NaN or infinity)" in one_line(capsys, *command)
     assert (run / "dev-predictions.txt").read_bytes() == before
 
-    real = run_llama.start
+    real = jobs.build_job
 
     def start(*arguments):
         made = real(*arguments)
         losses = made.task.losses
-        object.__setattr__(made.task, "losses", lambda batch: losses(batch) * float("nan"))
+        exchange(made.task, losses=lambda batch: losses(batch) * float("nan"))
         return made
 
-    monkeypatch.setattr(run_llama, "start", start)
+    monkeypatch.setattr(jobs, "build_job", start)
     err = one_line(capsys, "--option", "finetune", *inputs, *TRAIN, "--guards", "off", "--output_dir", "nan")
     assert "is not finite" in err and not Path("nan/result.json").exists()
 
@@ -453,11 +459,11 @@ ODD_STATES = {
 @pytest.mark.parametrize("odd", ODD_STATES)
 def test_an_odd_state_is_a_message(stopped, capsys, odd):
     run = copy(stopped)
-    shutil.rmtree(checkpoint._states(run / "last")[1])
+    shutil.rmtree(states._states(run / "last")[1])
     edit_state(run, ODD_STATES[odd])
     edit(run / "args.json", lambda args: args.pop("id", None))  # an attacker can make them belong together
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoint, "run_of", lambda state: {}, raising=False)
+        patch.setattr(states, "run_of", lambda state: {}, raising=False)
         assert f"{run / 'last'}" in one_line(capsys, "--resume", run)
     assert not (run / "result.json").exists()
 
@@ -485,7 +491,7 @@ def test_a_new_run_never_goes_on_from_the_states_of_an_old_one(inputs, stopped, 
         raise Kill
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "save_state", killed)
+        patch.setattr(states, "save_state", killed)
         with pytest.raises(Kill):
             main("--option", "finetune", *inputs, *TRAIN, "--output_dir", "run")
     shutil.copytree(stopped / "last", "run/last")
@@ -511,14 +517,14 @@ def test_a_kill_inside_overwrite_leaves_no_state_beside_a_new_run(inputs, stoppe
             return do
 
         with monkeypatch.context() as patch:
-            patch.setattr(trainer.shutil, "rmtree", killing(shutil.rmtree))
+            patch.setattr(run_folder.shutil, "rmtree", killing(shutil.rmtree))
             patch.setattr(Path, "unlink", killing(Path.unlink))
             patch.setattr(os, "replace", killing(os.replace))
-            patch.setattr(run_llama, "train_one", lambda config, *_: trainer.open_run(config) and {"stopped": ""})
+            patch.setattr(one_run, "train", lambda config, *_: run_folder.open_run(config) and {"stopped": ""})
             try:
                 main("--option", "finetune", *inputs, *TRAIN, "--output_dir", run, "--overwrite")
             except Kill:
-                assert (run / "args.json").exists() or not checkpoint.has_states(run / "last")
+                assert (run / "args.json").exists() or not states.has_states(run / "last")
                 continue
         assert moment > 5 and not (run / "args.json").exists() and not (run / "last").exists()
         return
@@ -528,7 +534,7 @@ def test_a_kill_inside_overwrite_leaves_no_state_beside_a_new_run(inputs, stoppe
 @posix
 def test_lr_find_takes_the_lock_and_a_series_result_is_not_a_runs(inputs, stopped, finished, capsys):
     Path("find").mkdir()
-    with trainer.lock(Path("find")):
+    with run_folder.RunFolder("find").lock():
         err = one_line(capsys, "--option", "lr_find", *inputs, *TRAIN, "--lr_steps", "12", "--output_dir", "find")
         assert "another process is training in this folder" in err
     assert os.listdir("find") == [".lock"]
@@ -548,7 +554,7 @@ def test_a_resume_does_not_ask_for_the_files_of_generate(stopped, finished):
 
 @posix
 def test_a_kill_around_the_result_leaves_one_state(stopped, finished, monkeypatch):
-    real = trainer.save_result
+    real = run_folder.RunFolder.save_result
     for is_before in (True, False):
         run = copy(stopped)
 
@@ -558,7 +564,7 @@ def test_a_kill_around_the_result_leaves_one_state(stopped, finished, monkeypatc
             raise Kill
 
         with monkeypatch.context() as patch:
-            patch.setattr(trainer, "save_result", save_result)
+            patch.setattr(run_folder.RunFolder, "save_result", save_result)
             with pytest.raises(Kill):
                 main("--resume", run)
         if is_before:
@@ -739,3 +745,33 @@ def test_a_zero_byte_in_a_path_is_a_message(capsys):
     for name in ("run", "dev_out", "train"):
         assert main("--option", "evaluate", f"--{name}", "a\0b") == 2
         assert f"--{name}: there is a zero byte in it" in capsys.readouterr().err
+
+
+# --------------------------------------------------------------------------- making one
+
+
+def test_a_default_folder_that_exists_gets_a_number(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = parse_args(["--option", "finetune", "--epochs", "3", "--lr", "1e-5"])
+    assert [run_folder.open_run(config).path.name for _ in range(3)] == [
+        "finetune-3-1e-05", "finetune-3-1e-05-2", "finetune-3-1e-05-3"]
+
+
+def test_a_folder_with_a_run_is_refused_without_overwrite(tmp_path):
+    config = parse_args(["--output_dir", str(tmp_path / "run")])
+    folder = run_folder.open_run(config).path
+    assert run_folder.open_run(config).path == folder  # still empty
+    for name in ("args.json", "result.json"):
+        (folder / name).write_text("{}", encoding="utf-8")
+    (folder / "mine.txt").write_text("keep", encoding="utf-8")
+    with pytest.raises(FileExistsError, match="--overwrite"):
+        run_folder.open_run(config)
+    run_folder.open_run(replace(config, overwrite=True))
+    assert {p.name for p in folder.iterdir()} == {"mine.txt", ".lock"}
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    for bad in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(OSError, match="file"):
+            run_folder.open_run(parse_args(["--output_dir", str(bad)]))

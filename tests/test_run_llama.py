@@ -9,9 +9,15 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, tiny_sentences
 
-import kernels
+import fused
+import optimizer
 import run_llama
-from config import SCHEDULERS, parse_args
+from commands import generate
+from commands import inputs as inputs_room
+from commands import job as jobs
+from config import parse_args
+from schedule import SCHEDULERS, make_schedule, warmup_steps
+from training import device, metrics
 
 EPOCH_LINE = (r"epoch (\d+): train loss :: \d+\.\d{3}, train acc :: \d\.\d{3}, dev acc :: \d\.\d{3}, "
               r"lr :: \d\.\d\de-\d\d")
@@ -135,10 +141,8 @@ def test_generate_writes_two_files_and_greedy_is_the_same_each_time(arguments, c
 
 
 def test_prompt_does_not_depend_on_the_batch(arguments, monkeypatch, capsys):
-    import trainer
-
     for budget in (4096, 1):
-        monkeypatch.setattr(trainer, "length_order", lambda lengths, budget=budget, f=trainer.length_order: f(
+        monkeypatch.setattr(metrics, "length_order", lambda lengths, budget=budget, f=metrics.length_order: f(
             lengths, budget))
         assert run_llama.main(["--option", "prompt", *arguments, "--dev_out", f"dev-{budget}.txt"]) == 0
         monkeypatch.undo()
@@ -326,7 +330,7 @@ def test_an_output_file_that_cannot_be_written_is_refused_first(arguments, capsy
 
 
 def test_an_error_inside_a_library_keeps_its_traceback(arguments, monkeypatch):
-    monkeypatch.setitem(run_llama.OPTIONS, "generate", lambda config: int("x"))
+    monkeypatch.setattr(generate, "run", lambda config: int("x"))
     # The call is made by the test, which is no room of ours.
     with pytest.raises(ValueError, match="invalid literal"):
         run_llama.main([])
@@ -371,15 +375,12 @@ SCHEDULES = {
 
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_every_schedule_is_what_a_run_follows(arguments, name, capsys):
-    from optimizer import make_schedule
-
     options = SCHEDULES[name].split()
     finetune(arguments, "--epochs", "2", "--scheduler", name, *options, "--output_dir", "run")
     config = parse_args(options)
-    schedule = make_schedule(name, total_steps=12, steps_an_epoch=6, warmup_steps=run_llama.warmup_steps(
+    schedule = make_schedule(name, total_steps=12, steps_per_epoch=6, warmup_steps=warmup_steps(
         parse_args(["--epochs", "2", "--scheduler", name, *options]), 6),
-        **{k: getattr(config, k) for k in config.given if not k.startswith(("warmup", "plateau"))},
-        patience=config.plateau_patience)
+        **{k: getattr(config, k) for k in config.given if not k.startswith("warmup")})
     dev = [json.loads(line)["dev_acc"] for line in read_lines("run/epochs.jsonl")]
     want = [3e-3 * schedule(i, dev[: i // 6]) for i in range(12)]
     assert rates_of("run") == pytest.approx(want, rel=1e-12)
@@ -444,9 +445,7 @@ def test_the_switches_of_pytorch_are_set_and_set_back(arguments):
 
 def test_the_decay_of_every_optimizer_is_decoupled(arguments):
     config = parse_args(["--option", "finetune", *arguments, "--optimizer", "sgd", "--weight_decay", "0.1"])
-    import trainer
-
-    run = run_llama.start(config, run_llama.load_inputs(config, ("train",)), None, trainer.choose_device(config))
+    run = jobs.build_job(config, inputs_room.load(config, ("train", "dev")), device.choose_device(config))
     assert all(group["decoupled"] for group in run.optimizer.param_groups)
 
 
@@ -474,7 +473,6 @@ def test_an_ordinal_run_reports_its_scores_and_survives_saving(arguments, monito
 def test_dev_is_never_augmented_and_train_is(arguments, monkeypatch):
     """The rows that the model sees while it evaluates are the files' own; in training they are not."""
     import dataset
-    import trainer
 
     seen = {"train": 0, "eval": 0}
     real = dataset.make_batch
@@ -488,7 +486,7 @@ def test_dev_is_never_augmented_and_train_is(arguments, monkeypatch):
         return batch
 
     monkeypatch.setattr(dataset, "make_batch", watch)
-    monkeypatch.setattr(trainer, "make_batch", watch)
+    monkeypatch.setattr(metrics, "make_batch", watch)
     finetune(arguments, "--epochs", "1", "--aug_delete", "0.3", "--aug_swap", "0.2", "--aug_replace", "0.3",
              "--class_weights", "balanced", "--sampler", "balanced", "--r_drop", "1", "--label_smoothing", "0.1")
     assert seen["train"] == 6 and seen["eval"] >= 4
@@ -515,17 +513,14 @@ def test_several_runs_print_the_mean_and_deviation_of_their_results(arguments, o
 
 def test_every_start_in_a_process_begins_with_the_files_weights(arguments):
     import torch
-
-    import trainer
-
     config = parse_args(["--option", "finetune", *arguments])
-    inputs, device = run_llama.load_inputs(config, ("train", "dev")), trainer.choose_device(config)
-    first = run_llama.start(config, inputs, None, device).model
+    inputs, cpu = inputs_room.load(config, ("train", "dev")), device.choose_device(config)
+    first = jobs.build_job(config, inputs, cpu).model
     before = {name: tensor.clone() for name, tensor in first.state_dict().items()}
     with torch.no_grad():
         for parameter in first.parameters():
             parameter.add_(1)  # as a training does, in place
-    torch.testing.assert_close(dict(run_llama.start(config, inputs, None, device).model.state_dict()), before,
+    torch.testing.assert_close(dict(jobs.build_job(config, inputs, cpu).model.state_dict()), before,
                                rtol=0, atol=0)
 
 
@@ -576,16 +571,28 @@ def test_an_option_without_effect_is_said_before_the_training(arguments, capsys)
 def test_a_run_with_c_is_the_run_without(arguments, tiny_data, monkeypatch):
     """Every loss, norm and rate of a whole run to float32's rounding, and the same predictions; `--kernels off` is
     obeyed, and so is the size of a model."""
-    if kernels.library() is None:
+    if fused.library() is None:
         pytest.skip("no C compiler here")
-    found, real = [], kernels.switch
-    monkeypatch.setattr(kernels, "switch", lambda on: found.append(on) or real(on))
+    found, real = [], device.accelerate
+
+    def accelerate(config, model, where):
+        is_as_wanted = real(config, model, where)
+        found.append(fused.is_accelerated(model))
+        return is_as_wanted
+
+    monkeypatch.setattr(device, "accelerate", accelerate)
+    updates, run_fused = [], optimizer._run_fused
+    monkeypatch.setattr(optimizer, "_run_fused", lambda *arguments: updates.append(1) or run_fused(*arguments))
     arguments += ["--weight_decay", "0", "--hidden_dropout_prob", "0.1"]
     finetune(arguments, "--output_dir", "small")
-    monkeypatch.setattr(run_llama, "is_large", lambda n_parameters: True)
+    monkeypatch.setattr(device, "LARGE", 0)
     finetune(arguments, "--output_dir", "off", "--kernels", "off")
+    assert found == [False, False] and not updates
     finetune(arguments, "--output_dir", "on")
-    assert found == [False, False, True]
+    assert found == [False, False, True] and len(updates) == len(read_lines("on/steps.jsonl"))
+    compilers = [json.loads(Path(run, "args.json").read_text(encoding="utf-8"))["versions"]["c_compiler"]
+                 for run in ("small", "off", "on")]
+    assert compilers == ["not used", "not used", fused.compiler()]
     steps = [[json.loads(line) for line in read_lines(f"{run}/steps.jsonl")] for run in ("off", "on")]
     for a, b in zip(*steps, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-4) and a["lr"] == b["lr"]

@@ -9,13 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import tiny_sentences, write_split
+from conftest import exchange, tiny_sentences, write_split
 from test_resume import lines, main, stop_at
 
 import dataset
-import run_llama
-import trainer
+from commands import job as jobs
+from commands import one_run, series
 from tokenizer import Tokenizer
+from training import metrics
 
 posix = pytest.mark.skipif(os.name != "posix", reason="SIGTERM's handler is POSIX's")
 SERIES = {"--seeds": ["seed-1337", "seed-1338"], "--folds": ["fold-0", "fold-1"]}
@@ -85,7 +86,7 @@ def test_with_a_train_limit_a_run_of_a_series_is_the_one_by_hand_resumed_or_not(
 
 @posix
 def test_one_run_of_a_stopped_series_can_be_resumed_alone_on_its_own_sentences(inputs, straight, monkeypatch, capfd):
-    seen, real = [], run_llama.train_one
+    seen, real = [], one_run.train
 
     def train_one(*arguments):
         seen.append(arguments)
@@ -93,7 +94,7 @@ def test_one_run_of_a_stopped_series_can_be_resumed_alone_on_its_own_sentences(i
             stop_at(monkeypatch, [2])
         return real(*arguments)
 
-    monkeypatch.setattr(run_llama, "train_one", train_one)
+    monkeypatch.setattr(one_run, "train", train_one)
     assert main(*inputs, "--seeds", "2", "--output_dir", "all") == 143
     assert capfd.readouterr().err.splitlines()[-1] == "stopped; go on with: python run_llama.py --resume all"
     expected = straight("--seeds")
@@ -112,7 +113,7 @@ class Kill(BaseException):
 
 def kill_at(monkeypatch, moment: str) -> None:
     """`moment`: before the N-th run, in its training, in its last evaluation, or before the summary."""
-    runs, real, summarise, evaluate = [], run_llama.train_one, run_llama.summarise, trainer.predict
+    runs, real, summarise, evaluate = [], one_run.train, series.summarise, metrics.predict
     before, _, number = moment.partition(" ")
 
     def train_one(*arguments):
@@ -122,7 +123,7 @@ def kill_at(monkeypatch, moment: str) -> None:
                 raise Kill
             if before == "in":
                 stop_at(monkeypatch, [4])  # of 6, or of 10 of a fold
-            monkeypatch.setattr(trainer, "predict", predict)
+            monkeypatch.setattr(metrics, "predict", predict)
         return real(*arguments)
 
     def killed(*arguments):
@@ -135,8 +136,8 @@ def kill_at(monkeypatch, moment: str) -> None:
             signal.raise_signal(signal.SIGTERM)
         return evaluate(*arguments)
 
-    monkeypatch.setattr(run_llama, "train_one", train_one)
-    monkeypatch.setattr(run_llama, "summarise", killed)
+    monkeypatch.setattr(one_run, "train", train_one)
+    monkeypatch.setattr(series, "summarise", killed)
 
 
 @posix
@@ -243,18 +244,16 @@ def test_a_seed_of_any_size_cuts_folds(inputs):
 
 def diverge(monkeypatch, *seeds: int) -> None:
     """No loss of these seeds' runs is a number."""
-    from dataclasses import replace
-
-    real = run_llama.start
+    real = jobs.build_job
 
     def start(config, *arguments):
         run = real(config, *arguments)
         if config.seed in seeds:
             losses = run.task.losses
-            run.task = replace(run.task, losses=lambda batch: losses(batch) * float("nan"))
+            exchange(run.task, losses=lambda batch: losses(batch) * float("nan"))
         return run
 
-    monkeypatch.setattr(run_llama, "start", start)
+    monkeypatch.setattr(jobs, "build_job", start)
 
 
 def test_runs_that_diverged_are_named_and_the_mean_is_given_without_them_too(inputs, monkeypatch, capsys):

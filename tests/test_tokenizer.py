@@ -3,16 +3,17 @@
 import io
 import json
 import re
-import struct
-import time
+from types import SimpleNamespace
 
 import pytest
 import sentencepiece
 import tiny
+from conftest import refused
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tokenizer import Tokenizer, read_gguf
+from config import LlamaConfig
+from tokenizer import Tokenizer, check_vocabulary
 
 CORPUS = [
     "the film is a good film and the story is well told", "a bad story, badly told; it isn't a film at all!",
@@ -310,11 +311,8 @@ def test_flipped_bytes_in_a_tokenizer_are_refused_or_harmless(tmp_path_factory, 
             assert str(path) in str(error)
 
 
-def test_the_header_with_a_vocabulary_is_read_at_once(tmp_path):
-    """49,152 words, as SmolLM has: the gguf package's reader takes seconds."""
-    words = b"".join(tiny.gguf_string(f"word{i}") for i in range(49_152))
-    pair = tiny.gguf_pair("tokenizer.ggml.tokens", 9, struct.pack("<IQ", 8, 49_152) + words)
-    (tmp_path / "big.gguf").write_bytes(tiny.gguf_bytes((pair,)))
-    began = time.perf_counter()
-    metadata, _ = read_gguf(tmp_path / "big.gguf")
-    assert time.perf_counter() - began < 1 and metadata["tokenizer.ggml.tokens"][-1] == "word49151"
+def test_a_tokenizer_with_more_words_than_the_embedding_is_refused():
+    tokenizer = SimpleNamespace(n_words=97, path="some/tokenizer.json")
+    with refused("some/tokenizer.json", "97 words.* 96"):
+        check_vocabulary(tokenizer, LlamaConfig(vocab_size=96))
+    check_vocabulary(tokenizer, LlamaConfig(vocab_size=97))

@@ -1,91 +1,26 @@
-"""The loops: evaluation in file order, the same run twice, the best epoch, the run folder, the device."""
+"""The one training loop: its gradients, the best epoch, early stopping, the guards, rollbacks."""
 
 import copy
 import json
 import math
-from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from conftest import exchange
+from loops import CPU, make_loop
 from torch.nn.functional import nll_loss
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import checkpoint
 import dataset
-import trainer
-from classifier import LlamaEmbeddingClassifier, classification_loss
-from config import parse_args
-from optimizer import AdamW, make_schedule
-from tokenizer import Tokenizer
-
-CPU = trainer.Device(torch.device("cpu"), torch.float32)
-
-
-@pytest.fixture
-def parts(tiny_model, tiny_data):
-    torch.manual_seed(0)
-    tokenizer = Tokenizer(tokenizer_model=tiny_model)
-    llama = checkpoint.load_pretrained(tiny_model)
-    model = LlamaEmbeddingClassifier(SimpleNamespace(num_labels=3, hidden_dropout_prob=0.1), llama)
-    splits = {n: dataset.load_split(tiny_data[n], tokenizer, 128, n_labels=3) for n in ("train", "dev")}
-    return model, splits, tokenizer
-
-
-def make_task(parts, config, evaluate=None, save_best=lambda: None):
-    model, splits, tokenizer = parts
-    train = splits["train"]
-
-    def scores():
-        on_dev = trainer.score(trainer.predict(model, splits["dev"], tokenizer.pad_id, CPU), splits["dev"].labels)
-        return {"train_acc": 0.0, **{f"dev_{k}": v for k, v in on_dev.items()}}
-
-    return trainer.Task(
-        model, train, class_names=["bad", "fine", "good"], n_dev=len(splits["dev"]), evaluate=evaluate or scores,
-        save_best=save_best,
-        make_batch=lambda rows, epoch: dataset.make_batch(train, rows, tokenizer.pad_id),
-        losses=lambda batch: classification_loss(model, batch),
-        order=lambda epoch: dataset.epoch_order(
-            train.lengths, config.batch_size * config.grad_accum, config.seed, epoch))
-
-
-def make_loop(parts, folder, *options, optimizer=None, schedule=lambda step, history: 1.0, **more):
-    config = parse_args(["--max_grad_norm", "0", *options])
-    keep = {k: more.pop(k) for k in ("after_step", "keep_states") if k in more}
-    optimizer = optimizer or AdamW(parts[0].parameters(), lr=config.lr, eps=1e-8)
-    return trainer.Loop(make_task(parts, config, **more), optimizer, schedule, config, CPU, folder, **keep)
+from schedule import make_schedule
+from training import gradients, trainer
+from training.device import Device
+from training.task import Evaluation
 
 
 def read_jsonl(path):
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-def test_predictions_are_in_file_order_and_equal_one_sentence_at_a_time(parts):
-    model, splits, tokenizer = parts
-    model.train()  # and the mode comes back
-    together = trainer.predict(model, splits["dev"], tokenizer.pad_id, CPU)
-    assert model.training
-    model.eval()
-    with torch.no_grad():
-        alone = torch.cat([model(torch.tensor(t, dtype=torch.long)[None]) for t in splits["dev"].tokens])
-    torch.testing.assert_close(together, alone, rtol=0, atol=1e-5)
-
-
-def test_the_scores_are_scikit_learns():
-    from sklearn.metrics import accuracy_score, cohen_kappa_score, f1_score, log_loss, mean_absolute_error
-
-    log_probs = torch.log_softmax(torch.randn(50, 4, generator=torch.Generator().manual_seed(0)), 1)
-    labels = np.random.default_rng(0).integers(0, 4, 50)
-    scores, predicted = trainer.score(log_probs, labels), log_probs.argmax(1).numpy()
-    assert scores["acc"] == pytest.approx(accuracy_score(labels, predicted))
-    assert scores["f1"] == pytest.approx(f1_score(labels, predicted, average="macro"))
-    probabilities = log_probs.double().softmax(1).numpy()
-    assert scores["loss"] == pytest.approx(log_loss(labels, probabilities), rel=1e-5)
-    ordinal = trainer.score(log_probs, labels, ordinal=True)
-    assert ordinal["mae"] == pytest.approx(mean_absolute_error(labels, predicted))
-    assert ordinal["qwk"] == pytest.approx(cohen_kappa_score(labels, predicted, weights="quadratic"))
-    assert ordinal["off_by_one"] == pytest.approx((abs(labels - predicted) <= 1).mean())
 
 
 @pytest.mark.parametrize("clip", [0.0, 0.05])
@@ -138,7 +73,7 @@ def test_a_pass_on_a_cpu_has_so_many_tokens_at_most(parts, tmp_path, monkeypatch
         monkeypatch.setattr(trainer, "PASS_TOKENS", most)
         model.zero_grad()
         loop = make_loop(parts, tmp_path, "--batch_size", "13")
-        loop.task = replace(loop.task, losses=lambda b, real=loop.task.losses: sizes.append(b["tokens"].numel())
+        exchange(loop.task, losses=lambda b, real=loop.task.losses: sizes.append(b["tokens"].numel())
                             or real(b))
         loop.accumulate(rows)
         for p, expected in zip(model.parameters(), whole, strict=True):
@@ -147,8 +82,8 @@ def test_a_pass_on_a_cpu_has_so_many_tokens_at_most(parts, tmp_path, monkeypatch
             assert all(size <= 40 for size in sizes[13:])
     assert len(sizes[:13]) == 13 and sizes[-1] == batch["tokens"].numel()
     monkeypatch.setattr(trainer, "PASS_TOKENS", 40)
-    loop.device = trainer.Device(torch.device("cuda"), torch.float32)
-    assert loop.passes(rows) == 1
+    loop.device = Device(torch.device("cuda"), torch.float32)
+    assert loop.rows_per_pass(rows) == len(rows)
 
 
 def test_a_batchs_weights_multiply_each_loss_as_pytorchs_do(parts, tmp_path):
@@ -162,7 +97,7 @@ def test_a_batchs_weights_multiply_each_loss_as_pytorchs_do(parts, tmp_path):
         batch = real(rows, epoch)
         return {**batch, "weights": weights[batch["labels"]]}
 
-    loop.task = replace(loop.task, make_batch=make_batch)
+    exchange(loop.task, make_batch=make_batch)
     losses, plain = loop.accumulate(rows)
     gradient = model.classifier_head.weight.grad.clone()
     model.zero_grad()
@@ -173,16 +108,6 @@ def test_a_batchs_weights_multiply_each_loss_as_pytorchs_do(parts, tmp_path):
     torch.testing.assert_close(losses, want.detach())
     torch.testing.assert_close(plain, nll_loss(log_probs, labels, reduction="none").detach())
     torch.testing.assert_close(gradient, model.classifier_head.weight.grad)
-
-
-def test_check_gradients_compares_the_whole_batch_with_its_parts(parts, tmp_path, monkeypatch):
-    """On a CPU too, where a pass has so many tokens at most."""
-    monkeypatch.setattr(trainer, "PASS_TOKENS", 1)
-    loop, sizes = make_loop(parts, tmp_path, "--batch_size", "12"), []
-    loop.task = replace(loop.task, losses=lambda b, real=loop.task.losses: sizes.append(len(b["labels"])) or real(b))
-    trainer.check_gradients(loop)
-    n = len(loop.task.order(0)[0])
-    assert sizes[0] == n and sum(sizes) == 3 * n and len(sizes) > 3 and loop.passes(np.arange(5)) == 5
 
 
 def test_out_of_memory_halves_the_micro_batch_and_changes_nothing_else(parts, tmp_path, capsys):
@@ -201,7 +126,7 @@ def test_out_of_memory_halves_the_micro_batch_and_changes_nothing_else(parts, tm
                 raise torch.OutOfMemoryError("no room")
             return real(rows, epoch)
 
-        loop.task = replace(loop.task, make_batch=make_batch)
+        exchange(loop.task, make_batch=make_batch)
         loop.run()
         return loop, [p.detach().clone() for p in model.parameters()]
 
@@ -221,7 +146,7 @@ def test_the_best_epoch_is_the_highest_accuracy_then_the_lowest_loss(parts, tmp_
         return {"train_acc": 0.25, "dev_loss": loss, "dev_acc": acc, "dev_f1": acc}
 
     loop = make_loop(parts, tmp_path, "--epochs", "5", "--batch_size", "96", evaluate=evaluate,
-                     save_best=lambda: saved.append(1))
+                     save_best=lambda folder: saved.append(1))
     assert loop.run()["epoch"] == 2 and len(saved) == 3
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("epoch")]
     assert len(lines) == 5
@@ -256,7 +181,7 @@ def test_evaluations_inside_an_epoch_stand_at_their_part_of_it(parts, tmp_path):
 
 def test_the_logged_rate_is_the_schedules_closed_form(parts, tmp_path):
     loop = make_loop(parts, tmp_path, "--epochs", "3", "--batch_size", "10", "--lr", "3e-4",
-                     schedule=make_schedule("cosine", total_steps=30, steps_an_epoch=10, warmup_steps=4))
+                     schedule=make_schedule("cosine", total_steps=30, steps_per_epoch=10, warmup_steps=4))
     loop.run()
     for i, line in enumerate(read_jsonl(tmp_path / "steps.jsonl")):
         expected = (i + 1) / 4 if i < 4 else 1e-3 + (1 - 1e-3) * (1 + math.cos(math.pi * (i - 4) / 26)) / 2
@@ -274,7 +199,7 @@ def test_the_moving_average_is_what_is_evaluated_and_the_raw_weights_go_on(parts
     mean = model.classifier_head.weight.detach().clone()
     raw = []  # at update t = 0, 1, ... the decay is min(0.7, (1 + t) / (10 + t)): 1/10, 2/11, 3/12, 4/13
     loop = make_loop(parts, tmp_path, "--epochs", "1", "--batch_size", "24", "--lr", "1e-2", "--ema", "0.7",
-                     evaluate=evaluate, after_step=lambda *_: raw.append(model.classifier_head.weight.detach().clone()))
+                     evaluate=evaluate, on_step=lambda *_: raw.append(model.classifier_head.weight.detach().clone()))
     loop.run()
     for decay, weight in zip((1 / 10, 2 / 11, 3 / 12, 4 / 13), raw, strict=True):
         mean = decay * mean + (1 - decay) * weight
@@ -287,7 +212,7 @@ def test_the_update_ratio_is_logged_for_each_layer(parts, tmp_path):
     weights = [model.llama.layers[1].feed_forward.w1.weight.detach().clone()]
     for p in model.parameters():
         p.requires_grad_(p is model.llama.layers[1].feed_forward.w1.weight)
-    loop = make_loop(parts, tmp_path, "--epochs", "1", "--batch_size", "24", "--lr", "1e-2", after_step=lambda *_:
+    loop = make_loop(parts, tmp_path, "--epochs", "1", "--batch_size", "24", "--lr", "1e-2", on_step=lambda *_:
                      weights.append(model.llama.layers[1].feed_forward.w1.weight.detach().clone()))
     loop.run()
     ratios = read_jsonl(tmp_path / "epochs.jsonl")[0]["update_ratio"]
@@ -301,7 +226,7 @@ def test_the_update_ratio_is_logged_for_each_layer(parts, tmp_path):
 def poison(loop, steps):
     """Make the loss of these steps (from 1) not a number."""
     real = loop.task.losses
-    loop.task = replace(loop.task, losses=lambda batch: real(batch) * (
+    exchange(loop.task, losses=lambda batch: real(batch) * (
         math.nan if loop.progress.step + 1 in steps else 1.0))
 
 
@@ -309,7 +234,7 @@ def test_a_loss_that_is_not_finite_skips_the_step(parts, tmp_path, capsys):
     model, _, _ = parts
     weights = []
     loop = make_loop(parts, tmp_path, "--epochs", "1", "--batch_size", "24", "--lr", "1e-3",
-                     after_step=lambda *_: weights.append(model.classifier_head.weight.detach().clone()))
+                     on_step=lambda *_: weights.append(model.classifier_head.weight.detach().clone()))
     poison(loop, {2})
     loop.run()
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[1], weights[2])
@@ -322,7 +247,7 @@ def test_the_first_module_whose_output_is_not_finite_is_named(parts, tmp_path, c
     model, _, _ = parts
     with torch.no_grad():
         model.llama.layers[1].feed_forward.w3.weight[0, 0] = math.inf
-    make_loop(parts, tmp_path, "--epochs", "1", "--batch_size", "96", keep_states=False).run()
+    make_loop(parts, tmp_path, "--epochs", "1", "--batch_size", "96").run()
     assert "the output of llama.layers.1.feed_forward.w3" in capsys.readouterr().err
 
 
@@ -345,7 +270,7 @@ def test_three_bad_steps_roll_back_and_cut_the_rate_three_times_then_stop(parts,
         after_epoch.append([p.detach().clone() for p in loop.parameters])
         return real_evaluate()
 
-    loop.task = replace(loop.task, evaluate=evaluate)
+    exchange(loop.task, evaluate=evaluate)
     best = loop.run()
     events = [e["event"] for e in read_jsonl(tmp_path / "events.jsonl")]
     assert events.count("rollback") == 3 and events[-1] == "diverged"
@@ -374,7 +299,7 @@ def test_with_the_guards_off_nothing_is_rolled_back(parts, tmp_path):
 def test_a_spike_is_counted_and_of_several_in_a_row_one_is_said(parts, tmp_path):
     loop = make_loop(parts, tmp_path, "--epochs", "3", "--batch_size", "10")
     real = loop.task.losses
-    loop.task = replace(loop.task, losses=lambda batch: real(batch) * (
+    exchange(loop.task, losses=lambda batch: real(batch) * (
         3.0 if loop.progress.step + 1 in (20, 21, 25) else 1.0))
     loop.run()
     assert loop.progress.spikes == 3
@@ -391,7 +316,7 @@ def test_a_rollback_lowers_the_rate_of_every_step_behind_it(parts, tmp_path):
         tried.append((loop.progress.step, loop.optimizer.param_groups[0]["lr"]))
         return real(batch) * (math.nan if loop.progress.step in (12, 13, 14) and not loop.progress.rollbacks else 1.0)
 
-    loop.task = replace(loop.task, losses=losses)
+    exchange(loop.task, losses=losses)
     loop.run()
     behind = dict(tried[-10:])
     assert loop.progress.rollbacks == 1 and list(behind) == list(range(10, 20))
@@ -410,7 +335,7 @@ def test_a_rollback_keeps_the_micro_batch_that_fits(parts, tmp_path):
             poison(loop, set())
         return real(rows, epoch)
 
-    loop.task = replace(loop.task, make_batch=make_batch)
+    exchange(loop.task, make_batch=make_batch)
     loop.run()
     assert loop.progress.rollbacks >= 1 and loop.progress.micro_batch == 5
 
@@ -419,15 +344,16 @@ def test_looking_for_what_is_not_finite_takes_micro_batches_and_survives_without
     """It used to send the whole window through one pass, outside the handling of out of memory."""
     loop = make_loop(parts, tmp_path, "--epochs", "1", "--batch_size", "4", "--grad_accum", "6", "--lr", "1e-3")
     sizes, real = [], loop.task.losses
-    loop.task = replace(loop.task, losses=lambda batch: sizes.append(len(batch["labels"])) or real(batch) * math.nan)
+    exchange(loop.task, losses=lambda batch: sizes.append(len(batch["labels"])) or real(batch) * math.nan)
     loop.run()
     assert max(sizes) == 4 and loop.progress.skipped > 0
 
     def no_room(batch):
         raise torch.OutOfMemoryError("no room")
 
-    loop.task = replace(loop.task, losses=no_room)
-    assert loop.find_not_finite(np.arange(8)) == "there is not enough memory to look where"
+    exchange(loop.task, losses=no_room)
+    batches = loop.micro_batches(np.arange(8))
+    assert gradients.find_not_finite(loop.model, CPU, no_room, batches) == "there is not enough memory to look where"
 
 
 def test_the_weights_are_kept_when_the_monitored_score_is_not_a_number(parts, tmp_path):
@@ -435,7 +361,7 @@ def test_the_weights_are_kept_when_the_monitored_score_is_not_a_number(parts, tm
     loop = make_loop(parts, tmp_path, "--epochs", "3", "--batch_size", "96", "--monitor", "dev_loss",
                      "--guards", "off",
                      evaluate=lambda: {"train_acc": 0.0, "dev_loss": next(left), "dev_acc": 0.0},
-                     save_best=lambda: saved.append(1))
+                     save_best=lambda folder: saved.append(1))
     assert loop.run()["epoch"] == 1 and len(saved) == 2
 
 
@@ -450,7 +376,7 @@ def test_an_overfitting_run_has_no_spikes(parts, tmp_path):
     """Its losses differ by a factor of a hundred from batch to batch, and all of them are small."""
     loop = make_loop(parts, tmp_path, "--epochs", "3", "--batch_size", "10")
     scale, real = iter([0.01, 0.011, 0.009, 0.5] * 9), loop.task.losses
-    loop.task = replace(loop.task, losses=lambda batch: real(batch) * next(scale))
+    exchange(loop.task, losses=lambda batch: real(batch) * next(scale))
     loop.run()
     assert loop.progress.spikes == 0 and not read_jsonl(tmp_path / "events.jsonl")
 
@@ -458,14 +384,14 @@ def test_an_overfitting_run_has_no_spikes(parts, tmp_path):
 def test_a_collapse_is_rolled_back_and_the_class_is_named(parts, tmp_path, capsys):
     """Two good evaluations, then one in which every prediction is one class; guards off, it is only said."""
     good = {"train_acc": 0.9, "dev_loss": 0.3, "dev_acc": 0.9}
-    bad = {"train_acc": 0.3, "dev_loss": 1.2, "dev_acc": 0.3, "one_class": 2}
+    bad = {"train_acc": 0.3, "dev_loss": 1.2, "dev_acc": 0.3, "collapsed": "every prediction is good"}
     for guards, folder, n_lines in (("on", "on", 4), ("off", "off", 4)):
         (tmp_path / folder).mkdir()
         left = iter([good, good, bad, good, good] if guards == "on" else [good, good, bad, good])
         loop = make_loop(parts, tmp_path / folder, "--epochs", "4", "--batch_size", "48", "--guards", guards,
                          evaluate=lambda left=left: dict(next(left)))
         real = loop.task.losses
-        loop.task = replace(loop.task, losses=lambda batch, loop=loop, real=real: real(batch) * (
+        exchange(loop.task, losses=lambda batch, loop=loop, real=real: real(batch) * (
             0.9 if loop.progress.step in (4, 5) else 0.5))
         loop.run()
         out, err = capsys.readouterr()
@@ -479,7 +405,7 @@ def test_a_collapse_is_rolled_back_and_the_class_is_named(parts, tmp_path, capsy
 def test_a_bad_part_of_an_epoch_is_no_decline_and_a_bad_epoch_is(parts, tmp_path, second_half, rollbacks):
     loop = make_loop(parts, tmp_path, "--epochs", "1", "--batch_size", "24", "--eval_every", "0.5")
     real = loop.task.losses
-    loop.task = replace(loop.task, losses=lambda batch: real(batch) * (
+    exchange(loop.task, losses=lambda batch: real(batch) * (
         1.0 if loop.progress.step == 0 else 1.8 if loop.progress.step < 2 else second_half))
     loop.run()
     assert loop.progress.rollbacks == rollbacks
@@ -502,7 +428,7 @@ def test_a_rollback_from_an_evaluation_restores_the_weights_and_their_average_wh
     bad = {"train_acc": 0.3, "dev_loss": math.nan, "dev_acc": 0.3}
     loop = make_loop(parts, tmp_path, "--epochs", "2", "--batch_size", "24", "--ema", "0.9", "--lr", "1e-2")
     real, seen = loop.task.evaluate, []
-    loop.task = replace(loop.task, evaluate=lambda: seen.append(1) or (dict(bad) if len(seen) == 2 else real()))
+    exchange(loop.task, evaluate=lambda: seen.append(1) or (Evaluation(bad) if len(seen) == 2 else real()))
     good, step = {}, loop.step
 
     def watched(rows, measure):
@@ -525,7 +451,7 @@ def test_the_best_evaluation_is_none_of_a_future_that_was_discarded(parts, tmp_p
     loop = make_loop(parts, tmp_path, "--epochs", "3", "--batch_size", "96",
                      evaluate=lambda: {"train_acc": 0.0, "dev_loss": 1.0, "dev_acc": next(left)})
     real_save, real_step = loop.save, loop.step
-    loop.save = lambda good=True, sizes=None: real_save(good and loop.progress.step < 2, sizes)
+    loop.save = lambda is_good=True, sizes=None: real_save(is_good and loop.progress.step < 2, sizes)
     loop.step = lambda rows, measure: (
         real_step(rows, measure) if loop.progress.step != 2 or loop.progress.rollbacks else loop.diverged("a test"))
     best = loop.run()
@@ -547,120 +473,3 @@ def test_a_step_and_an_evaluation_need_no_double_precision(parts, tmp_path):
     with NoDoubles():
         loop.run()
     assert loop.progress.step == 4
-
-
-def test_the_random_state_of_an_apple_gpu_is_saved(parts, tmp_path, monkeypatch):
-    state, restored = torch.arange(4, dtype=torch.uint8), []
-    monkeypatch.setattr(torch.mps, "get_rng_state", lambda: state)
-    monkeypatch.setattr(torch.mps, "set_rng_state", restored.append)
-    loop = make_loop(parts, tmp_path)
-    loop.device = trainer.Device(torch.device("mps"), torch.float32)
-    saved = loop.random_state()
-    loop.set_random_state(saved)
-    assert saved["mps"] is state and restored == [state]
-
-
-# --------------------------------------------------------------------------- checks before a run
-
-
-def state_of(loop):
-    return [t.clone() for t in [*loop.task.model.state_dict().values(), torch.get_rng_state()]]
-
-
-@pytest.mark.parametrize("check", [trainer.check_gradients, trainer.overfit_batch, trainer.find_micro_batch])
-def test_a_check_leaves_no_trace(parts, tmp_path, check):
-    loop = make_loop(parts, tmp_path, "--batch_size", "8", "--lr", "1e-2")
-    before = state_of(loop)
-    check(loop)
-    assert all(torch.equal(a, b) for a, b in zip(before, state_of(loop), strict=True))
-    assert not loop.optimizer.state and all(p.grad is None for p in loop.parameters)
-    assert not (tmp_path / "steps.jsonl").exists()
-
-
-def test_the_gradient_check_sees_a_loss_that_depends_on_the_micro_batch(parts, tmp_path):
-    loop = make_loop(parts, tmp_path, "--batch_size", "8")
-    assert trainer.check_gradients(loop) < 1e-5
-    real = loop.task.losses
-    loop.task = replace(loop.task, losses=lambda batch: real(batch) * len(batch["labels"]))
-    with pytest.raises(ValueError, match="micro-batches change the gradient"):
-        trainer.check_gradients(loop)
-
-
-def test_auto_batch_on_a_cpu_does_not_hold_short_sentences_to_what_the_longest_allow(parts, tmp_path, monkeypatch):
-    """A pass takes so many tokens there; the longest sentence must not set how many short ones that are."""
-    longest = int(parts[1]["train"].lengths.max())
-    monkeypatch.setattr(trainer, "PASS_TOKENS", 4 * longest)
-    loop = make_loop(parts, tmp_path, "--batch_size", "48")
-    loop.progress.micro_batch = trainer.find_micro_batch(loop)
-    short = np.argsort(loop.lengths)[:12]
-    assert loop.rows_a_pass(short) == min(12, 4 * longest // int(loop.lengths[short].max())) > 4
-    monkeypatch.setattr(trainer, "memory_limit", lambda device: 0)
-    sizes = iter(range(0, 99 << 20, 1 << 20))
-    monkeypatch.setattr(trainer, "peak_memory", lambda device: next(sizes))
-    assert trainer.find_micro_batch(loop) < 4, "where memory ends it, that is what counts"
-
-
-def test_one_batch_can_be_memorised(parts, tmp_path):
-    first, last = trainer.overfit_batch(make_loop(parts, tmp_path, "--batch_size", "8", "--lr", "1e-2"))
-    assert first > 0.8 and last < 0.3 * first
-
-
-# --------------------------------------------------------------------------- the run folder
-
-
-def test_a_default_folder_that_exists_gets_a_number(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    config = parse_args(["--option", "finetune", "--epochs", "3", "--lr", "1e-5"])
-    assert [trainer.open_run(config).name for _ in range(3)] == [
-        "finetune-3-1e-05", "finetune-3-1e-05-2", "finetune-3-1e-05-3"]
-
-
-def test_a_folder_with_a_run_is_refused_without_overwrite(tmp_path):
-    config = parse_args(["--output_dir", str(tmp_path / "run")])
-    folder = trainer.open_run(config)
-    assert trainer.open_run(config) == folder  # still empty
-    for name in ("args.json", "result.json"):
-        (folder / name).write_text("{}", encoding="utf-8")
-    (folder / "mine.txt").write_text("keep", encoding="utf-8")
-    with pytest.raises(FileExistsError, match="--overwrite"):
-        trainer.open_run(config)
-    trainer.open_run(replace(config, overwrite=True))
-    assert {p.name for p in folder.iterdir()} == {"mine.txt", ".lock"}
-
-
-def test_a_folder_that_cannot_be_written_is_named(tmp_path):
-    (tmp_path / "file").write_text("", encoding="utf-8")
-    for bad in (tmp_path / "file", tmp_path / "file" / "below"):
-        with pytest.raises(OSError, match="file"):
-            trainer.open_run(parse_args(["--output_dir", str(bad)]))
-
-
-# --------------------------------------------------------------------------- the device
-
-
-def test_use_gpu_without_a_gpu_warns_and_runs_on_the_cpu(monkeypatch, capsys):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert trainer.choose_device(parse_args(["--use_gpu"])).where.type == "cpu"
-    assert "no GPU" in capsys.readouterr().err
-
-
-def test_auto_precision_is_bfloat16_only_where_it_is_fast(monkeypatch):
-    for fast, dtype in ((True, torch.bfloat16), (False, torch.float32)):
-        monkeypatch.setattr(trainer, "is_fast_at_bfloat16", lambda where, fast=fast: fast)
-        assert trainer.choose_device(parse_args([])).dtype == dtype
-    assert trainer.choose_device(parse_args(["--dtype", "float32"])).dtype == torch.float32
-
-
-def test_a_device_that_is_not_there_is_refused():
-    for name in ("nonsense", "cuda:77", "meta"):
-        with pytest.raises(ValueError, match="--device"):
-            trainer.choose_device(parse_args(["--device", name]))
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_gpu_gives_the_processors_log_probabilities(parts):
-    model, splits, tokenizer = parts
-    on_cpu = trainer.predict(model, splits["dev"], tokenizer.pad_id, CPU)
-    gpu = trainer.Device(torch.device("cuda"), torch.float32)
-    on_gpu = trainer.predict(model.to("cuda"), splits["dev"], tokenizer.pad_id, gpu)
-    torch.testing.assert_close(on_gpu, on_cpu, rtol=0, atol=1e-4)

@@ -36,7 +36,7 @@ def value(draw, option, sandbox: Sandbox) -> str:
         return draw.choice(OUTPUTS)
     if draw.random() < 0.15:
         return draw.choice(BAD)
-    if "choices" in option.metadata:
+    if option.metadata.get("choices"):
         return draw.choice(option.metadata["choices"])
     if option.metadata.get("metavar") in ("FILE", "PATH", "RUN", "NAME"):
         name = draw.choice(PATHS)

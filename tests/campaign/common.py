@@ -29,14 +29,14 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 SIGKILL = getattr(signal, "SIGKILL", signal.SIGTERM)  # Windows has no other way to end a process either
 CAN_FORK = sys.platform.startswith("linux")  # elsewhere torch's libraries do not survive a fork
-PROGRAMS = {"git", "uname", "file", "cc"}  # describe the run, and compile the kernels of a large model
+PROGRAMS = {"git", "uname", "file", "cc"}  # describe the run, and compile fused.c for a large model
 TIMEOUT = 60  # seconds; a healthy case takes one
 MEMORY = 4 << 30  # bytes that a case may ask for, so that a huge number in a file ends the case and not the machine
 
 
 def import_program() -> None:
-    """Everything that a case needs, once, in the process that is forked."""
-    import gguf  # noqa: F401
+    """Everything that a case needs, once, in the process that is forked: run_llama imports a command when it is asked
+    for."""
     import matplotlib.backends.backend_agg
     import matplotlib.figure  # noqa: F401
     import sklearn.feature_extraction.text
@@ -45,13 +45,9 @@ def import_program() -> None:
     import tokenizers  # noqa: F401
     import torch
 
-    import checkpoint  # noqa: F401
-    import classifier  # noqa: F401
-    import dataset  # noqa: F401
-    import optimizer  # noqa: F401
     import run_llama  # noqa: F401
-    import search  # noqa: F401
-    import trainer  # noqa: F401
+    from commands import evaluate, finetune, generate, lr_find, predict, prompt, verify_resume  # noqa: F401
+    from training import checks, diagnosis  # noqa: F401
 
     torch.set_num_threads(1)
     torch.optim.SGD([torch.zeros(1)], lr=1.0)  # the first optimizer imports half of torch
@@ -559,11 +555,11 @@ def half_written(run: Path) -> list[str]:
 def reseal(run: Path, changed: Path) -> None:
     """Make every checksum in a run folder fit a file that was changed, as an attacker would: what reads the file is to
     hold without them."""
-    import trainer
+    from training.run_folder import with_digest
 
     value = read_or_none(changed)
     if changed.name in ("args.json", "result.json") and isinstance(value, dict) and "sha256" in value:
-        changed.write_text(json.dumps(trainer.with_digest(value)), encoding="utf-8")
+        changed.write_text(json.dumps(with_digest(value)), encoding="utf-8")
     if changed.name == "args.json":  # the states know the options too; those of older versions do not
         for state in run.glob("last/*/state.json"):
             values = json.loads(state.read_text(encoding="utf-8"))

@@ -1,0 +1,82 @@
+"""Sentence classification as a task: its batches, its losses, and its scores on dev."""
+
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import dataset
+from classifier import ClassifierConfig, LlamaEmbeddingClassifier, classification_loss
+from commands import saved
+from config import RunConfig
+from dataset import Split
+from tokenizer import Tokenizer
+from training import metrics
+from training.device import Device
+from training.task import Evaluation
+
+
+class ClassificationTask:
+    """Trains a classifier on one split and scores it on another; see training.task.Task. `random` draws the training
+    sentences that are scored."""
+
+    def __init__(self, config: RunConfig, model: LlamaEmbeddingClassifier, settings: ClassifierConfig,
+                 tokenizer: Tokenizer, train: Split, dev: Split, device: Device, random: np.random.Generator):
+        self.config, self.model, self.settings, self.tokenizer = config, model, settings, tokenizer
+        self.train, self.dev, self.device = train, dev, device
+        self.lengths, self.n_classes, self.n_dev = train.lengths, settings.num_labels, len(dev)
+        self.sample = train  # of which train acc is measured
+        if config.train_eval == "sample" and len(dev) < len(train):
+            self.sample = train.take(np.sort(random.permutation(len(train))[: len(dev)]))
+        self.augment = self._augmentation()
+        self.weights = None
+        if config.class_weights:
+            self.weights = torch.tensor(dataset.class_weights(train.labels), dtype=torch.float32)
+        self.order = lru_cache(maxsize=2)(self._order)
+
+    def _augmentation(self) -> dataset.Augmentation | None:
+        config, keep = self.config, int(self.tokenizer.add_bos)
+        if not (config.aug_delete or config.aug_swap or config.aug_replace):
+            return None
+        near = None
+        if config.aug_replace:
+            words = np.concatenate([tokens[keep:] for tokens in self.train.tokens])
+            near = dataset.near_neighbours(self.model.llama.tok_embeddings.weight, words)
+        return dataset.Augmentation(config.aug_delete, config.aug_swap, config.aug_replace, near, keep)
+
+    def _order(self, epoch: int) -> list[np.ndarray]:
+        balance = self.train.labels if self.config.sampler else None
+        effective_batch = self.config.batch_size * self.config.grad_accum
+        return dataset.epoch_order(self.lengths, effective_batch, self.config.seed, epoch, balance)
+
+    def make_batch(self, rows: np.ndarray, epoch: int) -> dict[str, Tensor]:
+        batch = dataset.make_batch(self.train, rows, self.tokenizer.pad_id, self.augment, (self.config.seed, epoch))
+        if self.weights is not None:
+            batch["weights"] = self.weights[batch["labels"]]
+        return batch
+
+    def losses(self, batch: dict[str, Tensor]) -> Tensor:
+        return classification_loss(self.model, batch, self.config.label_smoothing, self.config.r_drop)
+
+    def predict(self, split: Split, label: str) -> Tensor:
+        """Log-probabilities (N, C) of the model as it is. `label`: in front of the progress bar."""
+        return metrics.predict(self.model, split, self.tokenizer.pad_id, self.device, label)
+
+    def evaluate(self) -> Evaluation:
+        on_train = metrics.score(self.predict(self.sample, "train acc"), self.sample.labels)
+        outputs = self.predict(self.dev, "dev")
+        on_dev = metrics.score(outputs, self.dev.labels, is_ordinal(self.config))
+        predicted, collapsed = outputs.argmax(1), ""
+        if len(self.dev) > 1 and bool((predicted == predicted[0]).all()):
+            collapsed = f"every prediction is {self.settings.label_names[int(predicted[0])]}"
+        return Evaluation({"train_acc": on_train["acc"], **{f"dev_{k}": v for k, v in on_dev.items()}}, collapsed)
+
+    def save_best(self, folder: Path) -> str:
+        return saved.save_classifier(folder, self.model, self.tokenizer, self.settings)
+
+
+def is_ordinal(config: RunConfig) -> bool:
+    """Have the labels an order that the scores are to know of?"""
+    return config.ordinal or config.loss == "ordinal" or config.monitor in ("dev_mae", "dev_qwk")

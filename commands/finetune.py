@@ -1,0 +1,35 @@
+"""--option finetune: train on train, choose the best evaluation on dev, evaluate that one on dev and test."""
+
+from commands import inputs as run_inputs
+from commands import job as jobs
+from commands import one_run, plan, results, resume, series
+from config import RunConfig, no_effect
+from training import device as devices
+from training import logs, run_folder
+from training.streams import without_readers
+
+
+@without_readers()
+def run(config: RunConfig) -> int:
+    """One run, or those of --seeds or --folds, or what is left of a run that was stopped. Returns 3 where a run has
+    diverged, else 0."""
+    results.check_outputs(config)
+    if config.resume:
+        config = resume.resumed(config)
+        results.check_outputs(config)
+    inputs = run_inputs.load(config, need=("train", "dev"))
+    if config.pooling == "first" and config.attention == "causal":
+        logs.warn("--pooling first with causal attention: the first token sees no other; add --attention "
+                  "bidirectional, or pool the last")
+    runs = series.runs_of(config, inputs)
+    for one in runs:
+        jobs.schedule_of(one.config, one.inputs.steps_per_epoch(one.config))  # what cannot be is refused here, before
+    device = devices.choose_device(config)  # anything is written
+    if config.plan:
+        return plan.show(config, runs[0].config, runs[0].inputs, device, len(runs))
+    if not config.resume:
+        for line in no_effect(config):
+            logs.warn(f"no effect: {line}")
+    if run_folder.asks_for_series(vars(config)):
+        return series.repeat(config, inputs, runs, device)
+    return series.exit_code(one_run.train(runs[0].config, runs[0].inputs, device))

@@ -1,0 +1,262 @@
+"""What a run reads: which files these are, and their contents, all checked before anything is computed."""
+
+import math
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import dataset
+import fused
+import tokenizer as tokenizers
+from config import InputError, RunConfig, counted
+from data import prepare
+from dataset import Split
+from formats import files, tables, weights
+from formats.weights import Weights
+from tokenizer import TOKENIZER_MODEL, Tokenizer
+from training import logs
+from training.device import wants_fused
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# --------------------------------------------------------------------------- which files
+
+
+@dataclass(frozen=True)
+class DataFiles:
+    """The files of a run. `notice` says what was chosen where nothing was asked for, and how to choose otherwise."""
+
+    name: str
+    train: Path | None
+    dev: Path | None
+    test: Path | None
+    label_names: Path | None
+    notice: str = ""
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """The weights and the tokenizer of a run, and a line on what was chosen where nothing was asked for."""
+
+    weights: Path
+    tokenizer: Path
+    notice: str = ""
+
+
+def find_files(config: RunConfig) -> DataFiles:
+    """Where a run's sentences are. In this order: the paths that were typed; `--dataset`; SST where it lies in
+    data/; the data set movies, which is fetched. Raises FileNotFoundError, naming the command that fetches."""
+    typed = {n: getattr(config, n) for n in ("train", "dev", "test", "label_names")}
+    splits = [n for n in ("train", "dev", "test") if typed[n]]
+    if config.dataset:
+        name, notice = config.dataset, ""
+    elif splits:
+        return _typed_files(typed, splits)
+    else:
+        sst = prepare.dataset_paths("sst")
+        name, notice = "sst", ""
+        if not (sst["train"].is_file() and sst["dev"].is_file()):
+            name = "movies"
+            notice = ("SST is not in data/: using the data set movies instead; "
+                      "`python data/prepare.py sst` fetches SST (or imports it: --from DIR)")
+    paths: dict[str, Path | None] = dict(prepare.dataset_paths(name))
+    if name == "movies" and not all(path.is_file() for path in prepare.dataset_paths(name).values()):
+        _fetch("movies")
+    for key, value in typed.items():
+        path = paths[key] = Path(value) if value else paths[key]
+        if path and not path.is_file():
+            if key in ("test", "label_names") and not value:
+                paths[key] = None  # a data set may come without them
+                continue
+            known = f"`python data/prepare.py {name}` fetches it" if name in prepare.DATASETS else (
+                f"data sets that can be fetched: {', '.join(prepare.DATASETS)}")
+            raise FileNotFoundError(f"{path}: there is no such file; {known}")
+    return DataFiles(name, **paths, notice=notice)
+
+
+def _typed_files(typed: dict[str, str | None], splits: list[str]) -> DataFiles:
+    """Only what was typed is used, so that no split of another data set slips in beside it."""
+    given = {name: Path(path) if path else None for name, path in typed.items()}
+    for split in splits:
+        path = Path(typed[split] or "")
+        if not path.is_file():
+            guess = path.name.partition("-")[0]
+            fetch = f"`python data/prepare.py {guess}` fetches it" if guess in prepare.DATASETS else "check --" + split
+            raise FileNotFoundError(f"{typed[split]}: there is no such file; {fetch}")
+    first = Path(typed[splits[0]] or "")
+    name = first.stem.removesuffix("-" + splits[0])
+    labels = given["label_names"]
+    if labels and not labels.is_file():
+        raise FileNotFoundError(f"{typed['label_names']}: there is no such file; check --label_names")
+    beside = first.with_name(f"{name}-label-mapping.json")
+    if not labels and beside.is_file():
+        labels = beside
+    return DataFiles(name, given["train"], given["dev"], given["test"], labels)
+
+
+@contextmanager
+def input_errors() -> Iterator[None]:
+    """Inside, a ValueError of the lowest floors, which do not know InputError, becomes one: a person caused it."""
+    try:
+        yield
+    except ValueError as error:
+        raise InputError(str(error)) from None
+
+
+def _fetch(name: str) -> None:
+    """Fetch a data set or weights. Raises InputError for a download that is not what it should be."""
+    with input_errors():
+        prepare.fetch(name)
+
+
+def find_model(config: RunConfig) -> ModelFiles:
+    """The pretrained weights of a run: what was typed; stories42M.pt where it lies (here, beside the code, in
+    models/) with its tokenizer; else smollm2-135m, which is fetched. Raises FileNotFoundError."""
+    models = prepare.weights_path("smollm2-135m").parent
+    typed, notice = config.pretrained_model_path, ""
+    if typed:
+        found = _typed_weights(typed, [Path(), ROOT, models])
+    else:
+        places = [place / "stories42M.pt" for place in (Path(), ROOT, models)]
+        stories = next((p for p in places if p.is_file() and _tokenizer_beside(p, config)), None)
+        found = stories or prepare.weights_path("smollm2-135m")
+        if stories is None:
+            missing = "stories42M's tokenizer.model" if any(p.is_file() for p in places) else "stories42M.pt"
+            notice = (f"{missing} is not here: using smollm2-135m instead; "
+                      "`python data/prepare.py stories42M` fetches the weights and their tokenizer (or imports them: "
+                      "--from DIR)")
+            if not found.is_file():
+                _fetch("smollm2-135m")
+    tokenizer = _tokenizer_beside(found, config)
+    if tokenizer is None:
+        raise FileNotFoundError(f"{found}: there is no tokenizer beside it; `python data/prepare.py stories42M` "
+                                "fetches the one of the stories models, --tokenizer names another")
+    return ModelFiles(found, tokenizer, notice)
+
+
+def _typed_weights(typed: str, places: list[Path]) -> Path:
+    if typed in prepare.WEIGHTS and not Path(typed).exists():
+        path = prepare.weights_path(typed)
+        if not path.exists():
+            _fetch(typed)
+        return path
+    for place in places:
+        if (place / typed).exists():
+            return place / typed
+    name = Path(typed).stem
+    known = {n.lower(): n for n in prepare.WEIGHTS}.get(name.lower())
+    hint = f"`python data/prepare.py {known}` fetches it" if known else (
+        f"weights that can be fetched: {', '.join(prepare.WEIGHTS)}")
+    raise FileNotFoundError(f"{typed}: there is no such file or folder; {hint}")
+
+
+def _tokenizer_beside(found: Path, config: RunConfig) -> Path | None:
+    if config.tokenizer:
+        return Path(config.tokenizer)
+    if found.suffix == ".gguf":
+        return found
+    folder = found if found.is_dir() else found.parent
+    models = prepare.weights_path("smollm2-135m").parent
+    places = [folder / "tokenizer.json", folder / TOKENIZER_MODEL]
+    if not found.is_dir():
+        places += [Path(TOKENIZER_MODEL), ROOT / TOKENIZER_MODEL, models / TOKENIZER_MODEL]
+    return next((p for p in places if p.is_file()), None)
+
+
+# --------------------------------------------------------------------------- their contents
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run reads. `splits`: by the names train, dev and test, those that there are; `names`: of the labels."""
+
+    files: DataFiles
+    splits: dict[str, Split]
+    names: list[str]
+    tokenizer: Tokenizer
+    weights: Weights
+
+    def steps_per_epoch(self, config: RunConfig) -> int:
+        """Optimizer steps in one pass over the training sentences; a last, short one counts."""
+        return -(-len(self.splits["train"]) // (config.batch_size * config.grad_accum))
+
+    def checksums(self) -> dict[str, dict[str, str]]:
+        """For the run's args.json: each file that is read, with its whole path and its sha256."""
+        used = {n: getattr(self.files, n) for n in ("train", "dev", "test", "label_names")}
+        used |= {"weights": self.weights.path, "tokenizer": self.tokenizer.path}
+        found = {name: path.resolve() for name, path in used.items() if path}
+        return {name: {"path": str(path), "sha256": files.sha256(path)} for name, path in found.items()}
+
+
+def load(config: RunConfig, need: tuple[str, ...]) -> Inputs:
+    """What a run reads, all checked. `need`: the splits that the command cannot do without."""
+    found = find_files(config)
+    for split in need:
+        if getattr(found, split) is None:
+            raise InputError(f"--{split} is missing: {config.option} needs it beside the files that were given")
+    model = find_model(config)
+    logs.notice(found.notice)
+    logs.notice(model.notice)
+    names = tables.read_label_names(found.label_names)
+    tokenizer = Tokenizer(tokenizer_model=model.tokenizer)
+    read = weights.read_weights(model.weights)
+    tokenizers.check_vocabulary(tokenizer, read.config)
+    weights.check_n_layers(read, config.n_layers)
+    where = config.device or ("cuda" if config.use_gpu else "cpu")
+    if wants_fused(config, where, sum(map(math.prod, read.shapes.values()))):
+        threading.Thread(target=fused.library, daemon=True).start()  # compiled while the rest is read
+    splits = load_splits(config, found, len(names) if names else None, found.label_names, tokenizer,
+                         read.config.max_seq_len)
+    names = check_labels(splits, names, found.label_names)
+    return Inputs(found, splits, names, tokenizer, read)
+
+
+def load_splits(config: RunConfig, found: DataFiles, n_labels: int | None, labels_file: Path | None,
+                tokenizer: Tokenizer, context: int) -> dict[str, Split]:
+    """The splits that there are, by name; train only where something is trained."""
+    splits = {}
+    for name in ("train", "dev", "test"):
+        path = getattr(found, name)
+        if path is None or (name == "train" and config.option in ("prompt", "evaluate")):
+            continue
+        splits[name] = split = dataset.load_split(path, tokenizer, context, config.max_sentence_len, n_labels,
+                                                  labels_file)
+        if split.n_cut:
+            logs.warn(f"{path}: {split.n_cut} of {counted(len(split), 'sentence')} cut to "
+                      f"{counted(config.max_sentence_len or context, 'token')}")
+        logs.say(f"load {len(split)} data from {path}")
+    if "test" not in splits:
+        logs.notice("there is no test file: only dev is evaluated")
+    return splits
+
+
+def check_labels(splits: dict[str, Split], names: list[str] | None, labels_file: Path | None) -> list[str]:
+    """The labels' names, which are numbers where they have none. Raises InputError for a held-out label that training
+    does not have."""
+    first = splits["train"] if "train" in splits else splits["dev"]
+    held_out = [split for split in splits.values() if split is not first]
+    if "train" in splits:
+        for split in held_out:
+            dataset.check_labels(split, first)
+    classes = len(set(first.labels.tolist()))
+    if names and len(names) >= 10 * classes:
+        logs.warn(f"{labels_file} has {len(names)} names, of which {first.path} has only {classes}; is it the right "
+                  "file?")
+    names = names or dataset.number_names(first)
+    for split in held_out:
+        dataset.check_names(split, len(names), first)
+    return names
+
+
+def limit_train(config: RunConfig, inputs: Inputs) -> Inputs:
+    """The inputs with the training sentences that --train_limit and --seed choose; all of them without a limit."""
+    if not config.train_limit:
+        return inputs
+    train = dataset.limit(inputs.splits["train"], config.train_limit, config.seed)
+    missing = sorted(set(inputs.splits["train"].labels.tolist()) - set(train.labels.tolist()))
+    if missing:
+        named = ", ".join(inputs.names[label] for label in missing)
+        logs.warn(f"--train_limit {config.train_limit} with seed {config.seed} leaves no training sentence of: {named}")
+    return replace(inputs, splits={**inputs.splits, "train": train})

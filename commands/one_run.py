@@ -1,0 +1,130 @@
+"""One fine-tuning run, from its folder to its result.json."""
+
+import time
+from typing import Any
+
+from torch import Tensor
+
+import fused
+from commands import job as jobs
+from commands import results, saved
+from commands.inputs import Inputs
+from config import RunConfig, counted
+from formats import files
+from training import best as best_folder
+from training import checks, diagnosis, logs, metrics, run_folder, state, trainer
+from training.device import Device
+from training.run_folder import RunFolder
+from training.signals import stoppable
+from training.task import Job
+from training.trainer import Loop
+
+
+def train(config: RunConfig, inputs: Inputs, device: Device, series_folder: RunFolder | None = None) -> dict:
+    """One run from its folder to its result.json, which is returned. `series_folder`: that of the --seeds or --folds
+    that it belongs to, if there is one: what to resume when it is stopped."""
+    begin, before_resume = time.perf_counter(), 0.0
+    folder = RunFolder(config.resume) if config.resume else run_folder.open_run(config)
+    with folder.lock():
+        job = jobs.build_job(config, inputs, device)
+        described = describe(config, inputs, device, job, folder)
+        loop = trainer.Loop(job, config, device, folder, series=series_folder, described=described)
+        if config.resume:
+            files.remove_temporary_files(folder.path)
+            loop.resume()
+            warn_of_another_machine(described, config, device, job)
+            before_resume = loop.progress.seconds
+            logs.notice(f"resuming {folder} at step {loop.progress.step}")
+        n_parameters = sum(p.numel() for p in loop.parameters)
+        logs.say(f"model :: {inputs.weights.path}, {counted(job.task.model.llama.config.n_layers, 'layer')}, "
+                 f"{n_parameters / 1e6:.1f}M trainable parameters, {len(inputs.names)} classes")
+        logs.say(f"run :: {folder}, on {device}")
+        if loop.saved is None:  # a resumed run has had them, and its micro-batch stays
+            check_before(config, loop)
+        best = loop.run()
+
+        best_folder.check_best(folder.best, best.get("manifest"))
+        saved.load_classifier_state(folder.best, job.model)  # the best weights are what is evaluated
+        held_out = {name: split for name, split in inputs.splits.items() if name != "train"}
+        with stoppable((series_folder or folder).resume_command(config)):
+            outputs = {name: job.task.predict(split, name) for name, split in held_out.items()}
+        for name in outputs:
+            results.check_finite(outputs[name], f"{folder}: {name}")
+        baselines = results.print_baselines(inputs.splits["train"], inputs.splits)
+        found = diagnose(loop, folder, outputs["dev"], inputs, baselines["dev"]["majority"])
+        for line in found:
+            logs.say(f"diagnosis :: {line}")
+        default_out = {name: folder.predictions(name) for name in outputs}
+        scores = results.report_splits(config, inputs.splits, outputs, default_out, inputs.names, baselines)
+        progress = loop.progress
+        result = {
+            "best_epoch": best["epoch"], "best_manifest": best.get("manifest"), **scores, "baselines": baselines,
+            "label_names": inputs.names, "stopped": progress.stopped or "finished", "steps": progress.step,
+            "skipped_steps": progress.skipped, "last_dev_acc": last_dev_acc(folder),
+            "loss_spikes": progress.spikes, "rollbacks": progress.rollbacks, "diagnosis": found,
+            "train_seconds": round(loop.seconds(), 2),
+            "seconds": round(before_resume + time.perf_counter() - begin, 2),
+        }
+        state.keep_newest_state(folder.last)  # before the result: a finished run is never touched again
+        folder.save_result(result)
+    return result
+
+
+# --------------------------------------------------------------------------- args.json
+
+
+def environment(config: RunConfig, inputs: dict[str, Any], device: Device, job: Job) -> dict[str, Any]:
+    """What args.json says of a run of this job on this machine."""
+    c_compiler = fused.compiler() if fused.is_accelerated(job.model) else "not used"
+    return run_folder.environment(config, str(device), inputs, c_compiler)
+
+
+def describe(config: RunConfig, inputs: Inputs, device: Device, job: Job, folder: RunFolder) -> dict[str, Any]:
+    """The run's args.json: read where the run goes on, else written."""
+    if config.resume:
+        return state.read_description(folder)
+    return folder.describe(environment(config, inputs.checksums(), device, job))
+
+
+def warn_of_another_machine(described: dict[str, Any], config: RunConfig, device: Device, job: Job) -> None:
+    """A run that goes on elsewhere may come out otherwise: say so."""
+    now = environment(config, {}, device, job)
+    if (described["device"], described.get("versions")) != (now["device"], now["versions"]):
+        logs.warn("the device or the versions are others than when the run began (see its args.json); its last bits "
+                  "may come out otherwise")
+
+
+# --------------------------------------------------------------------------- before and after the training
+
+
+def check_before(config: RunConfig, loop: Loop) -> None:
+    """--check_gradients, --overfit_batch and --auto_batch: each says what it found, and leaves no trace."""
+    if config.check_gradients:
+        difference = checks.check_gradients(loop)
+        logs.say(f"gradients :: one big batch, micro-batches and a short last one agree to {difference:.1e}")
+    if config.overfit_batch:
+        first, last = checks.overfit_batch(loop)
+        verdict = "it can memorise it" if last < 0.5 * first else (
+            "IT CANNOT MEMORISE IT: check the labels, the learning rate and the dropout")
+        logs.say(f"overfit :: one batch, loss {first:.3f} to {last:.3f}: {verdict}")
+    if config.auto_batch:
+        loop.progress.micro_batch = checks.find_micro_batch(loop)
+        logs.say(f"batch :: {counted(loop.progress.micro_batch, 'sentence')} a forward pass, "
+                 f"{config.batch_size * config.grad_accum} an optimizer step")
+
+
+def diagnose(loop: Loop, folder: RunFolder, log_probs: Tensor, inputs: Inputs, majority: float) -> list[str]:
+    """What is wrong with the run that has just ended; see diagnosis.diagnose. `log_probs` (N, C): of dev; `majority`:
+    the accuracy there of the most frequent class of training."""
+    progress, labels = loop.progress, inputs.splits["dev"].labels
+    known = {"epoch", "train_loss", "train_acc", "dev_loss", "dev_acc"}
+    epochs = [line for line in logs.read_log(folder.epochs) if known <= line.keys()]  # others are damaged
+    return diagnosis.diagnose(epochs, progress.best["epoch"], log_probs.argmax(1).numpy(), labels, inputs.names,
+                              metrics.score(log_probs, labels)["f1"], majority, loop.guessing_loss(),
+                              progress.mean_loss, loop.config.lr, progress.rollbacks, progress.stopped)
+
+
+def last_dev_acc(folder: RunFolder) -> float | None:
+    """The dev accuracy in the last line of a run's epochs.jsonl; None where a divergence left no line."""
+    lines = logs.read_log(folder.epochs)
+    return lines[-1].get("dev_acc") if lines else None

@@ -1,0 +1,97 @@
+"""Predictions and their scores, and the baselines that every result is held against."""
+
+import sys
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from dataset import Split, length_order, make_batch
+from training.device import Device
+from training.signals import SIGNALS
+
+
+@torch.inference_mode()
+def predict(model: nn.Module, split: Split, pad_id: int, device: Device, label: str = "eval") -> Tensor:
+    """The model's output for every row of the split, in the file's order: (N, C) float32 on the CPU.
+
+    Rows are run in the order of their length, with little padding, and put back. The model is left in the mode
+    (training or evaluation) that it was in.
+    """
+    was_training = model.training
+    model.eval()
+    batches = list(length_order(split.lengths))
+    parts = []
+    for rows in tqdm(batches, desc=label, leave=False, disable=None, file=sys.stderr):
+        SIGNALS.check()
+        batch = device.put(make_batch(split, rows, pad_id))
+        with device.autocast():
+            parts.append(model(batch["tokens"], batch["lengths"]).float())
+    model.train(was_training)
+    together = torch.cat(parts).cpu()
+    result = torch.empty_like(together)
+    result[torch.from_numpy(np.concatenate(batches))] = together
+    return result
+
+
+def score(log_probs: Tensor, labels: np.ndarray, ordinal: bool = False) -> dict[str, float]:
+    """acc, macro f1 (over the classes that occur in the labels or the predictions) and mean loss of
+    log-probabilities (N, C). `ordinal` adds, for classes that have an order, the mean absolute error `mae`, the
+    quadratic weighted kappa `qwk` (Cohen 1968) and `off_by_one`, the part that is at most one class off."""
+    from sklearn.metrics import f1_score
+
+    predicted = log_probs.argmax(1).numpy()
+    result = {
+        "loss": float(nn.functional.nll_loss(log_probs, torch.from_numpy(labels))),
+        "acc": float((predicted == labels).mean()),
+        "f1": float(f1_score(labels, predicted, average="macro", zero_division=0)),
+    }
+    if ordinal:
+        distance = np.abs(predicted - labels)
+        # 1 - E|y - p|^2 / E|y - p'|^2, with p' drawn independently of y: no matrix of all pairs of classes is needed.
+        y, p, n = labels.astype(np.int64), predicted.astype(np.int64), len(labels)
+        by_chance = int(n * ((y @ y) + (p @ p)) - 2 * y.sum() * p.sum())  # n^2 times the expectation, exactly
+        kappa = 1 - n * int(distance @ distance) / by_chance if by_chance else 0.0  # all of one class, and rightly so
+        result |= {"mae": float(distance.mean()), "qwk": kappa,
+                   "off_by_one": float((distance <= 1).mean())}
+    return result
+
+
+MATRIX_CLASSES = 1000  # the matrix of 100,000 classes would take 75 GiB
+
+
+def confusion(labels: Sequence[int], predicted: Sequence[int], n: int) -> dict[str, list]:
+    """The confusion matrix of n classes as result.json has it: a row for each true label, a column for each prediction.
+    Of more than MATRIX_CLASSES, only the pairs that occur: [label, prediction, how often]."""
+    counts = Counter(zip(labels, predicted, strict=True))
+    if n > MATRIX_CLASSES:
+        return {"confusion_pairs": [[*pair, count] for pair, count in sorted(counts.items())]}
+    return {"confusion_matrix": [[counts[label, guess] for guess in range(n)] for label in range(n)]}
+
+
+def baselines(labels: Sequence[int] | np.ndarray, sentences: list[str],
+              tests: dict[str, Split]) -> dict[str, dict[str, float]]:
+    """What costs nothing: the accuracy of the training labels' majority, and of TF-IDF with logistic regression.
+
+    Words and word pairs, scikit-learn's defaults otherwise. Returns {name of the split: {"majority": accuracy,
+    "tfidf": accuracy}}.
+    """
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.linear_model import LogisticRegression
+
+    majority = np.bincount(labels).argmax()
+    vectorizer, words = TfidfVectorizer(ngram_range=(1, 2)), None
+    if len(set(labels)) > 1:
+        try:
+            words = LogisticRegression(max_iter=200).fit(vectorizer.fit_transform(sentences), labels)
+        except ValueError:  # no sentence has a word of two letters: there is nothing to learn from words
+            words = None
+    result = {}
+    for name, split in tests.items():
+        predicted = words.predict(vectorizer.transform(split.sentences)) if words else majority
+        result[name] = {"majority": float((split.labels == majority).mean()),
+                        "tfidf": float((split.labels == predicted).mean())}
+    return result
