@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+import safetensors.torch
 from torch import nn
 
 import tokenizer as tokenizers
@@ -22,12 +23,10 @@ def save_classifier(folder: Path, model: nn.Module, tokenizer: Tokenizer, settin
     """Write model.safetensors, config.json, the tokenizer, and a manifest with the sha256 of each; returns the
     manifest's own. See `training.best.write_best`. Raises OSError, naming the path and the bytes, when the disk is
     full."""
-    from safetensors.torch import save_file
-
     state = {k: v.detach().contiguous() for k, v in model.state_dict().items()}
 
     def fill(temporary: Path) -> None:
-        save_file(state, str(temporary / "model.safetensors"))
+        safetensors.torch.save_file(state, str(temporary / "model.safetensors"))
         (temporary / "model.safetensors").chmod(0o644)  # the library makes it 0600
         tokenizer.save(temporary)
         text = json.dumps(settings.values(), indent=1) + "\n"

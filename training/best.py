@@ -6,6 +6,8 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from config import InputError
 from formats import files
 
@@ -19,8 +21,6 @@ def write_best(folder: Path, fill: Callable[[Path], None]) -> str:
 
     Raises OSError, naming the path and the bytes, when the disk is full.
     """
-    from safetensors import SafetensorError
-
     temporary, previous = folder.with_name(f".{folder.name}.tmp"), previous_best(folder)
     try:
         shutil.rmtree(temporary, ignore_errors=True)

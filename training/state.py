@@ -14,7 +14,9 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
+import safetensors.torch
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from config import InputError, counted
@@ -219,9 +221,6 @@ def save_state(last: Path, step: int, tensors: dict[str, Tensor], values: dict[s
     before and the newest good one (`good`: a state to roll back to). Raises OSError, naming the path and
     the bytes, when the disk is full; the states before stay as they were and the half-written one is removed.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
     files.check_plain(last, is_folder=True)
     last.mkdir(parents=True, exist_ok=True)
     files.remove_temporary_files(last)
@@ -232,7 +231,7 @@ def save_state(last: Path, step: int, tensors: dict[str, Tensor], values: dict[s
     try:
         temporary.mkdir()
         plain = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-        save_file(plain, str(temporary / TENSORS))
+        safetensors.torch.save_file(plain, str(temporary / TENSORS))
         (temporary / STATE).write_text(json.dumps(values), encoding="utf-8")
         files.write_manifest(temporary, {"step": step, "good": good})
         os.replace(temporary, folder)
