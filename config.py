@@ -131,15 +131,11 @@ def _option(group: str, default: Any, help: str, *, only: tuple[str, ...] = TRAI
 # A group of the help each, with the commands of those of its options that name none.
 _what = partial(_option, "What to do", common=True)
 _data = partial(_option, "Data", only=LABELLED, metavar="FILE")
-_model = partial(_option, "Model")
-_train = partial(_option, "Training")
-_optimizer = partial(_option, "Optimizer")
-_schedule = partial(_option, "Schedule")
-_regular = partial(_option, "Regularisation")
+_model, _train, _optimizer, _schedule, _regular, _output = (partial(_option, group) for group in (
+    "Model", "Training", "Optimizer", "Schedule", "Regularisation", "Output"))
 _stop = partial(_option, "Stopping and guards", only=WHOLE_RUN)
 _range = partial(_option, "Range test", only=("lr_find",))
 _device = partial(_option, "Device", only=COMMANDS)
-_output = partial(_option, "Output")
 _text = partial(_option, "Generation and prompting", only=("generate",), metavar="FILE")
 
 
