@@ -100,6 +100,7 @@ TRAINING = ("finetune", "lr_find", "verify_resume")
 PRETRAINED = ("generate", "prompt", *TRAINING)  # those that read pretrained weights
 LABELLED = ("prompt", "evaluate", *TRAINING)  # those that read labelled sentences
 SCORING = ("prompt", "evaluate", *WHOLE_RUN)  # those that report accuracies
+WRITING = ("prompt", "evaluate", "finetune")  # those that write predictions where they are asked to
 
 POOLINGS = ("last", "mean", "max", "first")
 OPTIMIZERS = ("adamw", "sgd", "lion", "adafactor")
@@ -298,12 +299,12 @@ class RunConfig:
     overwrite: bool = _output(False, "replace the run that is in --output_dir", also="overwrite_output_dir force",
         needs=[Need(lambda c: c.output_dir, "it needs --output_dir")])
     dev_out: str | None = _output(None, "predictions for dev, `label ||| sentence` a line, in the file's order "
-        "(default: in the run folder; for prompt, here)", metavar="FILE", only=SCORING, needs=[ONE_RUN])
-    test_out: str | None = _output(None, "the same for test", metavar="FILE", only=SCORING, needs=[ONE_RUN])
+        "(default: in the run folder; for prompt, here)", metavar="FILE", only=WRITING, needs=[ONE_RUN])
+    test_out: str | None = _output(None, "the same for test", metavar="FILE", only=WRITING, needs=[ONE_RUN])
 
     prefix: str = _text(GENERATE_PREFIX, "the text to continue", metavar="TEXT", show_default=False, common=True,
         also="prompt_text text")
-    max_new_tokens: int = _text(75, "how many tokens to generate", check=AT_LEAST_ONE)
+    max_new_tokens: int = _text(75, "how many tokens to generate", metavar="N", check=AT_LEAST_ONE)
     generated_sentence_low_temp_out: str = _text("generated-sentence-temp-0.txt", "the file for the greedy text")
     generated_sentence_high_temp_out: str = _text("generated-sentence-temp-1.txt", "the file for the text drawn at "
         "temperature 1.0")

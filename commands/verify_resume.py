@@ -34,7 +34,8 @@ def verify_resume(config: RunConfig, folder: Path, program: Path, kills: int = 3
     Returns 0 when they are the same to the bit, 1 when not. A signal ends this program and the one that it runs.
     Raises InputError when the run fails by itself, and when it cannot be killed.
     """
-    given = {name: getattr(config, name) for name in config.given - {"option", "output_dir", "overwrite", "resume"}}
+    places = {"option", "output_dir", "resume", "dev_out", "test_out"}  # each of the two runs has its own
+    given = {name: getattr(config, name) for name in config.given - places}
     words = []
     for name, value in given.items():
         text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)

@@ -411,3 +411,15 @@ def test_an_option_of_another_command_does_nothing(f):
 def test_a_model_that_cannot_be_is_refused(bad):
     with pytest.raises(ValueError):
         config.LlamaConfig(**bad)
+
+
+def test_a_number_is_no_file_in_the_help():
+    for f in config.options():
+        if "int" in str(f.type) or "float" in str(f.type):
+            assert f.metadata.get("metavar") != "FILE", f.name
+
+
+def test_the_page_of_options_has_every_one():
+    page = (ROOT / "docs/options.md").read_text(encoding="utf-8")
+    rows = "".join(line for line in page.splitlines(keepends=True) if line.startswith("|"))
+    assert {f.name for f in config.options()} == set(re.findall(r"--(\w+)", rows))

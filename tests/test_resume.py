@@ -711,6 +711,20 @@ def test_verify_resume_says_why_the_run_itself_failed(tmp_path):
         verify_resume.verify_resume(parse_args([]), tmp_path, program)
 
 
+def test_verify_resume_hands_on_what_was_typed_but_for_its_own_places(tmp_path):
+    program, seen = tmp_path / "program.py", tmp_path / "seen.json"
+    program.write_text(f"import json, sys; json.dump(sys.argv[1:], open({str(seen)!r}, 'w')); sys.exit(2)",
+                       encoding="utf-8")
+    typed = ["--option", "verify_resume", "--lr", "1e-3", "--milestones", "2,3", "--overwrite", "--output_dir", "x",
+             "--dev_out", "d.txt"]
+    with pytest.raises(ValueError, match="the run itself failed"):
+        verify_resume.verify_resume(parse_args(typed), tmp_path, program)
+    words = json.loads(seen.read_text(encoding="utf-8"))
+    assert words[:2] == ["--option", "finetune"] and words[-2:] == ["--output_dir", str(tmp_path / "straight")]
+    assert parse_args(words).given == {"option", "lr", "milestones", "overwrite", "output_dir"}
+    assert (parse_args(words).lr, parse_args(words).milestones) == (1e-3, (2, 3))
+
+
 def test_verify_resume_kills_after_different_steps_and_says_so_afterwards(tmp_path, capsys, monkeypatch):
     """The first kill comes so late that the run is past the two other steps: those come later then."""
     program, killed, log = tmp_path / "program.py", [], tmp_path / "stopped/steps.jsonl"
