@@ -73,7 +73,7 @@ POOLING: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "first": lambda hidden, lengths: hidden[:, 0],
 }
 if POOLING.keys() != {*POOLINGS}:
-    raise TypeError("config.POOLINGS and classifier.POOLING name other poolings")
+    raise TypeError("config.POOLINGS and classifier.POOLING do not have the same names")
 
 
 def all_real(input_ids: Tensor) -> Tensor:

@@ -22,9 +22,9 @@ def run(config: RunConfig) -> int:
         logs.warn("--pooling first with causal attention: the first token sees no other; add --attention "
                   "bidirectional, or pool the last")
     runs = series.runs_of(config, inputs)
-    for one in runs:
-        jobs.schedule_of(one.config, one.inputs.steps_per_epoch(one.config))  # what cannot be is refused here, before
-    device = devices.choose_device(config)  # anything is written
+    for one in runs:  # a schedule that cannot be is refused before anything is written
+        jobs.schedule_of(one.config, one.inputs.steps_per_epoch(one.config))
+    device = devices.choose_device(config)
     if config.plan:
         return plan.show(config, runs[0].config, runs[0].inputs, device, len(runs))
     if not config.resume:

@@ -45,7 +45,7 @@ def run(config: RunConfig) -> int:
         except BaseException:
             for path in new:
                 path.unlink(missing_ok=True)
-            if [path.name for path in folder.path.iterdir()] == [".lock"]:
+            if [*folder.path.iterdir()] == [folder.lock_file]:
                 with suppress(OSError):  # Windows removes no file that is open
                     folder.lock_file.unlink()
                     folder.path.rmdir()
@@ -61,17 +61,17 @@ def lr_find(make_job: Callable[[RunConfig], Job[ClassificationTask]], config: Ru
 
     Raises InputError when the loss was finite for too few steps to say anything.
     """
-    tests, found = [], []
+    tests, curves, found = [], [], []
     for i in range(config.lr_repeats):
         points = range_test(make_job(replace(config, seed=config.seed + i)), config, device)
         if len(points) < 10:
             raise InputError(f"--lr_min {config.lr_min:g}: the loss was finite for {counted(len(points), 'step')} "
                              "only; begin lower")
         tests.append(points)
+        curves.append(smooth([loss for _, loss in points]))
         found.append(suggestion(points))
         logs.say(f"range test {i + 1} of {config.lr_repeats}: {len(points)} steps, steepest at {found[-1][1]:.1e}")
-        smoothed = smooth([loss for _, loss in points])
-        if min(smoothed) == smoothed[0]:
+        if min(curves[-1]) == curves[-1][0]:
             logs.warn("the loss never fell: this says nothing about a good rate; try others, or more --lr_steps")
     low, best, high = (math.exp(float(np.median(np.log([f[k] for f in found])))) for k in range(3))
     result: dict[str, Any] = {"low": low, "steepest": best, "high": high, "each": found}
@@ -91,8 +91,8 @@ def lr_find(make_job: Callable[[RunConfig], Job[ClassificationTask]], config: Ru
         else:
             logs.say(f"confirm :: decided: lr {choice:.1e} has the lowest dev loss with each of {CONFIRM_SEEDS} seeds, "
                      f"by more than chance{at_the_edge(confirmed)}")
-    files.write_atomically(folder / "lr_find.csv", lambda path: _write_tests(path, config.seed, tests), follow=False)
-    curves = [smooth([loss for _, loss in points]) for points in tests]
+    files.write_atomically(folder / "lr_find.csv", lambda path: _write_tests(path, config.seed, tests, curves),
+                           follow=False)
     plot.range_test(tests, curves, low, best, high, folder / "lr_find.png")
     files.write_json(folder / RESULT, result)
     logs.say(f"written :: {folder / 'lr_find.csv'}, {folder / 'lr_find.png'}")
@@ -102,12 +102,11 @@ def lr_find(make_job: Callable[[RunConfig], Job[ClassificationTask]], config: Ru
     logs.say(f"{label} :: {command(config, **words)}")
 
 
-def _write_tests(path: Path, seed: int, tests: list[list[tuple[float, float]]]) -> None:
+def _write_tests(path: Path, seed: int, tests: list[list[tuple[float, float]]], curves: list[list[float]]) -> None:
     with open(path, "w", encoding="utf-8", newline="") as file:
         rows = csv.writer(file)
         rows.writerow(["seed", "lr", "loss", "smoothed"])
-        for i, points in enumerate(tests):
-            smoothed = smooth([loss for _, loss in points])
+        for i, (points, smoothed) in enumerate(zip(tests, curves, strict=True)):
             rows.writerows([seed + i, lr, loss, mean] for (lr, loss), mean in zip(points, smoothed, strict=True))
 
 
@@ -171,11 +170,8 @@ def command(config: RunConfig, **changed: Any) -> str:
     words = ["python run_llama.py --option finetune"]
     for f in options():
         value = changed.get(f.name, getattr(config, f.name) if f.name in config.given - skip else None)
-        if value is not None and value is not False:
-            text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
-            if not re.fullmatch(r"[\w./,:+-]+", text):  # the shell would read something into it
-                text = subprocess.list2cmdline([text]) if os.name == "nt" else shlex.quote(text)
-            words.append(f"--{f.name}" + ("" if value is True else f" {text}"))
+        for word in run_folder.option_words(f.name, value):
+            if not re.fullmatch(r"[\w./,:+-]+", word):  # the shell would read something into it
+                word = subprocess.list2cmdline([word]) if os.name == "nt" else shlex.quote(word)
+            words.append(word)
     return " ".join(words)
-
-

@@ -35,11 +35,7 @@ def verify_resume(config: RunConfig, folder: Path, program: Path, kills: int = 3
     Raises InputError when the run fails by itself, and when it cannot be killed.
     """
     places = {"option", "output_dir", "resume", "dev_out", "test_out"}  # each of the two runs has its own
-    given = {name: getattr(config, name) for name in config.given - places}
-    words = []
-    for name, value in given.items():
-        text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
-        words += [] if value is False else [f"--{name}"] + ([] if value is True else [text])
+    words = [word for name in config.given - places for word in run_folder.option_words(name, getattr(config, name))]
     base = [sys.executable, str(program)]
     straight, stopped = RunFolder(folder / "straight"), RunFolder(folder / "stopped")
 

@@ -116,3 +116,12 @@ def tiny_arguments(tiny_model, tiny_data, tmp_path, monkeypatch):
     return ["--pretrained-model-path", str(tiny_model), "--batch_size", "16", "--lr", "3e-3", "--epochs", "2",
             "--device", "cpu", "--dtype", "float32",
             "--train", str(tiny_data["train"]), "--dev", str(tiny_data["dev"]), "--test", str(tiny_data["test"])]
+
+
+@pytest.fixture(scope="module")
+def inputs(tiny_model, tmp_path_factory) -> list[str]:
+    """The model's and the data's part of a command line: 96, 30 and 33 sentences."""
+    folder = tmp_path_factory.mktemp("data")
+    files = {name: write_split(folder / f"toy-{name}.txt", tiny_sentences(n, seed))
+             for seed, (name, n) in enumerate({"train": 96, "dev": 30, "test": 33}.items())}
+    return ["--pretrained_model_path", str(tiny_model), *(w for n, f in files.items() for w in (f"--{n}", str(f)))]

@@ -307,14 +307,20 @@ def test_a_rate_at_which_the_training_diverges_is_ranked_last(tiny_arguments, ca
 
 def test_the_short_runs_of_confirm_go_through_the_whole_runs_schedule(tiny_arguments):
     _, config = made(tiny_arguments, "--epochs", "4", "--lr_steps", "10")
-    inputs, seen = inputs_room.load(config, ("train", "dev")), []
+    inputs, seen, made_of, windows = inputs_room.load(config, ("train", "dev")), [], [], []
 
     def make_run(changed):
         run = jobs.build_job(changed, inputs, CPU)
         exchange(run, schedule=lambda step, history: seen.append(step) or 1.0)
+        windows.extend(tuple(rows) for epoch in (0, 1) for rows in run.task.order(epoch))
+        real = run.task.make_batch
+        exchange(run.task, make_batch=lambda rows, epoch: made_of.append((tuple(rows), epoch)) or real(rows, epoch))
         return run
 
     confirm.short_run(make_run, config, CPU)
+    rows = [row for part, _ in made_of for row in part]
+    assert rows == [row for window in windows[:10] for row in window], "the first steps of the run itself"
+    assert {epoch for _, epoch in made_of} == {0}, "all of them as one epoch"
     assert seen == [0, 2, 4, 7, 9, 12, 14, 16, 19, 21]  # 10 steps for 4 epochs of 6: two of them have a part
     seen.clear()
     confirm.short_run(make_run, replace(config, lr_steps=50), CPU)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, exchange, tiny_sentences, write_split
+from conftest import ROOT, exchange
 from safetensors import safe_open
 
 import fused
@@ -37,15 +37,6 @@ KILLS = int(os.environ.get("MINLLAMA_KILLS", "6"))  # the figure that the README
 HARD = ["--batch_size", "8", "--grad_accum", "2", "--epochs", "3", "--lr", "3e-3", "--eval_every", "0.5",
         "--ema", "0.5", "--dropout", "0.1", "--aug_delete", "0.1", "--aug_replace", "0.1", "--scheduler", "plateau",
         "--plateau_patience", "1", "--sampler", "balanced", "--patience", "0"]
-
-
-@pytest.fixture(scope="module")
-def inputs(tiny_model, tmp_path_factory) -> list[str]:
-    """The model's and the data's part of a command line: 96 sentences, 6 steps an epoch with HARD."""
-    folder = tmp_path_factory.mktemp("data")
-    files = {name: write_split(folder / f"toy-{name}.txt", tiny_sentences(n, seed))
-             for seed, (name, n) in enumerate({"train": 96, "dev": 30, "test": 33}.items())}
-    return ["--pretrained_model_path", str(tiny_model), *(w for n, f in files.items() for w in (f"--{n}", str(f)))]
 
 
 @pytest.fixture(scope="module")

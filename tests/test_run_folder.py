@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import exchange, tiny_sentences, write_split
+from conftest import exchange
 from safetensors.torch import load_file, save_file
 from test_faults import make_older
 from test_resume import assert_same_end, flip, lines, main, refused, stop_at
@@ -33,14 +33,6 @@ TRAIN = ["--batch_size", "16", "--epochs", "2", "--lr", "3e-3", "--save_every", 
 
 class Kill(BaseException):
     """Ends the program at once, as SIGKILL does."""
-
-
-@pytest.fixture(scope="module")
-def inputs(tiny_model, tmp_path_factory) -> list[str]:
-    folder = tmp_path_factory.mktemp("data")
-    files = {name: write_split(folder / f"toy-{name}.txt", tiny_sentences(n, seed))
-             for seed, (name, n) in enumerate({"train": 96, "dev": 30, "test": 33}.items())}
-    return ["--pretrained_model_path", str(tiny_model), *(w for n, f in files.items() for w in (f"--{n}", str(f)))]
 
 
 @pytest.fixture(scope="module")

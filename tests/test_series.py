@@ -307,3 +307,15 @@ def test_folds_say_that_they_chose_their_own_epoch_and_give_the_last_one_too(inp
     assert main(*inputs, "--epochs", "1", "--seeds", "2", "--output_dir", "seeds") == 0
     streams = capsys.readouterr()
     assert "last epoch ::" not in streams.out and "fold" not in streams.err
+
+
+@posix
+def test_no_link_in_a_run_of_a_series_is_followed(inputs, monkeypatch, tmp_path, capsys):
+    with monkeypatch.context() as patch:
+        stop_at(patch, [2])
+        assert main(*inputs, "--seeds", "2", "--output_dir", "all") == 143
+    described = Path("all/seed-1337/args.json")
+    described.rename(tmp_path / "elsewhere.json")
+    described.symlink_to(tmp_path / "elsewhere.json")
+    assert main("--resume", "all") == 2
+    assert f"{described}: this is a symbolic link" in capsys.readouterr().err

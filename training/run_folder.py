@@ -89,10 +89,10 @@ class RunFolder:
         files.write_json(self.args, described)
         return described
 
-    def description(self, known: dict[str, Any] | None = None) -> dict[str, Any]:
+    def description(self, known: dict[str, Any]) -> dict[str, Any]:
         """args.json: with `options` that the parser would accept too, `given`, `files`, `device` and `versions`.
 
-        `known`: what a state of the run says of it (`id` and `options`). The folder has been checked, see `check`.
+        `known`: what a state of the run says of it (`id` and `options`), or {}. The folder has been checked: `check`.
         Raises InputError for a file that is damaged or was changed, naming the options where `known` has them.
         """
         path = self.args
@@ -101,10 +101,9 @@ class RunFolder:
         if not isinstance(saved_options, dict) or not isinstance(inputs, dict) or (
                 not {"given", "device"} <= described.keys()):
             raise InputError(f"{path}: this is not what a run writes (no options, files, given and device)")
-        before = known or {}
-        saved = json.loads(json.dumps(before.get("options", {})))  # tuples become lists
+        saved = json.loads(json.dumps(known.get("options", {})))  # tuples become lists
         edited = [f"--{name} is {saved_options.get(name)}, and was {saved[name]}" for name in saved
-                  if before.get("id") == described.get("id") and saved_options.get(name) != saved[name]]
+                  if known.get("id") == described.get("id") and saved_options.get(name) != saved[name]]
         if edited or has_changed(described):
             raise InputError(f"{path}: it was changed after the run began{': ' if edited else ''}{'; '.join(edited)}; "
                              "put it back as it was, or start another run")
@@ -162,11 +161,11 @@ class RunFolder:
 
     # ----------------------------------------------------------------------- going on with it
 
-    def resume_command(self, config: RunConfig | None = None) -> str:
+    def resume_command(self, config: RunConfig) -> str:
         """The command that resumes the run. Output files outside the folder are named again, see `outside`."""
         words = ["python", "run_llama.py", "--resume", str(self.path)]
-        for name in self.outside(config) if config else ():
-            words += [f"--{name}", getattr(config, name)]
+        for name in self.outside(config):
+            words += option_words(name, getattr(config, name))
         return shlex.join(words)
 
     def outside(self, config: RunConfig) -> list[str]:
@@ -175,6 +174,14 @@ class RunFolder:
         inside = self.path.resolve()
         return [name for name in ("dev_out", "test_out")
                 if getattr(config, name) and inside not in Path(getattr(config, name)).resolve().parents]
+
+
+def option_words(name: str, value: Any) -> list[str]:
+    """An option with its value as one types it: ["--milestones", "2,3"], ["--plan"]; [] where one types nothing."""
+    if value is None or value is False:
+        return []
+    text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    return [f"--{name}"] + ([] if value is True else [text])
 
 
 # --------------------------------------------------------------------------- making one

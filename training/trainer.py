@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -118,15 +118,13 @@ class Loop:
         n = max(1, round(min(n_windows, 1 / self.config.eval_every)))  # no more than one a window
         return sorted({max(1, round(n_windows * (i + 1) / n)) for i in range(n)})
 
-    def next_mark(self, n_marks: int) -> bool:
-        """Go on to the next part of the epoch, or to the next epoch. Returns whether it is an epoch."""
+    def next_mark(self, n_marks: int) -> None:
+        """Go on to the next part of the epoch, or to the next epoch."""
         progress = self.progress
         progress.evaluated += 1
-        if progress.evaluated != n_marks:
-            return False
-        progress.epoch, progress.window, progress.evaluated = progress.epoch + 1, 0, 0
-        progress.epoch_loss_sum, progress.epoch_n_seen = 0.0, 0
-        return True
+        if progress.evaluated == n_marks:
+            progress.epoch, progress.window, progress.evaluated = progress.epoch + 1, 0, 0
+            progress.epoch_loss_sum, progress.epoch_n_seen = 0.0, 0
 
     # ----------------------------------------------------------------------- one optimizer step
 
@@ -331,7 +329,8 @@ class Loop:
         is_last = progress.evaluated + 1 == n_marks
         with self.averaged():
             found = self.task.evaluate()
-            scores, epoch = found.scores, cast(float, progress.epoch)
+            scores = found.scores
+            epoch: float = progress.epoch
             if n_marks > 1:
                 epoch = round(epoch + (progress.evaluated + 1) / n_marks, 3)
             record = logs.EpochRecord(
