@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-CONFIG, SCHEDULE, DATASET = "config.py", "schedule.py", "dataset.py"
+CONFIG, PARSER, SCHEDULE, DATASET = "config/run.py", "config/parser.py", "schedule.py", "dataset.py"
 TRAINER, DEVICE, RUN_FOLDER = "training/trainer.py", "training/device.py", "training/run_folder.py"
 JOB, TASK, FINETUNE, SERIES = ("commands/job.py", "commands/classification.py", "commands/finetune.py",
                                "commands/series.py")
@@ -162,7 +162,7 @@ BREAKS = [
           "if False:", "another_command", "test_config"),
     Break("what an option needs is not looked at", CONFIG, 'for need in f.metadata["needs"] if not need.holds(c)',
           "for need in ()", "needs", "test_config"),
-    Break("help shows every option", CONFIG, "help=text if is_shown else argparse.SUPPRESS", "help=text", "help",
+    Break("help shows every option", PARSER, "help=text if is_shown else argparse.SUPPRESS", "help=text", "help",
           "test_config"),
     Break("a schedule's option never reaches the command line", CONFIG,
           "        setattr(cls, name, _schedule(**vars(option)))",

@@ -2,6 +2,7 @@
 
 import ast
 import functools
+import importlib
 import io
 import re
 import subprocess
@@ -171,8 +172,8 @@ def test_what_other_programs_call_an_option_is_understood(argv, name, capsys):
 
 def test_other_names_lead_to_options_and_hide_none(capsys):
     known = {f.name for f in config.options()}
-    assert set(config.MEANT.values()) <= known and not config.MEANT.keys() & (known | config.ALIASES.keys())
-    assert len(config.MEANT) == sum(len(f.metadata["also"].split()) for f in config.options()), "a name twice"
+    assert set(config.parser.MEANT.values()) <= known and not config.parser.MEANT.keys() & (known | config.parser.ALIASES.keys())
+    assert len(config.parser.MEANT) == sum(len(f.metadata["also"].split()) for f in config.options()), "a name twice"
     for name, others in OTHER_NAMES.items():
         for other in others.split():
             with pytest.raises(SystemExit):
@@ -214,17 +215,14 @@ def test_the_docs_have_every_option_of_the_schedules():
 
 
 def rooms_with(monkeypatch, addition):
-    """schedule.py with an addition at the end of its schedules, and a config.py that reads it."""
-    rooms = []
-    for name in ("schedule", "config"):
-        room = types.ModuleType(name)
-        monkeypatch.setitem(sys.modules, name, room)
-        source = (ROOT / f"{name}.py").read_text(encoding="utf-8")
-        if name == "schedule":
-            source = source.replace("\n\ndef between(", addition + "\n\ndef between(")
-        exec(compile(source, f"{name}.py", "exec"), room.__dict__)
-        rooms.append(room)
-    return rooms
+    """schedule.py with an addition at the end of its schedules, and a config/ that reads it."""
+    new = types.ModuleType("schedule")
+    source = (ROOT / "schedule.py").read_text(encoding="utf-8").replace("\n\ndef between(", addition + "\n\ndef between(")
+    monkeypatch.setitem(sys.modules, "schedule", new)
+    exec(compile(source, "schedule.py", "exec"), new.__dict__)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "config"]:
+        monkeypatch.delitem(sys.modules, name)
+    return new, importlib.import_module("config")
 
 
 NEW_SCHEDULE = '''

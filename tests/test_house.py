@@ -22,13 +22,13 @@ FLOORS = [
     ["dataset", "classifier"],
     ["llama", "tokenizer"],
     ["formats.weights", "formats.gguf", "formats.tables", "formats.files", "formats.memory"],
-    ["config", "optimizer"],
+    ["config.parser", "config.run", "config.model", "config.words", "optimizer"],
     ["schedule", "fused", "data.prepare", "data.download"],
 ]
-FOLDERS = ("commands", "training", "formats", "data")
+FOLDERS = ("commands", "training", "formats", "config", "data")
 PLACE = {room: (floor, i) for floor, rooms in enumerate(FLOORS) for i, room in enumerate(rooms)}
 WITHOUT_TORCH = [
-    "run_llama", "config", "schedule", "tokenizer", "formats.memory", "formats.files", "formats.tables", "formats.gguf",
+    "run_llama", "config.parser", "schedule", "tokenizer", "formats.memory", "formats.files", "formats.tables", "formats.gguf",
     "data.prepare", "data.download", "training.logs", "training.run_folder", "training.streams", "training.signals"]
 # What a room may import inside a function: a library that takes over 0.2 s, or one that only some systems have.
 LATE = {"sklearn", "scipy", "matplotlib", "safetensors", "tokenizers", "sentencepiece", "gguf", "tqdm", "importlib",

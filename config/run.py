@@ -1,104 +1,22 @@
-"""The model's shape, the run's options, and the argument parser that is made from them.
+"""The run's options: one field of `RunConfig` each, with its default, its help, the values that it accepts, the
+commands that use it and the options that it needs."""
 
-Nothing here imports torch, so `python run_llama.py --help` answers at once. An option is one field of `RunConfig`: its
-default, its help, the values it accepts, the commands that use it and the options it needs stand in one place.
-"""
-
-import argparse
-import difflib
-import itertools
-import math
-import re
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import Field, dataclass, field, fields
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any
 
 import schedule
 from schedule import AT_LEAST_ONE, FRACTION, NOT_NEGATIVE, SCHEDULERS, Check, Need
 
-
-def counted(n: int, noun: str) -> str:
-    """1 layer, 2 layers: a number and its noun, for messages."""
-    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
-
-
-# Control characters but tab and line feed, and those that reverse or break a line (Unicode's bidi controls, U+2028/9).
-_TERMINAL_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
-
-
-def shown(text: object) -> str:
-    """Text for a person's terminal: a name or path from a file could hold codes that move the cursor, hide text or
-    reverse it, so they are written out, as \\x1b or \\u202e."""
-    return _TERMINAL_CONTROLS.sub(lambda match: match[0].encode("unicode_escape").decode("ascii"), str(text))
-
-
-class InputError(ValueError):
-    """What a person did wrong: `main` prints it on one line and exits with code 2."""
-
-
-# --------------------------------------------------------------------------- the model
-
-
-@dataclass
-class LlamaConfig:
-    """The shape of a Llama (Touvron et al. 2023, arXiv 2307.09288).
-
-    `n_kv_heads` below `n_heads` is grouped-query attention; None: as many as `n_heads`. `hidden_dim` None: two
-    thirds of 4 * dim, rounded up to `multiple_of`. `attention` is "causal" or "bidirectional".
-    """
-
-    vocab_size: int = 32000
-    dim: int = 512
-    n_layers: int = 8
-    n_heads: int = 8
-    n_kv_heads: int = None  # type: ignore[assignment]  # a number from __post_init__ on
-    hidden_dim: int = None  # type: ignore[assignment]
-    multiple_of: int = 32
-    max_seq_len: int = 1024
-    layer_norm_eps: float = 1e-5
-    rope_theta: float = 10000.0
-    dropout: float = 0.0
-    attention: str = "causal"
-    tie_embeddings: bool = True
-
-    def __post_init__(self) -> None:
-        for name in ("vocab_size", "dim", "n_layers", "n_heads", "multiple_of", "max_seq_len"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} is {value!r}; it must be an integer, 1 or more")
-        if self.n_kv_heads is None:
-            self.n_kv_heads = self.n_heads
-        if self.hidden_dim is None:
-            self.hidden_dim = self.multiple_of * math.ceil(int(2 * (4 * self.dim) / 3) / self.multiple_of)
-        if self.dim % self.n_heads or (self.dim // self.n_heads) % 2:
-            raise ValueError(f"dim {self.dim} does not divide into {self.n_heads} heads of an even size")
-        if not isinstance(self.n_kv_heads, int) or self.n_kv_heads < 1 or self.n_heads % self.n_kv_heads:
-            raise ValueError(f"n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}")
-        for name, most in (("layer_norm_eps", 1.0), ("rope_theta", 1e15)):
-            value = getattr(self, name)
-            if type(value) not in (int, float) or not 0 < value <= most:
-                raise ValueError(f"{name} is {value!r}; it must be a number above 0 and at most {most:g}")
-            setattr(self, name, float(value))
-        if type(self.dropout) not in (int, float) or not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout is {self.dropout!r}; it must be at least 0 and below 1")
-        if self.attention not in ("causal", "bidirectional"):
-            raise ValueError(f"attention is {self.attention!r}; it can be causal or bidirectional")
-
-    @property
-    def head_dim(self) -> int:
-        return self.dim // self.n_heads
-
-
-# --------------------------------------------------------------------------- a run
-
-COMMANDS = ("generate", "prompt", "finetune", "evaluate", "predict", "lr_find", "verify_resume")
+COMMANDS = ("generate", "prompt", "finetune", "evaluate", "predict", "serve", "lr_find", "verify_resume")
 FINETUNE = ("finetune",)
 WHOLE_RUN = ("finetune", "verify_resume")  # the commands that train to the end
 TRAINING = ("finetune", "lr_find", "verify_resume")
 PRETRAINED = ("generate", "prompt", *TRAINING)  # those that read pretrained weights
+SAVED = ("evaluate", "predict", "serve")  # those that use a finished run
 LABELLED = ("prompt", "evaluate", *TRAINING)  # those that read labelled sentences
+TABLES = (*LABELLED, "predict")  # those that read files of sentences
 SCORING = ("prompt", "evaluate", *WHOLE_RUN)  # those that report accuracies
 WRITING = ("prompt", "evaluate", "finetune")  # those that write predictions where they are asked to
 
@@ -156,30 +74,37 @@ class RunConfig:
     """Every option of `run_llama.py`, typed, with its default. None: decided at run time, as the help says."""
 
     option: str = _what("generate", "generate continues --prefix; prompt asks the pretrained model without training; "
-        "finetune trains, then evaluates the best epoch; evaluate and predict use a saved --run; lr_find looks for "
-        "the learning rate; verify_resume kills a run and compares", choices=COMMANDS, only=COMMANDS,
-        also="mode task command")
-    run: str | None = _what(None, "the folder of a finished run", metavar="RUN", only=("evaluate", "predict"))
-    input: str | None = _what(None, "a file of sentences, one a line; - is stdin", metavar="FILE", only=("predict",))
+        "finetune trains, then evaluates the best epoch; evaluate, predict and serve use a saved --run; lr_find looks "
+        "for the learning rate; verify_resume kills a run and compares", choices=COMMANDS, only=COMMANDS,
+        show_default=False, also="mode task command")
+    run: str | None = _what(None, "the folder of a finished run", metavar="RUN", only=SAVED)
+    input: str | None = _what(None, "the sentences to label: one a line, or a table as --train takes; - is stdin, "
+        "which is answered line by line", metavar="FILE", only=("predict",))
 
     dataset: str | None = _data(None, "short for the four paths data/NAME-{train,dev,test}.txt and "
         "data/NAME-label-mapping.json; movies is fetched when it is not there", metavar="NAME", common=True,
         one_of=("dataset", "train"))
-    train: str | None = _data(None, "training sentences, `label ||| sentence` a line (default: data/sst-train.txt "
-        "where it is, else the data set movies)", common=True, one_of=("dataset", "train"),
-        also="train_file train_data")
-    dev: str | None = _data(None, "development sentences: the best epoch is chosen on them", common=True,
+    train: str | None = _data(None, "training sentences: `label ||| sentence` a line, CSV, TSV, JSONL or Parquet, also "
+        "with .gz (default: data/sst-train.txt where it is, else the data set movies)", common=True,
+        one_of=("dataset", "train"), also="train_file train_data")
+    dev: str | None = _data(None, "development sentences: the best epoch is chosen on them (default with --train: a "
+        "tenth of it, held out)", common=True,
         also="dev_file valid validation validation_file eval_file")
     test: str | None = _data(None, "test sentences: looked at once, at the end", common=True, also="predict_file")
-    label_names: str | None = _data(None, "JSON list of the labels' names (default: beside --train, else the numbers)")
+    label_names: str | None = _data(None, "JSON list of the labels' names (default: beside --train, else as the "
+        "file has them)")
+    text_column: str | None = _data(None, "the column of a table that has the sentences; a,b joins two (default: found "
+        "by its name or its contents)", metavar="NAME", only=TABLES, also="text_col sentence_column")
+    label_column: str | None = _data(None, "the column of a table that has the labels (default: found by its name or "
+        "its contents)", metavar="NAME", only=TABLES, also="label_col target_column")
     max_sentence_len: int | None = _data(None, "cut sentences after this many tokens; also --max_length (default: "
         "the model's context)", metavar="N", check=AT_LEAST_ONE, only=PRETRAINED, also="max_len max_seq_length")
     train_limit: int | None = _data(None, "train on a random N of the training sentences", metavar="N", only=TRAINING,
         check=AT_LEAST_ONE, also="max_train_samples")
 
-    pretrained_model_path: str | None = _model(None, "a llama2.c .pt, a .gguf, a Hugging Face folder, or a name that "
-        "data/prepare.py knows (default: stories42M.pt where it is, else smollm2-135m)", metavar="PATH", common=True,
-        only=PRETRAINED, also="model model_name model_name_or_path checkpoint")
+    pretrained_model_path: str | None = _model(None, "a llama2.c .pt, a .gguf, a Hugging Face folder, the folder of a "
+        "finished run, or a name that data/prepare.py knows (default: stories42M.pt where it is, else smollm2-135m)",
+        metavar="PATH", common=True, only=PRETRAINED, also="model model_name model_name_or_path checkpoint")
     tokenizer: str | None = _model(None, "SentencePiece .model, tokenizer.json or .gguf (default: the one that comes "
         "with the weights)", metavar="FILE", only=PRETRAINED)
     n_layers: int | None = _model(None, "use the first K layers of the pretrained stack", metavar="K", only=PRETRAINED,
@@ -192,7 +117,15 @@ class RunConfig:
     dropout: float = _model(0.0, "embedding, attention and residual dropout inside the stack", check=PROBABILITY,
         also="dropout_prob attention_dropout")
 
+    new_head: bool = _model(False, "where --pretrained_model_path is a finished run: take its Llama alone, and train a "
+        "new head", needs=[Need(lambda c: c.pretrained_model_path, "it needs --pretrained_model_path RUN")])
+
     epochs: int = _train(10, "passes over the training set", check=AT_LEAST_ONE, common=True, also="num_train_epochs")
+    max_steps: int | None = _train(None, "end after N optimizer steps; the schedule is laid over them", metavar="N",
+        check=AT_LEAST_ONE, only=WHOLE_RUN)
+    max_minutes: float | None = _train(None, "end after so many minutes at most, everything counted: as many steps as "
+        "fit, and the schedule laid over them", metavar="MINUTES", only=FINETUNE, also="max_time time_limit",
+        check=Check(lambda x: x > 0, "above 0"))
     batch_size: int = _train(8, "sentences a forward pass; times --grad_accum an optimizer step", check=AT_LEAST_ONE,
         common=True, also="bs train_batch_size per_device_train_batch_size")
     grad_accum: int = _train(1, "forward passes an optimizer step; the loss is their mean", check=AT_LEAST_ONE,
@@ -269,6 +202,8 @@ class RunConfig:
         "the same gradient")
     save_every: int | None = _stop(None, "save the state for a resume every N steps too (each epoch it is saved "
         "anyway)", metavar="N", check=AT_LEAST_ONE, also="save_steps save_interval")
+    keep_state: bool = _stop(False, "keep last/ when the run ends, so that it can be gone on with: --resume RUN "
+        "--epochs 20", only=FINETUNE)
     resume: str | None = _stop(None, "go on with a run that was stopped, or with all the runs of --seeds or --folds; "
         "the options come from its folder", metavar="RUN", only=FINETUNE, common=True, also="resume_from_checkpoint",
         requires=Need(lambda c: c.option == "finetune" or "option" not in c.given,
@@ -298,9 +233,22 @@ class RunConfig:
         "it when it exists)", metavar="DIR", common=True, also="save_dir")
     overwrite: bool = _output(False, "replace the run that is in --output_dir", also="overwrite_output_dir force",
         needs=[Need(lambda c: c.output_dir, "it needs --output_dir")])
+    save_dtype: str = _output("float32", "how best/ stores the weights; bfloat16 takes half the room, and is what is "
+        "evaluated", choices=("float32", "bfloat16"), only=FINETUNE)
     dev_out: str | None = _output(None, "predictions for dev, `label ||| sentence` a line, in the file's order "
         "(default: in the run folder; for prompt, here)", metavar="FILE", only=WRITING, needs=[ONE_RUN])
     test_out: str | None = _output(None, "the same for test", metavar="FILE", only=WRITING, needs=[ONE_RUN])
+
+    output_format: str = _output("tsv", "how the answers are written", choices=("tsv", "jsonl", "csv"),
+        only=("predict",))
+    top_k: int | None = _output(None, "write the K likeliest classes instead of every probability", metavar="K",
+        check=AT_LEAST_ONE, only=("predict",))
+    threshold: float | None = _output(None, "say `unsure` where the likeliest class has a lower probability",
+        metavar="P", check=Check(lambda x: 0 < x <= 1, "above 0 and at most 1"), only=("predict",))
+    host: str = _output("127.0.0.1", "the address that serve listens at; 0.0.0.0: every one, so others can reach it",
+        metavar="ADDRESS", only=("serve",))
+    port: int = _output(8000, "the port that serve listens at; 0: any that is free", only=("serve",),
+        check=Check(lambda x: 0 <= x < 65536, "0 to 65535"))
 
     prefix: str = _text(GENERATE_PREFIX, "the text to continue", metavar="TEXT", show_default=False, common=True,
         also="prompt_text text")
@@ -340,108 +288,3 @@ def no_effect(c: RunConfig) -> list[str]:
         elif missing := [need for need in f.metadata["needs"] if not need.holds(c)]:
             lines.append(f"--{f.name}: {missing[0].said(f.name, c)}")
     return lines
-
-
-# --------------------------------------------------------------------------- the parser
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """One line, without the usage of every option in front of it. Exit code 2."""
-        self.exit(2, f"{self.prog}: error: {shown(message)}\n")
-
-
-def integers(text: str) -> tuple[int, ...]:
-    """10,25,40 as a tuple; raises ValueError, which argparse reports, for anything else."""
-    return tuple(int(part) for part in text.split(","))
-
-
-integers.__name__ = "list of whole numbers"  # argparse says: invalid list of whole numbers value
-
-
-def value_type(f: Field[Any]) -> Callable[[str], Any]:
-    """What reads the option's value."""
-    types: dict[str, Callable[[str], Any]] = {"tuple": integers, "int": int, "float": float}
-    return next((read for name, read in types.items() if name in str(f.type)), str)
-
-
-def make_parser(command: str | None = None) -> argparse.ArgumentParser:
-    """The parser of every option. Its help has those that the command uses; without one, those used most."""
-    parser = _Parser(
-        prog="run_llama.py", usage=f"python run_llama.py --option {command or 'COMMAND'} [options]",
-        description="Fine-tune, evaluate and prompt a LLaMA that you can read. "
-        + (f"All that --option {command} uses:" if command else "What people use most:"),
-        epilog=("" if command else "All that a command uses: python run_llama.py --option COMMAND --help, such as "
-                "--option finetune --help. ") + "- and _ are interchangeable in every option. More: README.md",
-        argument_default=argparse.SUPPRESS, allow_abbrev=False)
-    groups = {name: parser.add_argument_group(name) for name in dict.fromkeys(f.metadata["group"] for f in options())}
-    for f in options():
-        meta, text = f.metadata, f.metadata["help"].replace("%", "%%")
-        keywords: dict[str, Any] = {"action": "store_true"}
-        if f.type is not bool:
-            read, choices = value_type(f), meta.get("choices") or None
-            keywords = {"type": read, "choices": choices}
-            if not choices:
-                keywords["metavar"] = meta.get("metavar") or read.__name__.upper()
-            if f.default is not None and meta.get("show_default", True):
-                text += f" (default: {f.default})"
-        if not command and "finetune" not in meta["only"]:
-            text = f"{', '.join(meta['only'])}: {text}"
-        is_shown = command in meta["only"] if command else meta["common"]
-        groups[meta["group"]].add_argument(f"--{f.name}", help=text if is_shown else argparse.SUPPRESS, **keywords)
-    return parser
-
-
-MEANT = {other: f.name for f in options() for other in f.metadata["also"].split()}  # what other programs call them
-ALIASES = {"max_length": "max_sentence_len"}
-
-
-def _underscores(argument: str) -> str:
-    """`--label-names=x` to `--label_names=x`; values are left alone."""
-    if not argument.startswith("--"):
-        return argument
-    name, equals, value = argument[2:].partition("=")
-    name = name.replace("-", "_")
-    return "--" + ALIASES.get(name, name) + equals + value
-
-
-def _command_in(words: list[str]) -> str | None:
-    """The value of --option, which may stand behind --help; None where there is none that we know."""
-    values = [after for word, after in itertools.pairwise(words) if word == "--option"]
-    values += [word.partition("=")[2] for word in words if word.startswith("--option=")]
-    return next((value for value in values if value in COMMANDS), None)
-
-
-def parse_args(argv: list[str] | None = None) -> RunConfig:
-    """The command line as a `RunConfig`. Bad values print one line to stderr and exit with code 2."""
-    argv = sys.argv[1:] if argv is None else argv
-    words = [_underscores(a) for a in argv]
-    parser = make_parser(_command_in(words) if {"-h", "--help"} & {*words} else None)
-    namespace, unknown = parser.parse_known_args(words)
-    if unknown:
-        name = unknown[0].partition("=")[0]
-        meant = MEANT.get(name.lstrip("-").replace("-", "_"))
-        known = [*(f.name for f in options()), *ALIASES]
-        near = [meant] if meant else difflib.get_close_matches(name.lstrip("-"), known, n=1)
-        hint = f"did you mean --{near[0]}?" if near else "see --help"
-        parser.error(f"unknown option {name}: {hint}")
-    given = vars(namespace)
-    for name, value in given.items():
-        if value == "" and name != "prefix":
-            parser.error(f"--{name} is empty")
-        try:
-            str(value).encode("utf-8")
-        except UnicodeEncodeError:
-            parser.error(f"--{name}: these bytes are not UTF-8")
-        if "\0" in str(value):
-            parser.error(f"--{name}: there is a zero byte in it")
-    for f in options():
-        check = f.metadata.get("check")
-        if check and f.name in given and not check.holds(given[f.name]):
-            value = given[f.name]
-            text = ",".join(map(str, value)) if isinstance(value, tuple) else value
-            parser.error(f"--{f.name} {text}: it must be {check.words}")
-    config = RunConfig(**given, given=frozenset(given))
-    if fault := contradiction(config):
-        parser.error(fault)
-    return config

@@ -1,0 +1,22 @@
+"""Words for a person: numbers with their nouns, text that a terminal can show, and what a person did wrong."""
+
+import re
+
+
+def counted(n: int, noun: str) -> str:
+    """1 layer, 2 layers: a number and its noun, for messages."""
+    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
+
+
+# Control characters but tab and line feed, and those that reverse or break a line (Unicode's bidi controls, U+2028/9).
+_TERMINAL_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+
+
+def shown(text: object) -> str:
+    """Text for a person's terminal: a name or path from a file could hold codes that move the cursor, hide text or
+    reverse it, so they are written out, as \\x1b or \\u202e."""
+    return _TERMINAL_CONTROLS.sub(lambda match: match[0].encode("unicode_escape").decode("ascii"), str(text))
+
+
+class InputError(ValueError):
+    """What a person did wrong: `main` prints it on one line and exits with code 2."""
