@@ -1,7 +1,7 @@
 """Learning-rate schedules, each a pure function of the optimizer step: a resumed run goes on with the rate it had.
 
 A schedule stands in one place: a function below, under `@register()`. Its name is the choice of --scheduler, and each
-argument that is annotated with an `Option` is an option of the command line, which config.py makes from it.
+argument that is annotated with an `Option` is an option of the command line, which config/ makes from it.
 """
 
 import inspect

@@ -172,7 +172,8 @@ def test_what_other_programs_call_an_option_is_understood(argv, name, capsys):
 
 def test_other_names_lead_to_options_and_hide_none(capsys):
     known = {f.name for f in config.options()}
-    assert set(config.parser.MEANT.values()) <= known and not config.parser.MEANT.keys() & (known | config.parser.ALIASES.keys())
+    meant, aliases = config.parser.MEANT, config.parser.ALIASES.keys()
+    assert set(meant.values()) <= known and not meant.keys() & (known | aliases)
     assert len(config.parser.MEANT) == sum(len(f.metadata["also"].split()) for f in config.options()), "a name twice"
     for name, others in OTHER_NAMES.items():
         for other in others.split():
@@ -217,7 +218,8 @@ def test_the_docs_have_every_option_of_the_schedules():
 def rooms_with(monkeypatch, addition):
     """schedule.py with an addition at the end of its schedules, and a config/ that reads it."""
     new = types.ModuleType("schedule")
-    source = (ROOT / "schedule.py").read_text(encoding="utf-8").replace("\n\ndef between(", addition + "\n\ndef between(")
+    source = (ROOT / "schedule.py").read_text(encoding="utf-8")
+    source = source.replace("\n\ndef between(", addition + "\n\ndef between(")
     monkeypatch.setitem(sys.modules, "schedule", new)
     exec(compile(source, "schedule.py", "exec"), new.__dict__)
     for name in [name for name in sys.modules if name.partition(".")[0] == "config"]:

@@ -1,0 +1,41 @@
+"""The settings of a run for which none was typed: those of the README's first command, with a rate that fits the number
+of layers."""
+
+from dataclasses import replace
+from typing import Any
+
+from commands.inputs import Inputs
+from config import RunConfig
+from training import logs, run_folder
+
+# Whoever types one of these has the classic defaults for the others: the commands of old shell loops do what they did.
+SETTINGS = ("attention", "pooling", "batch_size", "grad_accum", "hidden_dropout_prob", "optimizer", "lr", "head_lr",
+            "lr_scaling")
+
+
+def settle(config: RunConfig, inputs: Inputs) -> RunConfig:
+    """The options of a training run, with the settings that are chosen where none was typed; a line says which.
+
+    The classic pair, SST with stories42M, keeps the classic defaults, and a resumed run has its own.
+    """
+    is_classic = inputs.files.name == "sst" and inputs.weights.path.stem == "stories42M"
+    if config.resume or is_classic or config.given & {*SETTINGS}:
+        return config
+    n_layers = config.n_layers or inputs.weights.config.n_layers
+    chosen = {"attention": "bidirectional", "pooling": "mean", "batch_size": 32, "hidden_dropout_prob": 0.1,
+              "lr": rate_for(n_layers)}
+    logs.notice(f"settings :: {in_words(chosen)} (nothing of this was typed, so it is chosen, the rate for {n_layers} "
+                "layers; to change a part, type all of it: one of these alone brings the classic defaults of the "
+                "others)")
+    return replace(config, **chosen, given=config.given | chosen.keys())
+
+
+def in_words(chosen: dict[str, Any]) -> str:
+    """The settings as one types them."""
+    return " ".join(word for name, value in chosen.items() for word in run_folder.option_words(name, value))
+
+
+def rate_for(n_layers: int) -> float:
+    """The learning rate for the first `n_layers` layers of a pretrained stack, in steps of 1, 2 and 5: a deeper one
+    wants a lower rate. Measured on movies with SmolLM2-135M, see docs/tuning.md."""
+    return 5e-4
