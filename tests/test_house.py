@@ -29,7 +29,8 @@ FOLDERS = ("commands", "training", "formats", "config", "data")
 PLACE = {room: (floor, i) for floor, rooms in enumerate(FLOORS) for i, room in enumerate(rooms)}
 WITHOUT_TORCH = [
     "run_llama", "config.parser", "schedule", "tokenizer", "formats.memory", "formats.files", "formats.tables",
-    "formats.gguf", "data.prepare", "data.download", "training.logs", "training.run_folder", "training.streams", "training.signals"]
+    "formats.gguf", "data.prepare", "data.download", "training.logs", "training.run_folder", "training.streams",
+    "training.signals"]
 # What a room may import inside a function: a library that takes over 0.2 s, or one that only some systems have.
 LATE = {"sklearn", "scipy", "matplotlib", "safetensors", "tokenizers", "sentencepiece", "gguf", "tqdm", "importlib",
         "fcntl", "msvcrt", "resource"}
