@@ -22,8 +22,8 @@ def settle(config: RunConfig, inputs: Inputs) -> RunConfig:
     if config.resume or is_classic or config.given & {*SETTINGS}:
         return config
     n_layers = config.n_layers or inputs.weights.config.n_layers
-    chosen: dict[str, Any] = {"attention": "bidirectional", "pooling": "mean", "batch_size": 32, "hidden_dropout_prob": 0.1,
-              "lr": rate_for(n_layers)}
+    chosen: dict[str, Any] = {"attention": "bidirectional", "pooling": "mean", "batch_size": 32,
+                              "hidden_dropout_prob": 0.1, "lr": rate_for(n_layers)}
     logs.notice(f"settings :: {in_words(chosen)} (nothing of this was typed, so it is chosen, the rate for {n_layers} "
                 "layers; to change a part, type all of it: one of these alone brings the classic defaults of the "
                 "others)")
