@@ -164,8 +164,8 @@ def gguf_bytes(pairs: tuple = (), tensors: tuple = (), n_pairs: int | None = Non
 # --------------------------------------------------------------------------- a whole model on disk
 
 
-def write_model(folder: Path, sentences: list[str]) -> Path:
-    """A Hugging Face folder: a random Llama of 2 layers and dim 32, and a byte-level BPE tokenizer.json trained on
+def write_model(folder: Path, sentences: list[str], layers: int = 2) -> Path:
+    """A Hugging Face folder: a random Llama of dim 32, and a byte-level BPE tokenizer.json trained on
     the sentences."""
     from safetensors.torch import save_file
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -185,7 +185,7 @@ def write_model(folder: Path, sentences: list[str]) -> Path:
         return torch.randn(*shape, generator=draw) * 0.05
 
     state = {"model.embed_tokens.weight": normal(vocabulary, dim) * 10, "model.norm.weight": torch.ones(dim)}
-    for i in range(2):
+    for i in range(layers):
         for name, shape in {"self_attn.q_proj": (dim, dim), "self_attn.k_proj": (dim // 2, dim),
                             "self_attn.v_proj": (dim // 2, dim), "self_attn.o_proj": (dim, dim),
                             "mlp.gate_proj": (hidden, dim), "mlp.up_proj": (hidden, dim),
@@ -196,7 +196,7 @@ def write_model(folder: Path, sentences: list[str]) -> Path:
     save_file(state, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps({
         "model_type": "llama", "vocab_size": vocabulary, "hidden_size": dim, "intermediate_size": hidden,
-        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128,
+        "num_hidden_layers": layers, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128,
         "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": True,
     }), encoding="utf-8")
     return folder
