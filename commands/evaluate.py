@@ -2,15 +2,17 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from commands import inputs, results
 from commands.inputs import DataFiles
 from commands.saved import SavedRun, load_run
 from config import InputError, RunConfig
+from dataset import Split
 from formats import files, tables
 from training import device as devices
 from training import logs, metrics, state
+from training.metrics import Baseline
+from training.run_folder import RUN_FILE
 from training.streams import without_readers
 
 
@@ -21,7 +23,7 @@ def run(config: RunConfig) -> int:
     names = saved.settings.label_names
     config = replace(config, max_sentence_len=saved.settings.max_sentence_len, loss=saved.settings.loss)
     is_own = not config.given & {"dataset", "train", "dev", "test"}
-    known: dict[str, Any] = {}
+    known: dict[str, Baseline] = {}
     if is_own:
         used, known = own_files(saved)
     else:
@@ -33,7 +35,13 @@ def run(config: RunConfig) -> int:
                                 saved.model.llama.config.max_seq_len)
     if not splits:
         raise InputError("there is neither a --dev nor a --test file to evaluate")
-    baselines = results.print_baselines(used.train if used.train and used.train.is_file() else None, splits, known)
+    train = used.train if used.train and used.train.is_file() else None
+    if known:
+        known = with_predictions(saved, splits, known)
+    elif not is_own and train is None:
+        train, why = training_file(saved)
+        logs.notice(why and f"without baselines: {why}")
+    baselines = results.print_baselines(train, splits, known)
     device = devices.choose_device(config)
     devices.accelerate(config, saved.model.to(device.where), device)
     outputs = {name: metrics.predict(saved.model, split, saved.tokenizer.pad_id, device, name)
@@ -41,17 +49,18 @@ def run(config: RunConfig) -> int:
     for name in outputs:
         results.check_finite(outputs[name], f"{saved.typed}: {name}")
     default_out = {name: saved.home.predictions(name if is_own else f"{used.name}-{name}") for name in outputs}
-    results.report_splits(config, splits, outputs, default_out, names, baselines)
+    results.report_splits(config, splits, outputs, default_out, names, baselines, with_tables=True)
     return 0
 
 
-def own_files(saved: SavedRun) -> tuple[DataFiles, dict[str, Any]]:
+def own_files(saved: SavedRun) -> tuple[DataFiles, dict[str, Baseline]]:
     """The files that the run itself used, and the baselines that it found on the same sentences."""
     described = state.read_description(saved.home)
     used = described["files"]
     paths = {name: Path(used[name]["path"]) if name in used else None for name in ("train", "dev", "test",
                                                                                   "label_names")}
-    known = dict(saved.home.read_result().get("baselines", {})) if saved.home.is_finished() else {}
+    found = saved.home.read_result().get("baselines", {}) if saved.home.is_finished() else {}
+    known = {name: Baseline(one["majority"], one["tfidf"]) for name, one in found.items()}
     if described["options"].get("folds"):
         known.pop("dev", None)  # that was the fold's
         logs.warn(f"{saved.typed}: the run is one of several --folds: it was trained on a part of the dev file")
@@ -67,3 +76,32 @@ def own_files(saved: SavedRun) -> tuple[DataFiles, dict[str, Any]]:
             logs.warn(f"{path}: the file has changed since the run" if "sha256" in used[name] else
                       f"{path}: the run has no checksum of it: it may have changed since")
     return DataFiles(saved.home.path.name, paths["train"], paths["dev"], paths["test"], paths["label_names"]), known
+
+
+def training_file(saved: SavedRun) -> tuple[Path | None, str]:
+    """The file of the sentences that the run was trained on, or None and why there is none."""
+    if not saved.home.has_run():
+        return None, f"what {saved.typed} was trained on is not known (no {RUN_FILE})"
+    described = state.read_description(saved.home)
+    options, train = described["options"], described["files"].get("train", {})
+    path = Path(train.get("path", ""))
+    if not path.is_file():
+        return None, f"the run's training file {path} is not there any more"
+    if files.sha256(path) != train.get("sha256"):
+        return None, f"the run's training file {path} has changed"
+    if options.get("folds") or options.get("train_limit"):
+        return None, f"the run was trained on a part of {path}"
+    return path, ""
+
+
+def with_predictions(saved: SavedRun, splits: dict[str, Split], known: dict[str, Baseline]) -> dict[str, Baseline]:
+    """The known baselines with what TF-IDF predicts, learned again where that gives the same; else it is said why not.
+    """
+    train, why = training_file(saved)
+    if train is not None:
+        again = results.find_baselines(train, {name: splits[name] for name in known if name in splits})
+        if all(again[name].values() == known[name].values() for name in again):
+            return {**known, **again}
+        why = f"learned again from {train}, tf-idf has another accuracy than in the run"
+    logs.notice(f"not compared with tf-idf sentence by sentence: {why}")
+    return known

@@ -51,15 +51,18 @@ def train(config: RunConfig, inputs: Inputs, device: Device, series_folder: RunF
         for name in outputs:
             results.check_finite(outputs[name], f"{folder}: {name}")
         baselines = results.print_baselines(inputs.splits["train"], inputs.splits)
-        found = diagnose(loop, folder, outputs["dev"], inputs, baselines["dev"]["majority"])
+        found = diagnose(loop, folder, outputs["dev"], inputs, baselines["dev"].majority)
         for line in found:
             logs.say(f"diagnosis :: {line}")
+        progress = loop.progress
+        stopped = progress.stopped or "finished"
+        logs.say(f"best :: epoch {best['epoch']} of {config.epochs} (chosen by {config.monitor}), stopped: {stopped}")
         default_out = {name: folder.predictions(name) for name in outputs}
         scores = results.report_splits(config, inputs.splits, outputs, default_out, inputs.names, baselines)
-        progress = loop.progress
         result = {
-            "best_epoch": best["epoch"], "best_manifest": best.get("manifest"), **scores, "baselines": baselines,
-            "label_names": inputs.names, "stopped": progress.stopped or "finished", "steps": progress.step,
+            "best_epoch": best["epoch"], "best_manifest": best.get("manifest"), **scores,
+            "baselines": {name: found.values() for name, found in baselines.items()}, "label_names": inputs.names,
+            "stopped": stopped, "steps": progress.step,
             "skipped_steps": progress.skipped, "last_dev_acc": last_dev_acc(folder),
             "loss_spikes": progress.spikes, "rollbacks": progress.rollbacks, "diagnosis": found,
             "train_seconds": round(loop.seconds(), 2),

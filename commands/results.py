@@ -1,17 +1,21 @@
 """Predictions and scores out, each accuracy beside its baselines."""
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from commands import scores
 from commands.classification import is_ordinal
 from config import InputError, RunConfig, counted
 from dataset import Split
 from formats import files, tables
 from training import logs, metrics
+from training.metrics import Baseline
 from training.run_folder import FOLDERS, LOCK, LOGS, RESULT, RUN_FILE, RunFolder
 
 # --------------------------------------------------------------------------- before the work
@@ -55,28 +59,28 @@ def own_file(path: Path, folders: list[Path]) -> str:
 
 
 def print_baselines(train: Split | Path | None, splits: Mapping[str, Split],
-                    known: Mapping[str, dict] | None = None) -> dict[str, dict[str, float]]:
+                    known: Mapping[str, Baseline] | None = None) -> dict[str, Baseline]:
     """The baselines on the test split (on dev where there is no test), as one line; all of them returned.
 
-    `train`: the training split, or the path of its file, or None where the run has none. `known`: those that the run
-    itself found; they are not computed again.
+    `train`: the training split, or the path of its file, or None where the run has none. `known`: those that are not
+    computed again.
     """
     found = {name: known[name] for name in splits if known and name in known}
     missing = {name: split for name, split in splits.items() if name != "train" and name not in found}
     if missing and train is not None:
-        labels, sentences = tables.read_examples(train, None) if isinstance(train, Path) else (
-            train.labels, train.sentences)
-        found |= metrics.baselines(labels, sentences, missing)
+        found |= find_baselines(train, missing)
     if not found:
         return {}
     name = "test" if "test" in found else "dev"
-    logs.say(f"baseline :: {baselines_text(found[name])}")
+    logs.say(f"baseline :: {scores.baselines_text(found[name])}")
     return found
 
 
-def baselines_text(found: dict[str, float]) -> str:
-    """The baselines of one split, as they are printed."""
-    return f"majority {found['majority']:.3f}, tf-idf + logistic regression {found['tfidf']:.3f}"
+def find_baselines(train: Split | Path, splits: Mapping[str, Split]) -> dict[str, Baseline]:
+    """The baselines of each split, learned from a training split or its file."""
+    labels, sentences = tables.read_examples(train, None) if isinstance(train, Path) else (
+        train.labels, train.sentences)
+    return metrics.baselines(labels, sentences, splits)
 
 
 # --------------------------------------------------------------------------- predictions and scores
@@ -94,24 +98,50 @@ def check_finite(outputs: Tensor, what: str) -> None:
 
 def report_splits(
     config: RunConfig, splits: Mapping[str, Split], outputs: Mapping[str, Tensor], default_out: Mapping[str, Path],
-    names: list[str], baselines: Mapping[str, dict[str, float]],
+    names: list[str], baselines: Mapping[str, Baseline], with_tables: bool = False,
 ) -> dict[str, Any]:
     """Print dev and test accuracy, each beside its own baselines, write the predictions, and return the scores with
-    their confusion matrices. `outputs`: log-probabilities (N, C) of each split; `names`: of the labels."""
+    their confusion matrices. `outputs`: log-probabilities (N, C) of each split; `names`: of the labels; `with_tables`:
+    print macro-F1, the scores of each class and what is confused, too."""
     result = {}
     for name, log_probs in outputs.items():
-        split, predicted = splits[name], log_probs.argmax(1).tolist()
+        split, predicted = splits[name], log_probs.argmax(1).numpy()
         typed = getattr(config, f"{name}_out")
-        write_predictions(Path(typed or default_out[name]), predicted, split, bool(typed))
-        scores = metrics.score(log_probs, split.labels, is_ordinal(config))
-        result[name] = {**scores, "n": len(split),
-                        **metrics.confusion(split.labels.tolist(), predicted, len(names))}
-        logs.say(f"{name} acc :: {scores['acc']:.3f}")
+        path = Path(typed or default_out[name])
+        write_predictions(path, predicted.tolist(), split, bool(typed))
+        found = metrics.score(log_probs, split.labels, is_ordinal(config))
+        confusion = metrics.confusion(split.labels.tolist(), predicted.tolist(), len(names))
+        result[name] = {**found, "n": len(split), **confusion}
+        logs.say(f"{name} acc :: {found['acc']:.3f}")
         if name in baselines:
-            logs.say(f"{name} baselines :: {baselines_text(baselines[name])}")
+            logs.say(f"{name} baselines :: {scores.baselines_text(baselines[name])}")
+            by_words = baselines[name].predicted
+            if by_words is not None:
+                paired = metrics.mcnemar(predicted == split.labels, by_words == split.labels)
+                result[name]["vs_tfidf"] = asdict(paired)
+                logs.say(f"{name} vs tf-idf :: {scores.comparison(paired, len(split))}")
         if is_ordinal(config):
-            logs.say("{} mae :: {mae:.3f}, qwk :: {qwk:.3f}, off by one :: {off_by_one:.3f}".format(name, **scores))
+            logs.say("{} mae :: {mae:.3f}, qwk :: {qwk:.3f}, off by one :: {off_by_one:.3f}".format(name, **found))
+        if with_tables:
+            logs.say(f"{name} macro-F1 :: {found['f1']:.3f}")
+            print_tables(name, split.labels, predicted, names, confusion)
+        logs.say(f"{name} predictions :: {path}")
     return result
+
+
+def print_tables(name: str, labels: np.ndarray, predicted: np.ndarray, names: list[str],
+                 confusion: Mapping[str, list]) -> None:
+    """The scores of each class of a split, and the confusion matrix, or of many classes the pairs that are confused
+    most. `labels` and `predicted`: (N,)."""
+    by_class = metrics.per_class(labels, predicted, len(names))
+    sections = {"classes": ("", scores.class_table(by_class, names))}
+    if len(names) <= scores.MATRIX_CLASSES:
+        sections["confusion"] = ("a row for each true class, a column for each prediction",
+                                 scores.matrix(confusion["confusion_matrix"], names))
+    elif pairs := metrics.most_confused(labels, predicted, scores.PAIRS):
+        sections["confused most"] = ("", scores.confused_pairs(pairs, by_class.n, names))
+    for title, (text, lines) in sections.items():
+        logs.say("\n  ".join([f"{name} {title} :: {text}".rstrip(), *lines]))
 
 
 def write_predictions(path: Path, predicted: list[int], split: Split, is_typed: bool) -> None:

@@ -15,7 +15,7 @@ FLOORS = [
     ["run_llama"],
     [f"commands.{name}" for name in (
         "finetune", "evaluate", "predict", "prompt", "generate", "lr_find", "verify_resume", "confirm", "series",
-        "one_run", "resume", "plan", "plot", "job", "results", "classification", "saved", "defaults", "inputs")],
+        "one_run", "resume", "plan", "plot", "job", "results", "scores", "classification", "saved", "defaults", "inputs")],
     [f"training.{name}" for name in (
         "checks", "trainer", "task", "gradients", "diagnosis", "guards", "metrics", "best", "state", "device",
         "signals", "streams", "run_folder", "logs")],

@@ -2,7 +2,8 @@
 
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -72,12 +73,74 @@ def confusion(labels: Sequence[int], predicted: Sequence[int], n: int) -> dict[s
     return {"confusion_matrix": [[counts[label, guess] for guess in range(n)] for label in range(n)]}
 
 
-def baselines(labels: Sequence[int] | np.ndarray, sentences: list[str],
-              tests: dict[str, Split]) -> dict[str, dict[str, float]]:
-    """What costs nothing: the accuracy of the training labels' majority, and of TF-IDF with logistic regression.
+@dataclass(frozen=True)
+class ClassScores:
+    """Of each of C classes, arrays (C,): `precision` and `recall`, NaN where nothing was predicted to be of the class
+    or nothing is; `f1`, NaN where both is so; `n`, how many examples have the label."""
 
-    Words and word pairs, scikit-learn's defaults otherwise. Returns {name of the split: {"majority": accuracy,
-    "tfidf": accuracy}}.
+    precision: np.ndarray
+    recall: np.ndarray
+    f1: np.ndarray
+    n: np.ndarray
+
+
+def per_class(labels: np.ndarray, predicted: np.ndarray, n_classes: int) -> ClassScores:
+    """The scores of each class, from labels and predictions (N,)."""
+    n, guessed = (np.bincount(values, minlength=n_classes) for values in (labels, predicted))
+    right = np.bincount(labels[labels == predicted], minlength=n_classes)
+    with np.errstate(invalid="ignore"):  # 0 / 0 is NaN
+        return ClassScores(right / guessed, right / n, 2 * right / (n + guessed), n)
+
+
+def most_confused(labels: np.ndarray, predicted: np.ndarray, most: int) -> list[tuple[int, int, int]]:
+    """(label, prediction, how often) of the wrong predictions, the most frequent first, `most` of them at most."""
+    wrong = labels != predicted
+    pairs = Counter(zip(labels[wrong].tolist(), predicted[wrong].tolist(), strict=True))
+    ranked = sorted(((*pair, count) for pair, count in pairs.items()), key=lambda row: (-row[2], row))
+    return ranked[:most]
+
+
+@dataclass(frozen=True)
+class Paired:
+    """Two classifiers on the same examples: how many only the first gets right, how many only the second, and how
+    likely so unequal a split is where the two are equally good."""
+
+    only_first: int
+    only_second: int
+    p: float
+
+
+def mcnemar(first: np.ndarray, second: np.ndarray) -> Paired:
+    """McNemar's exact test, two-sided (McNemar 1947), of which examples (N,) each of two classifiers gets right.
+
+    Where they are equally good, each example that only one of them gets right is a toss of a fair coin.
+    """
+    from scipy.stats import binomtest
+
+    only_first, only_second = int((first & ~second).sum()), int((second & ~first).sum())
+    n = only_first + only_second
+    return Paired(only_first, only_second, float(binomtest(only_first, n).pvalue) if n else 1.0)
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """What costs nothing, on one split: the accuracy of training's most frequent label, that of TF-IDF with logistic
+    regression, and the labels (N,) that the latter predicts; None where only its accuracy is known."""
+
+    majority: float
+    tfidf: float
+    predicted: np.ndarray | None = None
+
+    def values(self) -> dict[str, float]:
+        """As the JSON object of result.json."""
+        return {"majority": self.majority, "tfidf": self.tfidf}
+
+
+def baselines(labels: Sequence[int] | np.ndarray, sentences: list[str],
+              tests: Mapping[str, Split]) -> dict[str, Baseline]:
+    """The baselines of each split, learned from the training labels and sentences.
+
+    Words and word pairs, scikit-learn's defaults otherwise.
     """
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
@@ -91,7 +154,7 @@ def baselines(labels: Sequence[int] | np.ndarray, sentences: list[str],
             words = None
     result = {}
     for name, split in tests.items():
-        predicted = words.predict(vectorizer.transform(split.sentences)) if words else majority
-        result[name] = {"majority": float((split.labels == majority).mean()),
-                        "tfidf": float((split.labels == predicted).mean())}
+        predicted = words.predict(vectorizer.transform(split.sentences)) if words else np.full(len(split), majority)
+        result[name] = Baseline(float((split.labels == majority).mean()), float((split.labels == predicted).mean()),
+                                predicted)
     return result
