@@ -281,8 +281,13 @@ HAS_WARMUP = Need(lambda options: warmup_steps(options, 10**6) > 0, "there is no
 BY_STEP = Need(lambda options: SCHEDULES[options.scheduler].by_step, "--scheduler {scheduler} does not go by the step")
 
 
+def run_length(epochs: int, steps_per_epoch: int, max_steps: int | None = None) -> int:
+    """The optimizer steps of a run, which `max_steps` only shortens."""
+    return min(epochs * steps_per_epoch, max_steps or epochs * steps_per_epoch)
+
+
 def warmup_length(
-    scheduler: str, epochs: int, steps_per_epoch: int, *,
+    scheduler: str, epochs: int, steps_per_epoch: int, max_steps: int | None = None, *,
     warmup_steps: Annotated[int | None, Option(
         "optimizer steps in front in which the rate rises", NOT_NEGATIVE, one_of=WARMUPS)] = None,
     warmup_epochs: Annotated[float | None, Option(
@@ -293,17 +298,18 @@ def warmup_length(
 ) -> int:
     """The warmup in optimizer steps, from whichever of the three was given. Raises ValueError where it is longer than
     the run."""
-    total = epochs * steps_per_epoch
+    total = run_length(epochs, steps_per_epoch, max_steps)
+    source = f"--epochs {epochs}" if total == epochs * steps_per_epoch else f"--max_steps {max_steps}"
     for name, value, unit in (("warmup_steps", warmup_steps, 1), ("warmup_epochs", warmup_epochs, steps_per_epoch)):
         if (value or 0) * unit > total:
             raise ValueError(f"--{name} {value:g} is beyond the run's {total} step{'' if total == 1 else 's'}, "
-                             f"which come from --epochs {epochs}")
+                             f"which come from {source}")
     if warmup_steps is not None:
         return warmup_steps
     if warmup_epochs is not None:
         return round(warmup_epochs * steps_per_epoch)
     ratio = SCHEDULES[scheduler].default_warmup if warmup_ratio is None else warmup_ratio
-    return int(ratio * epochs * steps_per_epoch)
+    return int(ratio * epochs * steps_per_epoch) if total == epochs * steps_per_epoch else int(ratio * total)
 
 
 def make_schedule(
@@ -414,7 +420,7 @@ def _used(key: str) -> Need:
 
 def warmup_steps(options: Any, steps_per_epoch: int) -> int:
     """`warmup_length` of a run; `options` has the options of the command line as attributes."""
-    return warmup_length(options.scheduler, options.epochs, steps_per_epoch,
+    return warmup_length(options.scheduler, options.epochs, steps_per_epoch, options.max_steps,
                          **{name: getattr(options, name) for name in WARMUPS})
 
 
@@ -423,7 +429,8 @@ def from_options(options: Any, steps_per_epoch: int, monitor_rises: bool) -> Cal
     better? Raises ValueError, naming the options, where there can be no such schedule."""
     given = {name: getattr(options, name) for name in command_line_options() if name not in WARMUPS}
     return make_schedule(
-        options.scheduler, total_steps=options.epochs * steps_per_epoch, steps_per_epoch=steps_per_epoch,
+        options.scheduler, total_steps=run_length(options.epochs, steps_per_epoch, options.max_steps),
+        steps_per_epoch=steps_per_epoch,
         warmup_steps=warmup_steps(options, steps_per_epoch), plateau_mode="max" if monitor_rises else "min", **given)
 
 

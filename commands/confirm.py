@@ -10,6 +10,7 @@ import numpy as np
 from commands.classification import ClassificationTask
 from config import RunConfig
 from training import logs, trainer
+from training.course import course_of
 from training.device import Device
 from training.signals import stoppable
 from training.task import InOneEpoch, Job
@@ -81,7 +82,7 @@ def short_run(make_job: Callable[[RunConfig], Job[ClassificationTask]], config: 
     the number of steps.
     """
     job = make_job(config)
-    total = job.steps_per_epoch * config.epochs
+    total = course_of(config, job.steps_per_epoch).steps
     steps = min(config.lr_steps, total)
     batches = [rows for epoch in range(-(-steps // job.steps_per_epoch)) for rows in job.task.order(epoch)][:steps]
     squeezed = Job(job.model, InOneEpoch(job.task, batches), job.optimizer,

@@ -121,8 +121,8 @@ class RunConfig:
         "new head", needs=[Need(lambda c: c.pretrained_model_path, "it needs --pretrained_model_path RUN")])
 
     epochs: int = _train(10, "passes over the training set", check=AT_LEAST_ONE, common=True, also="num_train_epochs")
-    max_steps: int | None = _train(None, "end after N optimizer steps; the schedule is laid over them", metavar="N",
-        check=AT_LEAST_ONE, only=WHOLE_RUN)
+    max_steps: int | None = _train(None, "end after N optimizer steps, where --epochs would have more; the schedule is "
+        "laid over them", metavar="N", check=AT_LEAST_ONE)
     max_minutes: float | None = _train(None, "end after so many minutes at most, everything counted: as many steps as "
         "fit, and the schedule laid over them", metavar="MINUTES", only=FINETUNE, also="max_time time_limit",
         check=Check(lambda x: x > 0, "above 0"))

@@ -22,6 +22,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG, PARSER, SCHEDULE, DATASET = "config/run.py", "config/parser.py", "schedule.py", "dataset.py"
+COURSE = "training/course.py"
 TRAINER, DEVICE, RUN_FOLDER = "training/trainer.py", "training/device.py", "training/run_folder.py"
 JOB, TASK, FINETUNE, SERIES = ("commands/job.py", "commands/classification.py", "commands/finetune.py",
                                "commands/series.py")
@@ -174,8 +175,17 @@ BREAKS = [
     Break("a larger error is better", TRAINER, 'MORE_IS_BETTER = ("dev_acc", "dev_f1", "dev_qwk")',
           'MORE_IS_BETTER = ("dev_acc", "dev_f1", "dev_qwk", "dev_mae")', "monitor"),
     Break("patience is ignored", TRAINER, "if config.patience and progress", "if False and progress", "patience"),
-    Break("eval_every is ignored", TRAINER, "n = max(1, round(min(n_windows, 1 / self.config.eval_every)))", "n = 1",
+    Break("eval_every is ignored", COURSE, "n = max(1, round(min(self.steps_per_epoch, 1 / self.eval_every)))", "n = 1",
           "eval_every"),
+    Break("max_steps is ignored", COURSE, "config.epochs, steps_per_epoch, config.max_steps)",
+          "config.epochs, steps_per_epoch)", "max_steps"),
+    Break("the schedule knows nothing of max_steps", SCHEDULE,
+          "total_steps=run_length(options.epochs, steps_per_epoch, options.max_steps)",
+          "total_steps=run_length(options.epochs, steps_per_epoch)", "max_steps"),
+    Break("max_steps ends without an evaluation", TRAINER,
+          "if progress.window in (marks[progress.evaluated], end):",
+          "if progress.window == end != marks[-1]:\n                progress.evaluated_at = progress.step\n"
+          "                return\n            if progress.window == marks[progress.evaluated]:", "max_steps"),
     Break("save_every is ignored", TRAINER, "if self.config.save_every and", "if False and", "save_every"),
     Break("detect_anomaly is ignored", DEVICE, "set_detect_anomaly(config.detect_anomaly)",
           "set_detect_anomaly(False)", "anomaly"),

@@ -20,6 +20,7 @@ import run_llama
 from commands import generate, results
 from formats import files, memory, tables
 from training import metrics, trainer
+from training.course import Course
 
 
 @pytest.fixture
@@ -192,8 +193,7 @@ def test_a_second_interrupt_adds_no_traceback(arguments, monkeypatch):
 
 @pytest.mark.parametrize("every, marks", [(1e-9, 7), (1e-310, 7), (5e-324, 7), (0.5, 2), (0.3, 3), (1.0, 1)])
 def test_there_is_at_most_one_evaluation_a_step(every, marks):
-    loop = type("", (), {"config": config.RunConfig(eval_every=every)})
-    assert len(trainer.Loop.evaluation_marks(loop, 7)) == marks
+    assert len(Course(7, 7, every).marks()) == marks
 
 
 @pytest.mark.parametrize("option", ["--lr", "--head_lr", "--max_grad_value", "--weight_decay", "--r_drop", "--lr_max"])

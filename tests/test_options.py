@@ -787,6 +787,19 @@ def test_eval_every_is_a_part_of_an_epoch(finetune, few):
     assert [(line["epoch"], line["step"]) for line in run.epochs] == [(0.5, 3), (1.0, 6), (1.5, 9), (2.0, 12)]
 
 
+@pytest.mark.parametrize("n, ends", [(8, [6, 8]), (6, [6]), (4, [4]), (99, [6, 12, 18])])
+def test_max_steps_ends_the_run_there_evaluated_with_the_schedule_over_them(finetune, few, n, ends):
+    run = finetune(f"{few} --epochs 3 --max_steps {n} --scheduler linear --warmup_ratio 0.5")
+    total, warmup = ends[-1], ends[-1] // 2
+    assert [line["step"] for line in run.epochs] == ends
+    assert [line["epoch"] for line in run.epochs] == [i if end % 6 == 0 else round(end / 6, 3)
+                                                      for i, end in enumerate(ends)]
+    factors = [(i + 1) / warmup if i < warmup else 1 - (i - warmup) / (total - warmup) for i in range(total)]
+    same(run.rates, [LR * factor for factor in factors])
+    assert (run.result["steps"], run.result["stopped"]) == (total, "finished")
+    assert (run.epochs[-1]["update_ratio"] is not None) and run.result["best_epoch"] in [e["epoch"] for e in run.epochs]
+
+
 def test_save_every_keeps_a_state_of_these_steps(finetune, few, monkeypatch):
     saved, real = [], states.save_state
     monkeypatch.setattr(states, "save_state", lambda last, step, *more: saved.append(step) or real(last, step, *more))
@@ -998,6 +1011,7 @@ TESTED = {
     "test_the_monitor_chooses_the_best_evaluation": "monitor",
     "test_patience_and_min_delta_say_when_to_stop": "patience min_delta",
     "test_eval_every_is_a_part_of_an_epoch": "eval_every",
+    "test_max_steps_ends_the_run_there_evaluated_with_the_schedule_over_them": "max_steps",
     "test_save_every_keeps_a_state_of_these_steps": "save_every",
     "test_the_guards_skip_a_step_that_is_not_finite": "guards",
     "test_detect_anomaly_names_the_operation": "detect_anomaly",

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import shutil
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -767,3 +768,41 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     for bad in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(OSError, match="file"):
             run_folder.open_run(parse_args(["--output_dir", str(bad)]))
+
+
+# --------------------------------------------------------------------------- which code it was
+
+
+def test_the_code_of_a_run_is_dirty_where_a_tracked_program_differs_from_the_commit(tmp_path):
+    def git(*words: str) -> str:
+        who = ("-c", "user.name=x", "-c", "user.email=x@example.org")
+        return subprocess.run(["git", *who, *words], cwd=tmp_path, check=True, capture_output=True, text=True).stdout
+
+    (tmp_path / "inside").mkdir()
+    if shutil.which("git") is None:
+        pytest.skip("there is no git here")
+    git("init")
+    for name in ("a.py", "b.c", "notes.txt", "inside/c.py"):
+        (tmp_path / name).write_text("x", encoding="utf-8")
+    git("add", ".")
+    git("commit", "-m", "x")
+    commit = git("rev-parse", "HEAD").strip()
+    (tmp_path / "notes.txt").write_text("y", encoding="utf-8")
+    (tmp_path / "new.py").write_text("y", encoding="utf-8")
+    assert run_folder.code_state(tmp_path) == (commit, False), "neither notes nor an untracked file are the code"
+    assert run_folder.code_state(tmp_path / "inside") == (None, None), "the repository around it is another one"
+    for name in ("b.c", "inside/c.py"):
+        (tmp_path / name).write_text("y", encoding="utf-8")
+        assert run_folder.code_state(tmp_path) == (commit, True), name
+        git("checkout", name)
+
+
+def test_the_code_of_a_run_is_unknown_without_git(tmp_path, monkeypatch):
+    assert run_folder.code_state(tmp_path) == (None, None), "no repository"
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert run_folder.code_state(Path(run_folder.ROOT)) == (None, None), "no git"
+
+
+def test_args_json_says_which_code_it_was(finished):
+    described = files.read_json(finished / "args.json")
+    assert (described["git_commit"], described["dirty"]) == run_folder.code_state(run_folder.ROOT)

@@ -27,6 +27,7 @@ from training import logs
 LOGS = tuple(logs.FILES.values())
 PREDICTIONS = ("dev-predictions.txt", "test-predictions.txt")
 FOLDERS = ("last", "best", ".best.old", ".best.tmp")
+ROOT = Path(__file__).resolve().parent.parent
 RUN_FILE, RESULT, LOCK = "args.json", "result.json", ".lock"
 
 
@@ -302,23 +303,34 @@ def _is_of_lr_find(result: Path) -> bool:
 
 
 def environment(config: RunConfig, device: str, inputs: dict[str, Any], c_compiler: str) -> dict[str, Any]:
-    """What args.json says of a run: every option, the versions, the git commit, the device and the data's checksums.
-    `inputs`: the path and sha256 of each file that is read; `c_compiler`: what compiled fused.c, or "not used"."""
+    """What args.json says of a run: every option, the versions, the git commit (see `code_state`), the device and the
+    data's checksums. `inputs`: the path and sha256 of each file that is read; `c_compiler`: what compiled fused.c, or
+    "not used"."""
     from importlib.metadata import version
 
     packages = ("torch", "numpy", "scikit-learn", "safetensors", "gguf", "tokenizers", "sentencepiece")
-    commit = None
-    with suppress(OSError, subprocess.SubprocessError):  # no git, no commit
-        git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True,
-                             timeout=5)
-        commit = git.stdout.strip() or None
+    commit, dirty = code_state(ROOT)
     return {
         "options": {k: v for k, v in asdict(config).items() if k != "given"}, "given": sorted(config.given),
-        "files": inputs, "device": device, "git_commit": commit,
+        "files": inputs, "device": device, "git_commit": commit, "dirty": dirty,
         "versions": {"python": platform.python_version(), **{name: version(name) for name in packages},
                      "c_compiler": c_compiler},
         "platform": platform.platform(),
     }
+
+
+def code_state(root: Path) -> tuple[str | None, bool | None]:
+    """The git commit of the code in `root`, and whether a tracked .py or .c file differs from it. (None, None) where
+    there is no git, and where the repository around `root` is another one."""
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=root, check=True, capture_output=True, text=True, timeout=5).stdout
+
+    with suppress(OSError, subprocess.SubprocessError, ValueError):
+        place, commit = git("rev-parse", "--show-prefix", "HEAD").splitlines()
+        if not place:
+            changed = git("--no-optional-locks", "status", "--porcelain", "--untracked-files=no", "--", "*.py", "*.c")
+            return commit, bool(changed)
+    return None, None
 
 
 def options_of(described: dict[str, Any]) -> dict[str, Any]:

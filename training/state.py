@@ -23,6 +23,7 @@ from config import InputError, counted
 from formats import files, weights
 from formats.memory import is_out_of_memory
 from training import device as devices
+from training.course import Course
 from training.device import Device
 from training.run_folder import LOGS, RunFolder
 
@@ -41,6 +42,7 @@ class Progress:
     epoch: int = 0
     window: int = 0  # windows (effective batches) of this epoch that are done
     evaluated: int = 0  # evaluations of this epoch that are done
+    evaluated_at: int = -1  # the step of the last evaluation
     loss_sum: float = 0.0  # of the sentences since the last evaluation
     epoch_loss_sum: float = 0.0  # of the sentences of this epoch so far, without the batches' weights
     epoch_n_seen: int = 0
@@ -110,12 +112,13 @@ def faults_named(last: Path) -> Iterator[None]:
         raise InputError(f"{last}: the state there is none of this run: {what}") from None
 
 
-def check_place(progress: Progress, epochs: int, marks: list[int]) -> None:
-    """Raises InputError for a place in the run that there is not. `marks`: after which windows of the epoch there is an
-    evaluation."""
-    if progress.epoch > epochs or progress.evaluated >= len(marks) or progress.window > marks[progress.evaluated]:
+def check_place(progress: Progress, course: Course) -> None:
+    """Raises InputError for a place in the run that there is not."""
+    marks, step = course.marks(), progress.epoch * course.steps_per_epoch + progress.window
+    if progress.step != step or step > course.steps or progress.evaluated >= len(marks) or (
+            progress.window > marks[progress.evaluated]):
         raise InputError(f"epoch {progress.epoch}, window {progress.window}, evaluation {progress.evaluated}: a run of "
-                         f"{counted(epochs, 'epoch')} has no such place")
+                         f"{counted(course.steps, 'step')} has no such place")
 
 
 def check_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:

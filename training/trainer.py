@@ -21,6 +21,7 @@ from formats.memory import is_out_of_memory
 from training import best as best_folder
 from training import device as devices
 from training import gradients, guards, logs, state
+from training.course import Course, course_of
 from training.device import Device
 from training.run_folder import RunFolder
 from training.signals import SIGNALS, stoppable
@@ -58,9 +59,10 @@ class Loop:
     ):
         self.job, self.model, self.task, self.optimizer = job, job.model, job.task, job.optimizer
         self.config, self.device, self.folder = config, device, folder
-        self.max_steps, self.evaluates, self.on_step = max_steps, evaluate, on_step
+        self.evaluates, self.on_step = evaluate, on_step
         self.series = series or folder
-        self.epochs = config.epochs if max_steps is None else -(-max_steps // job.steps_per_epoch)
+        self.course = course_of(config, job.steps_per_epoch) if max_steps is None else Course(
+            max_steps, job.steps_per_epoch, config.eval_every)
         self.parameters = [p for p in job.model.parameters() if p.requires_grad]
         self.progress = Progress(micro_batch=config.batch_size)
         self.lengths = self.task.lengths
@@ -76,9 +78,8 @@ class Loop:
     # ----------------------------------------------------------------------- the course of a run
 
     def run(self) -> dict[str, Any]:
-        total = self.max_steps or self.epochs * len(self.task.order(0))
-        self.bar = tqdm(total=total, initial=self.progress.step, desc="train", disable=None, file=sys.stderr,
-                        mininterval=0.5)
+        self.bar = tqdm(total=self.course.steps, initial=self.progress.step, desc="train", disable=None,
+                        file=sys.stderr, mininterval=0.5)
         with ExitStack() as stack:
             if self.logs:
                 stack.enter_context(self.logs)
@@ -86,43 +87,47 @@ class Loop:
             resume = self.series.resume_command(self.config) if self.series else ""
             stack.enter_context(stoppable(resume, lambda: self.save(is_good=False)))
             self.save()
-            while self.progress.epoch < self.epochs and not self.progress.stopped:
+            while not self.is_at_end() and not self.progress.stopped:
                 self.train_epoch()
             if self.folder and not self.progress.best:
-                self.evaluate(n_marks=1)  # diverged before the first evaluation: the weights of the last good state
+                self.evaluate()  # diverged before the first evaluation: the weights of the last good state
         return self.progress.best
+
+    def is_at_end(self) -> bool:
+        """Are all its steps done, and evaluated?"""
+        progress = self.progress
+        return progress.step >= self.course.steps and (not self.evaluates or progress.evaluated_at == progress.step)
 
     def train_epoch(self) -> None:
         """What is left of the present epoch. Ends early after a rollback, which may have changed the epoch."""
-        windows = self.task.order(self.progress.epoch)
-        marks = self.evaluation_marks(len(windows))
-        rollbacks = self.progress.rollbacks
+        windows, progress = self.task.order(self.progress.epoch), self.progress
+        marks, end = self.course.marks(), self.course.end_of(progress.epoch)
+        rollbacks = progress.rollbacks
         while not self.progress.stopped:
             SIGNALS.check()
-            if self.progress.window == marks[self.progress.evaluated]:
+            progress = self.progress
+            if progress.window in (marks[progress.evaluated], end):
                 if self.evaluates:
-                    self.evaluate(n_marks=len(marks))
+                    self.evaluate()
                 else:
-                    self.next_mark(len(marks))
-                if self.progress.window == 0 or self.progress.rollbacks != rollbacks:
+                    self.next_mark()
+                if self.is_at_end() or self.progress.window == 0 or self.progress.rollbacks != rollbacks:
                     return
                 continue
-            self.step(windows[self.progress.window], measure=self.progress.window == len(windows) // 2)
+            self.step(windows[progress.window], measure=progress.window == end // 2)
             if self.progress.rollbacks != rollbacks:
                 return
             if self.config.save_every and self.progress.step % self.config.save_every == 0:
                 self.save()
 
-    def evaluation_marks(self, n_windows: int) -> list[int]:
-        """After which windows of an epoch there is an evaluation: every --eval_every of it, and at its end."""
-        n = max(1, round(min(n_windows, 1 / self.config.eval_every)))  # no more than one a window
-        return sorted({max(1, round(n_windows * (i + 1) / n)) for i in range(n)})
-
-    def next_mark(self, n_marks: int) -> None:
-        """Go on to the next part of the epoch, or to the next epoch."""
-        progress = self.progress
+    def next_mark(self) -> None:
+        """Go on to the next part of the epoch, or to the next epoch; behind a step between two marks, stay."""
+        progress, marks = self.progress, self.course.marks()
+        progress.evaluated_at = progress.step
+        if progress.window != marks[progress.evaluated]:
+            return
         progress.evaluated += 1
-        if progress.evaluated == n_marks:
+        if progress.evaluated == len(marks):
             progress.epoch, progress.window, progress.evaluated = progress.epoch + 1, 0, 0
             progress.epoch_loss_sum, progress.epoch_n_seen = 0.0, 0
 
@@ -168,7 +173,7 @@ class Loop:
                                  int(self.lengths[rows].sum()), round(self.seconds(), 4)))
         self.bar.set_postfix_str(f"loss {loss:.3f}, lr {lr:.2e}", refresh=False)
         self.bar.update()
-        is_enough = self.on_step and self.on_step(progress.step, float(loss)) or progress.step == self.max_steps
+        is_enough = self.on_step and self.on_step(progress.step, float(loss))
         if config.guards == "on" and (why := guards.divergence(progress.recent, self.guessing_loss(),
                                                                progress.not_finite_in_a_row)):
             self.diverged(why)
@@ -320,21 +325,25 @@ class Loop:
             for p, mean in zip(self.parameters, self.ema, strict=True):
                 p.data, mean.data = mean.data, p.data
 
-    def evaluate(self, n_marks: int) -> None:
+    def epoch_done(self) -> float:
+        """The epoch of an evaluation: its number, or where there are several in one, how many are done."""
+        progress, marks = self.progress, self.course.marks()
+        if progress.window not in (0, marks[progress.evaluated]):
+            return round(progress.epoch + progress.window / self.course.steps_per_epoch, 3)
+        return progress.epoch if len(marks) == 1 else round(progress.epoch + (progress.evaluated + 1) / len(marks), 3)
+
+    def evaluate(self) -> None:
         """The scores, their line in epochs.jsonl and on stdout, the best weights, the patience.
 
         One after which the run is rolled back is printed, and leaves no line: it is never the best evaluation.
         """
         progress, config = self.progress, self.config
-        is_last = progress.evaluated + 1 == n_marks
+        is_last = progress.window == self.course.end_of(progress.epoch)  # of its epoch
         with self.averaged():
             found = self.task.evaluate()
             scores = found.scores
-            epoch: float = progress.epoch
-            if n_marks > 1:
-                epoch = round(epoch + (progress.evaluated + 1) / n_marks, 3)
             record = logs.EpochRecord(
-                epoch=epoch, step=progress.step, **scores, seconds=round(self.seconds(), 3),
+                epoch=self.epoch_done(), step=progress.step, **scores, seconds=round(self.seconds(), 3),
                 train_loss=progress.loss_sum / progress.n_seen if progress.n_seen else None,
                 lr=max(group["lr"] for group in self.optimizer.param_groups))
             mean_loss = math.nan
@@ -353,12 +362,12 @@ class Loop:
         if is_last:
             record = replace(record, update_ratio=progress.update_ratios)
             progress.mean_loss = None if math.isnan(mean_loss) else mean_loss
-        self.next_mark(n_marks)
+        self.next_mark()
         progress.since_best = 0 if is_better else progress.since_best + 1
         progress.history.append(scores[config.monitor])
         progress.loss_sum, progress.n_seen = 0.0, 0
         self.log(record)
-        if config.patience and progress.since_best >= config.patience and progress.epoch < self.epochs:
+        if config.patience and progress.since_best >= config.patience and not self.is_at_end():
             progress.stopped = "patience"
             logs.say(f"early stop: no better {config.monitor} in {counted(config.patience, 'evaluation')}")
         self.save()
@@ -427,8 +436,7 @@ class Loop:
             saved = state.join_tensors(values, tensors)
             progress = state.progress_of(saved["progress"])
             state.check_logs(saved)
-            state.check_place(progress, self.epochs,
-                              self.evaluation_marks(len(self.task.order(min(progress.epoch, self.epochs - 1)))))
+            state.check_place(progress, self.course)
             state.check_optimizer(self.optimizer, saved["optimizer"])
             state.restore(saved, self.model, self.optimizer, self.device, self.ema)
         self.progress = progress
