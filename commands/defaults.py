@@ -1,6 +1,7 @@
 """The settings of a run for which none was typed: those of the README's first command, with a rate that fits the number
 of layers."""
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -36,6 +37,6 @@ def in_words(chosen: dict[str, Any]) -> str:
 
 
 def rate_for(n_layers: int) -> float:
-    """The learning rate for the first `n_layers` layers of a pretrained stack, in steps of 1, 2 and 5: a deeper one
-    wants a lower rate. Measured on movies with SmolLM2-135M, see docs/tuning.md."""
-    return 5e-4
+    """The learning rate for the first `n_layers` layers of a pretrained stack: 1e-3 / sqrt(n_layers), which a deeper
+    one wants lower. Measured on movies with SmolLM2-135M, see docs/tuning.md."""
+    return float(f"{1e-3 / math.sqrt(n_layers):.1e}")
