@@ -2,7 +2,7 @@
 
 from commands import inputs as run_inputs
 from commands import job as jobs
-from commands import one_run, plan, results, resume, series
+from commands import one_run, plan, results, resume, series, start
 from config import RunConfig, no_effect
 from training import device as devices
 from training import logs, run_folder
@@ -18,6 +18,7 @@ def run(config: RunConfig) -> int:
         config = resume.resumed(config)
         results.check_outputs(config)
     inputs = run_inputs.load(config, need=("train", "dev"))
+    config = start.settle(config, inputs)
     if config.pooling == "first" and config.attention == "causal":
         logs.warn("--pooling first with causal attention: the first token sees no other; add --attention "
                   "bidirectional, or pool the last")

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from commands import inputs, plot, results
+from commands import inputs, plot, results, start
 from commands import job as jobs
 from commands.classification import ClassificationTask
 from commands.confirm import CONFIRM_SEEDS, at_rate, at_the_edge, confirm
@@ -35,6 +35,7 @@ PICTURES = ("lr_find.csv", "lr_find.png")
 def run(config: RunConfig) -> int:
     results.check_outputs(config)
     found = inputs.limit_train(config, inputs.load(config, need=("train", "dev")))
+    config = start.settle(config, found)
     jobs.schedule_of(config, found.steps_per_epoch(config))  # --confirm and the command that is printed use it
     device = devices.choose_device(config)
     folder = run_folder.open_run(config)

@@ -15,7 +15,8 @@ FLOORS = [
     ["run_llama"],
     [f"commands.{name}" for name in (
         "finetune", "evaluate", "predict", "prompt", "generate", "lr_find", "verify_resume", "confirm", "series",
-        "one_run", "resume", "plan", "plot", "job", "results", "scores", "classification", "saved", "inputs")],
+        "one_run", "resume", "plan", "plot", "job", "start", "results", "scores", "classification",
+        "inputs", "saved")],
     [f"training.{name}" for name in (
         "checks", "trainer", "task", "gradients", "diagnosis", "guards", "metrics", "best", "state", "device",
         "signals", "streams", "run_folder", "logs")],
