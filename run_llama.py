@@ -38,8 +38,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def answer(argv: list[str] | None) -> int:
     """`main` without its streams: errors that a person can do something about are one message, and code 2."""
+    words = sys.argv[1:] if argv is None else argv
     try:
-        config = parse_args(argv)
+        config = parse_args(words or ["--help"], needs_command=True)
     except SystemExit:  # of --help, or of a bad option, which has been said
         streams.flush_stdout()  # argparse keeps an error of it to itself
         raise

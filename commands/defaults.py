@@ -5,6 +5,7 @@ import math
 from dataclasses import replace
 from typing import Any
 
+from commands import start
 from commands.inputs import Inputs
 from config import RunConfig
 from training import logs, run_folder
@@ -17,14 +18,18 @@ SETTINGS = ("attention", "pooling", "batch_size", "grad_accum", "hidden_dropout_
 def settle(config: RunConfig, inputs: Inputs) -> RunConfig:
     """The options of a training run, with the settings that are chosen where none was typed; a line says which.
 
-    The classic pair, SST with stories42M, keeps the classic defaults, and a resumed run has its own.
+    The classic pair, SST with stories42M, keeps the classic defaults, and a resumed run has its own. What the head of a
+    finished run has learned with comes first.
     """
+    typed = config.given
+    config = start.settle(config, inputs)
     is_classic = inputs.files.name == "sst" and inputs.weights.path.stem == "stories42M"
-    if config.resume or is_classic or config.given & {*SETTINGS}:
+    if config.resume or is_classic or typed & {*SETTINGS}:
         return config
     n_layers = config.n_layers or inputs.weights.config.n_layers
     chosen: dict[str, Any] = {"attention": "bidirectional", "pooling": "mean", "batch_size": 32,
                               "hidden_dropout_prob": 0.1, "lr": rate_for(n_layers)}
+    chosen = {name: value for name, value in chosen.items() if name not in config.given}
     logs.notice(f"settings :: {in_words(chosen)} (nothing of this was typed, so it is chosen, the rate for {n_layers} "
                 "layers; to change a part, type all of it: one of these alone brings the classic defaults of the "
                 "others)")

@@ -10,6 +10,7 @@ from pathlib import Path
 import dataset
 import fused
 import tokenizer as tokenizers
+from commands import saved
 from config import InputError, RunConfig, counted
 from data import prepare
 from dataset import Split
@@ -118,6 +119,8 @@ def find_model(config: RunConfig) -> ModelFiles:
     typed, notice = config.pretrained_model_path, ""
     if typed:
         found = _typed_weights(typed, [Path(), ROOT, models])
+        if saved.is_run(found):
+            found = saved.checked_best(found, "--pretrained_model_path")
     else:
         places = [place / "stories42M.pt" for place in (Path(), ROOT, models)]
         stories = next((p for p in places if p.is_file() and _tokenizer_beside(p, config)), None)
@@ -148,7 +151,7 @@ def _typed_weights(typed: str, places: list[Path]) -> Path:
     name = Path(typed).stem
     known = {n.lower(): n for n in prepare.WEIGHTS}.get(name.lower())
     hint = f"`python data/prepare.py {known}` fetches it" if known else (
-        f"weights that can be fetched: {', '.join(prepare.WEIGHTS)}")
+        f"weights that can be fetched: {', '.join(prepare.WEIGHTS)}{saved.near_run(Path(typed))}")
     raise FileNotFoundError(f"{typed}: there is no such file or folder; {hint}")
 
 

@@ -65,38 +65,50 @@ def load_run(config: RunConfig) -> SavedRun:
     if not config.run:
         raise InputError(f"--option {config.option} needs --run RUN, the folder of a finished fine-tuning run")
     folder = Path(config.run)
-    RunFolder(folder).check()
-    best = best_of(folder)
-    if not (best / "config.json").is_file():
-        raise FileNotFoundError(_where_else(folder))
+    best = checked_best(folder, "--run")
     fixed = config.given & {"pretrained_model_path", "tokenizer", "n_layers", "attention", "pooling",
                             "max_sentence_len", "hidden_dropout_prob", "dropout"}
     if fixed:
         logs.warn(f"--{', --'.join(sorted(fixed))}: no effect, the saved run decides")
-    files.check_tree(best)
-    home = home_of(folder)
-    digest, has_manifest = home.known_manifest()
-    if not best_folder.check_best(best, digest):
-        if has_manifest:
-            raise InputError(f"{best}: manifest.json, with the checksums, is gone; copy the folder from where it is "
-                             "whole, or train again")
-        logs.warn(f"{best}: {best_folder.NO_CHECKSUMS}")
     described = best / "config.json"
     settings = ClassifierConfig.read(files.read_json(described), described)
     model = empty_classifier(settings, described)
     load_classifier_state(best, model)
     tokenizer = Tokenizer(tokenizer_model=best)
     tokenizers.check_vocabulary(tokenizer, model.llama.config)
-    return SavedRun(folder, home, best, model.eval(), tokenizer, settings)
+    return SavedRun(folder, home_of(folder), best, model.eval(), tokenizer, settings)
 
 
-def _where_else(folder: Path) -> str:
+def is_run(path: Path) -> bool:
+    """Is this the folder of a run, or a run's best/? The folder of a Hugging Face model may have an args.json too."""
+    is_named = RunFolder(path).has_run() and not (path / "config.json").is_file()
+    return path.is_dir() and (is_named or best_of(path) != path or weights.is_run(path))
+
+
+def checked_best(folder: Path, option: str) -> Path:
+    """Where the classifier of a run is, once its files are what its manifest says. `option`: which named the run.
+    Raises InputError or FileNotFoundError with what to do."""
+    RunFolder(folder).check()
+    best = best_of(folder)
+    if not (best / "config.json").is_file():
+        raise FileNotFoundError(_where_else(folder, option))
+    files.check_tree(best)
+    digest, has_manifest = home_of(folder).known_manifest()
+    if not best_folder.check_best(best, digest):
+        if has_manifest:
+            raise InputError(f"{best}: manifest.json, with the checksums, is gone; copy the folder from where it is "
+                             "whole, or train again")
+        logs.warn(f"{best}: {best_folder.NO_CHECKSUMS}")
+    return best
+
+
+def _where_else(folder: Path, option: str) -> str:
     """The message for a folder without a classifier: which runs are inside it, or have a name like it?"""
     inside = sorted(folder.glob("*/best/config.json"), key=lambda path: (len(path.parts[-3]), path))
     if inside:
         names = [str(path.parent.parent) for path in inside]
         more = f", ... ({len(names)} in all)" if len(names) > 5 else ""
-        return f"{folder}: several runs are in this folder; name one of them: --run {', '.join(names[:5])}{more}"
+        return f"{folder}: several runs are in this folder; name one of them: {option} {', '.join(names[:5])}{more}"
     return (f"{folder}: there is no saved classifier here (no best/config.json)"
             + (near_run(folder) or "; name the folder of a run that has finished an epoch"))
 

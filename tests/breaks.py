@@ -29,6 +29,7 @@ JOB, TASK, FINETUNE, SERIES = ("commands/job.py", "commands/classification.py", 
 INPUTS, RESULTS, LR_FIND, GENERATE = ("commands/inputs.py", "commands/results.py", "commands/lr_find.py",
                                       "commands/generate.py")
 STATE, ONE_RUN = "training/state.py", "commands/one_run.py"
+METRICS, SCORES, START = "training/metrics.py", "commands/scores.py", "commands/start.py"
 
 
 @dataclass(frozen=True)
@@ -53,17 +54,29 @@ BREAKS = [
     Break("ordinal reports nothing more", TASK, "return config.ordinal or", "return", "ordinal"),
     Break("hidden dropout is 0", JOB, "config.hidden_dropout_prob, config.max_sentence_len",
           "0.0, config.max_sentence_len", "dropout"),
-    Break("dropout never reaches the stack", JOB, "config.n_layers, config.dropout, config.attention)",
-          "config.n_layers, 0.0, config.attention)", "dropout"),
+    Break("dropout never reaches the stack", JOB, "config.n_layers, config.dropout, config.attention,",
+          "config.n_layers, 0.0, config.attention,", "dropout"),
     Break("dropout misses the attention", "llama.py", "dropout_p=self.config.dropout if self.training else 0.0",
           "dropout_p=0.0", "dropout"),
 
     # The model
     Break("n_layers is ignored", JOB, "inputs.weights, config.n_layers, config.dropout",
           "inputs.weights, None, config.dropout", "first_loss"),
-    Break("attention is always causal", JOB, "config.dropout, config.attention)", 'config.dropout, "causal")',
+    Break("attention is always causal", JOB, "config.dropout, config.attention,", 'config.dropout, "causal",',
           "first_loss"),
     Break("pooling is always last", JOB, "inputs.names, config.pooling,", 'inputs.names, "last",', "first_loss"),
+    Break("new_head is ignored", START, "weights.head is not None and not config.new_head",
+          "weights.head is not None", "new_head", "test_start"),
+    Break("the head of a run is not taken", JOB, "        start.load_head(model, inputs.weights)", "        pass",
+          "begins", "test_start"),
+    Break("a run's pooling and attention are forgotten", START, "return replace(config, **kept,", "return replace(config,",
+          "begins", "test_start"),
+    Break("a head of other labels is taken", START, "if run.label_names != inputs.names:", "if False:", "cannot",
+          "test_start"),
+    Break("a damaged run is a start", INPUTS, 'saved.checked_best(found, "--pretrained_model_path")',
+          "saved.best_of(found)", "damaged", "test_start"),
+    Break("a trained head is called untrained", TRAINER, "and not self.job.is_trained and", "and", "begins",
+          "test_start"),
     Break("grad_checkpoint is ignored", JOB, "llama.grad_checkpoint = config.grad_checkpoint",
           "llama.grad_checkpoint = False", "checkpointed"),
     Break("tokenizer is ignored", INPUTS, "    if config.tokenizer:", "    if False:", "tokenizer"),
@@ -93,6 +106,20 @@ BREAKS = [
           "seed"),
     Break("the seed draws no order", TASK, "effective_batch, self.config.seed, epoch", "effective_batch, 0, epoch",
           "seed"),
+
+    # What a result says
+    Break("McNemar counts every sentence", METRICS, "(first & ~second).sum()), int(", "first.sum()), int(", "mcnemar",
+          "test_metrics"),
+    Break("McNemar is one-sided", METRICS, "binomtest(only_first, n)",
+          'binomtest(only_first, n, alternative="greater")', "mcnemar", "test_metrics"),
+    Break("precision and recall are exchanged", METRICS, "ClassScores(right / guessed, right / n,",
+          "ClassScores(right / n, right / guessed,", "each_class", "test_metrics"),
+    Break("every character is one column wide", SCORES, '(unicodedata.east_asian_width(c) in "WF")', "False", "aligned",
+          "test_scores"),
+    Break("a changed training file gives the baseline", "commands/evaluate.py",
+          'if files.sha256(path) != train.get("sha256"):', "if False:", "training_sentences", "test_scores"),
+    Break("a command is guessed", "run_llama.py", "needs_command=True", "needs_command=False", "guessed",
+          "test_run_llama"),
 
     # The batch
     Break("grad_accum is ignored", TASK, "effective_batch = self.config.batch_size * self.config.grad_accum",

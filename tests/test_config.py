@@ -372,6 +372,7 @@ NEEDS = {
     "r_drop": ("1 --hidden_dropout_prob 0", "1 --hidden_dropout_prob 0 --dropout 0.1",
                "without --dropout and --hidden_dropout_prob the two passes are the same"),
     "overwrite": ("", "--output_dir x", "it needs --output_dir"),
+    "new_head": ("", "--pretrained_model_path runs/x", "it needs --pretrained_model_path RUN"),
     "use_gpu": ("--device cpu", "", "--device decides"),
     "dev_out": ("x --seeds 2", "x", "each run has its predictions in its own folder"),
     "test_out": ("x --folds 3", "x --folds 3 --fold 1", "each run has its predictions in its own folder"),

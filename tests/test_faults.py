@@ -75,7 +75,7 @@ sys.path.insert(0, sys.argv[1])
 import run_llama, commands.generate, tokenizers, torch
 pages = int(open("/proc/self/statm").read().split()[0])
 resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 2**26,) * 2)
-sys.exit(run_llama.main(["--pretrained_model_path", "big.pt", "--tokenizer", "any.json"]))
+sys.exit(run_llama.main(["--option", "generate", "--pretrained_model_path", "big.pt", "--tokenizer", "any.json"]))
 """
 
 
@@ -278,7 +278,7 @@ def test_no_code_reaches_the_terminal(arguments, tiny_model, tmp_path, capsys):
     with pytest.raises(SystemExit):
         run_llama.main([f"--{odd}"])
     (tmp_path / f"{odd}.pt").write_bytes(b"nothing")
-    assert run_llama.main(["--pretrained_model_path", f"{odd}.pt", "--tokenizer",
+    assert run_llama.main(["--option", "generate", "--pretrained_model_path", f"{odd}.pt", "--tokenizer",
                            str(tiny_model / "tokenizer.json")]) == 2
     write_split(tmp_path / f"{odd}.txt", [(0, "a"), (1, "b")])
     assert run_llama.main(["--option", "finetune", *arguments, "--dev", f"{odd}.txt", "--output_dir", odd]) == 0

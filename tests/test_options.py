@@ -1025,6 +1025,7 @@ TESTED = {
     "test_the_seed_draws_the_head_and_the_order": "seed",
     "test_run_llama::test_several_runs_print_the_mean_and_deviation_of_their_results": "seeds folds",
     "test_run_llama::test_a_fold_alone_is_the_fold_among_the_others_so_that_it_can_be_resumed": "fold",
+    "test_start::test_a_new_head_takes_the_llama_alone": "new_head",
     "test_run_llama::test_the_switches_of_pytorch_are_set_and_set_back": "deterministic",
     "test_run_llama::test_a_run_with_c_is_the_run_without": "kernels",
     "test_run_llama::test_a_run_folder_that_holds_a_run_is_refused": "output_dir overwrite",

@@ -15,7 +15,8 @@ import run_llama
 from commands import generate
 from commands import inputs as inputs_room
 from commands import job as jobs
-from config import parse_args
+from config import COMMANDS, RunConfig, no_effect, options, parse_args
+from config.parser import which_command
 from schedule import SCHEDULERS, make_schedule, warmup_steps
 from training import device, metrics
 
@@ -132,8 +133,8 @@ def test_without_a_test_file_only_dev_is_reported(arguments, capsys):
     at = arguments.index("--test")
     finetune(arguments[:at] + arguments[at + 2:], "--epochs", "1")
     streams = capsys.readouterr()
-    assert of_splits(streams.out)[0].startswith("dev acc ::")
-    assert "\ntest " not in streams.out and "no test file" in streams.err
+    assert of_splits(streams.out)[0].startswith("dev acc ::") and "\ntest " not in streams.out
+    assert "no test file" in streams.err
 
 
 def test_without_label_names_the_numbers_are_the_names(arguments, tiny_data, capsys):
@@ -339,6 +340,48 @@ def test_messages_count_one_as_one(arguments, capsys):
     assert "1 sentence cut to 1 token\n" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("line, words", [
+    ("--lr 1e-5", "--lr belongs to --option finetune, lr_find or verify_resume: type one of them"),
+    ("--max-new-tokens 3", "--max_new_tokens belongs to --option generate: type it"),
+    ("--patience 3 --lr 1e-5", "--lr and --patience belong to --option finetune or verify_resume: type one of them"),
+    ("--plan --seeds 2 --lr 1", "--lr, --plan and --seeds belong to --option finetune: type it"),
+    ("--lr 1e-3 --input x", "no --option uses --input and --lr together: type --option and the one that you want, see "
+                            "--help"),
+    ("finetune --lr 1", "unknown option finetune: did you mean --option finetune?"),
+    ("--predict", "unknown option --predict: did you mean --option predict?"),
+    ("--option finetun", "--option finetun: did you mean --option finetune?"),
+    ("--option=evalute", "--option evalute: did you mean --option evaluate?"),
+])
+def test_a_command_is_never_guessed(arguments, line, words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run_llama.main(line.split())
+    streams = capsys.readouterr()
+    assert stop.value.code == 2 and streams.err == f"run_llama.py: error: {words}\n" and not streams.out
+
+
+def test_without_any_word_there_is_the_short_help(monkeypatch, capsys):
+    said = []
+    for argv in ([], ["--help"], None):
+        monkeypatch.setattr("sys.argv", ["run_llama.py"])
+        with pytest.raises(SystemExit) as stop:
+            run_llama.main(argv)
+        assert stop.value.code == 0
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1] == said[2] and "--option COMMAND" in said[0]
+
+
+def test_each_command_that_is_named_for_an_option_takes_it(capsys):
+    """By the parser itself: what a message names uses the option, and what it does not name does not."""
+    for f in options():
+        if f.name in ("option", "resume"):
+            continue
+        (named,) = re.findall(rf"^--{f.name} belongs to --option (.*): type", which_command([f.name]))
+        users = re.split(", | or ", named)
+        assert users == [command for command in COMMANDS
+                         if f"--{f.name}: it belongs to another --option" not in no_effect(
+                             RunConfig(option=command, given=frozenset([f.name])))]
+
+
 def test_an_output_file_that_cannot_be_written_is_refused_first(arguments, capsys):
     Path("folder").mkdir()
     assert "it is a folder" in refused(capsys, "--option", "finetune", *arguments, "--dev_out", "folder")
@@ -348,7 +391,7 @@ def test_an_error_inside_a_library_keeps_its_traceback(arguments, monkeypatch):
     monkeypatch.setattr(generate, "run", lambda config: int("x"))
     # The call is made by the test, which is no room of ours.
     with pytest.raises(ValueError, match="invalid literal"):
-        run_llama.main([])
+        run_llama.main(["--option", "generate"])
 
 
 def test_predict_reads_stdin_and_keeps_stdout_clean(arguments):

@@ -254,7 +254,7 @@ class Loop:
     def check_first_loss(self, loss: float) -> None:
         """Say so when an untrained head does not begin near guessing."""
         n = self.task.n_classes
-        if self.config.loss == "ce" and abs(loss - math.log(n)) > 0.5:
+        if self.config.loss == "ce" and not self.job.is_trained and abs(loss - math.log(n)) > 0.5:
             logs.warn(f"the first loss is {loss:.3f}; an untrained head should begin near ln({n}) = {math.log(n):.3f}")
 
     def guessing_loss(self) -> float:
