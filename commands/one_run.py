@@ -7,7 +7,7 @@ from torch import Tensor
 
 import fused
 from commands import job as jobs
-from commands import results, saved
+from commands import results, resume, saved
 from commands.inputs import Inputs
 from config import RunConfig, counted
 from formats import files
@@ -32,6 +32,7 @@ def train(config: RunConfig, inputs: Inputs, device: Device, series_folder: RunF
         if config.resume:
             files.remove_temporary_files(folder.path)
             loop.resume()
+            described = resume.extend(described, config, folder, loop)
             warn_of_another_machine(described, config, device, job)
             before_resume = loop.progress.seconds
             logs.notice(f"resuming {folder} at step {loop.progress.step}")
@@ -65,8 +66,11 @@ def train(config: RunConfig, inputs: Inputs, device: Device, series_folder: RunF
             "train_seconds": round(loop.seconds(), 2),
             "seconds": round(before_resume + time.perf_counter() - begin, 2),
         }
-        state.keep_newest_state(folder.last)  # before the result: a finished run is never touched again
+        if config.keep_state:
+            state.keep_newest_state(folder.last)
         folder.save_result(result)
+        if not config.keep_state:  # behind the result: until it is there, the run can be resumed
+            files.remove_folder(folder.last)
     return result
 
 

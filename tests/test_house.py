@@ -17,8 +17,8 @@ FLOORS = [
         "finetune", "evaluate", "predict", "prompt", "generate", "lr_find", "verify_resume", "confirm", "series",
         "one_run", "resume", "plan", "plot", "job", "results", "classification", "saved", "inputs")],
     [f"training.{name}" for name in (
-        "checks", "trainer", "task", "gradients", "diagnosis", "guards", "metrics", "best", "state", "course",
-        "device", "signals", "streams", "run_folder", "logs")],
+        "checks", "trainer", "task", "gradients", "diagnosis", "guards", "metrics", "best", "state", "average",
+        "course", "device", "signals", "streams", "run_folder", "logs")],
     ["dataset", "classifier"],
     ["llama", "tokenizer"],
     ["formats.weights", "formats.gguf", "formats.tables", "formats.files", "formats.memory"],

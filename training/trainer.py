@@ -7,7 +7,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
@@ -21,6 +21,7 @@ from formats.memory import is_out_of_memory
 from training import best as best_folder
 from training import device as devices
 from training import gradients, guards, logs, state
+from training.average import MovingAverage
 from training.course import Course, course_of
 from training.device import Device
 from training.run_folder import RunFolder
@@ -68,7 +69,7 @@ class Loop:
         self.lengths = self.task.lengths
         self.pass_tokens = PASS_TOKENS
         self.base_lrs = [group["lr"] for group in self.optimizer.param_groups]
-        self.ema = [p.detach().clone() for p in self.parameters] if config.ema else []
+        self.average = MovingAverage(self.parameters, config.ema)
         self.started = time.perf_counter()
         self.saved: tuple | None = None
         self.described = described or {}
@@ -149,7 +150,7 @@ class Loop:
             self.optimizer.step()
             if before:
                 progress.update_ratios = gradients.update_ratios(self.model, before)
-            self.update_average()
+            self.average.update(progress.step)
         else:
             where = gradients.find_not_finite(self.model, self.device, self.task.losses, self.micro_batches(rows))
             what = "gradient" if math.isfinite(loss) else "loss"
@@ -179,17 +180,6 @@ class Loop:
             self.diverged(why)
         if is_enough and not self.progress.stopped:
             self.progress.stopped = "enough"
-
-    def update_average(self) -> None:
-        """One step of --ema: average = d average + (1 - d) weights.
-
-        d rises to the decay that was asked for, min(decay, (1 + t) / (10 + t)) at update t = 0, 1, ...: else the
-        average of a short run would be mostly the initial weights (TensorFlow's ExponentialMovingAverage, num_updates).
-        """
-        if self.ema:
-            t = self.progress.step
-            decay = min(self.config.ema, (1 + t) / (10 + t))
-            torch._foreach_lerp_(self.ema, [p.detach() for p in self.parameters], 1 - decay)
 
     def seconds(self) -> float:
         """Seconds in this loop so far, those before a resume included."""
@@ -311,20 +301,6 @@ class Loop:
 
     # ----------------------------------------------------------------------- evaluation and stopping
 
-    @contextmanager
-    def averaged(self) -> Iterator[None]:
-        """Inside, the model's weights are their moving average, if there is one."""
-        if not self.ema:
-            yield
-            return
-        for p, mean in zip(self.parameters, self.ema, strict=True):
-            p.data, mean.data = mean.data, p.data
-        try:
-            yield
-        finally:
-            for p, mean in zip(self.parameters, self.ema, strict=True):
-                p.data, mean.data = mean.data, p.data
-
     def epoch_done(self) -> float:
         """The epoch of an evaluation: its number, or where there are several in one, how many are done."""
         progress, marks = self.progress, self.course.marks()
@@ -339,7 +315,7 @@ class Loop:
         """
         progress, config = self.progress, self.config
         is_last = progress.window == self.course.end_of(progress.epoch)  # of its epoch
-        with self.averaged():
+        with self.average.in_place():
             found = self.task.evaluate()
             scores = found.scores
             record = logs.EpochRecord(
@@ -356,7 +332,7 @@ class Loop:
             logs.say(record.printed() + (f", collapsed: {collapsed}" if collapsed else ""))
             is_rolled_back = bool(why) and config.guards == "on" and not progress.stopped
             is_better = not is_rolled_back and self.keep_if_best(record, scores)
-        if is_rolled_back:  # outside `averaged`, which puts the weights back
+        if is_rolled_back:  # outside `in_place`, which puts the weights back
             self.diverged(", and ".join(filter(None, (collapsed, why))))
             return
         if is_last:
@@ -367,10 +343,18 @@ class Loop:
         progress.history.append(scores[config.monitor])
         progress.loss_sum, progress.n_seen = 0.0, 0
         self.log(record)
-        if config.patience and progress.since_best >= config.patience and not self.is_at_end():
-            progress.stopped = "patience"
-            logs.say(f"early stop: no better {config.monitor} in {counted(config.patience, 'evaluation')}")
+        self.look_at_patience()
         self.save()
+
+    def look_at_patience(self) -> None:
+        """Stop where --patience is at its end; go on where a larger one was given."""
+        progress, config = self.progress, self.config
+        if progress.stopped in ("", "patience"):
+            progress.stopped = ""
+            if config.patience and progress.since_best >= config.patience and not self.is_at_end():
+                progress.stopped = "patience"
+                self.bar.clear()
+                logs.say(f"early stop: no better {config.monitor} in {counted(config.patience, 'evaluation')}")
 
     def keep_if_best(self, record: logs.EpochRecord, scores: dict[str, float]) -> bool:
         """Save the model when it is the best so far; of equals by --monitor, the one with the lower dev loss. Returns
@@ -396,8 +380,9 @@ class Loop:
             return
         self.logs.flush()
         values, tensors = state.split_tensors(state.collect(
-            self.model, self.optimizer, self.device, self.ema, replace(self.progress, seconds=self.seconds()),
-            {**self.logs.sizes(), **(sizes or {})}, self.logs.sha256(sizes or {}), self.described))
+            self.model, self.optimizer, self.device, self.average.values,
+            replace(self.progress, seconds=self.seconds()), {**self.logs.sizes(), **(sizes or {})},
+            self.logs.sha256(sizes or {}), self.described))
         is_healthy = guards.is_healthy(self.progress.recent, self.guessing_loss(), self.progress.not_finite_in_a_row)
         state.save_state(self.folder.last, self.progress.step, tensors, values, is_good and is_healthy)
         self.saved = stamp
@@ -438,7 +423,7 @@ class Loop:
             state.check_logs(saved)
             state.check_place(progress, self.course)
             state.check_optimizer(self.optimizer, saved["optimizer"])
-            state.restore(saved, self.model, self.optimizer, self.device, self.ema)
+            state.restore(saved, self.model, self.optimizer, self.device, self.average.values)
         self.progress = progress
         self.saved = (progress.step, len(progress.history), progress.rollbacks)
         return saved, not faults
