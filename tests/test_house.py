@@ -15,10 +15,10 @@ FLOORS = [
     ["run_llama"],
     [f"commands.{name}" for name in (
         "finetune", "evaluate", "predict", "prompt", "generate", "lr_find", "verify_resume", "confirm", "series",
-        "one_run", "resume", "plan", "plot", "job", "results", "classification", "saved", "inputs")],
+        "one_run", "resume", "plan", "estimate", "plot", "job", "results", "classification", "saved", "inputs")],
     [f"training.{name}" for name in (
-        "checks", "trainer", "task", "gradients", "diagnosis", "guards", "metrics", "best", "state", "average",
-        "course", "device", "signals", "streams", "run_folder", "logs")],
+        "checks", "trainer", "task", "gradients", "diagnosis", "guards", "metrics", "bar", "best", "state", "average",
+        "clock", "course", "device", "signals", "streams", "run_folder", "logs")],
     ["dataset", "classifier"],
     ["llama", "tokenizer"],
     ["formats.weights", "formats.gguf", "formats.tables", "formats.files", "formats.memory"],
@@ -30,7 +30,7 @@ PLACE = {room: (floor, i) for floor, rooms in enumerate(FLOORS) for i, room in e
 WITHOUT_TORCH = [
     "run_llama", "config.parser", "schedule", "tokenizer", "formats.memory", "formats.files", "formats.tables", "formats.gguf",
     "data.prepare", "data.download", "training.logs", "training.run_folder", "training.streams", "training.signals",
-    "training.course"]
+    "training.course", "training.clock"]
 # What a room may import inside a function: a library that takes over 0.2 s, or one that only some systems have.
 LATE = {"sklearn", "scipy", "matplotlib", "safetensors", "tokenizers", "sentencepiece", "gguf", "tqdm", "importlib",
         "fcntl", "msvcrt", "resource"}

@@ -1,4 +1,4 @@
-"""A run that goes on beyond what was first asked for: --resume RUN --epochs 20; and what a finished run keeps for it."""
+"""A run that goes on beyond what was asked for: --resume RUN --epochs 20; and what a finished run keeps for it."""
 
 import json
 import os

@@ -8,7 +8,7 @@ import torch
 from loops import CPU, assert_same, made, state_of
 
 import run_llama
-from commands import plan
+from commands import estimate, plan
 from config import no_effect, parse_args
 from training.task import Job
 
@@ -42,6 +42,9 @@ def test_a_plan_says_what_a_run_does(tiny_arguments, capsys):
     million = next(word for word in run.split() if word.endswith("M"))
     assert lines[2].startswith(f"{million} trainable parameters") and "GiB" in lines[2]
     assert " s a step on cpu" in lines[3] and "min an epoch" in lines[3]
+    assert "min in all, evaluation counted (3 of " in lines[3]
+    lengths = sorted(map(int, np.diff(tokens_of(tiny_arguments))))
+    assert lines[4] == (f"sentences have {lengths[48]} tokens (median), {lengths[91]} (95%), {lengths[-1]} at most")
     assert not [line for line in lines if line.startswith("no effect")]
 
 
@@ -49,7 +52,7 @@ def test_a_plan_touches_neither_weights_nor_a_run_that_is_there(tiny_arguments, 
     run, config = made(tiny_arguments)
     run.optimizer.zero_grad(set_to_none=True)
     before = state_of(run)
-    plan.try_steps(run, config, CPU)
+    estimate.measure(run, config, CPU, {"dev": run.task.dev}, tmp_path, with_longest=True)
     assert_same(state_of(run), before)
 
     assert main("--option", "finetune", *tiny_arguments, "--output_dir", "run", "--epochs", "1") == 0

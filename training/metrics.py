@@ -1,15 +1,14 @@
 """Predictions and their scores, and the baselines that every result is held against."""
 
-import sys
 from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from dataset import Split, length_order, make_batch
+from training.bar import Bar
 from training.device import Device
 from training.signals import SIGNALS
 
@@ -25,11 +24,13 @@ def predict(model: nn.Module, split: Split, pad_id: int, device: Device, label: 
     model.eval()
     batches = list(length_order(split.lengths))
     parts = []
-    for rows in tqdm(batches, desc=label, leave=False, disable=None, file=sys.stderr):
-        SIGNALS.check()
-        batch = device.put(make_batch(split, rows, pad_id))
-        with device.autocast():
-            parts.append(model(batch["tokens"], batch["lengths"]).float())
+    with Bar(label, len(batches), is_kept=False) as bar:
+        for i, rows in enumerate(batches, 1):
+            SIGNALS.check()
+            batch = device.put(make_batch(split, rows, pad_id))
+            with device.autocast():
+                parts.append(model(batch["tokens"], batch["lengths"]).float())
+            bar.update(f"{label}: batch {i} of {len(batches)}")
     model.train(was_training)
     together = torch.cat(parts).cpu()
     result = torch.empty_like(together)

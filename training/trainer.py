@@ -4,7 +4,6 @@ Nothing here knows what the task is: a `Task` brings the batches, their losses, 
 """
 
 import math
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -14,7 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from config import InputError, RunConfig, counted
 from formats.memory import is_out_of_memory
@@ -22,6 +20,8 @@ from training import best as best_folder
 from training import device as devices
 from training import gradients, guards, logs, state
 from training.average import MovingAverage
+from training.bar import Bar
+from training.clock import Clock
 from training.course import Course, course_of
 from training.device import Device
 from training.run_folder import RunFolder
@@ -50,13 +50,13 @@ class Loop:
     --epochs says; `on_step(step, loss)` ends it when it returns True. With `evaluate=False` there are no evaluations,
     no epoch lines, and no best model. `series`: the folder of the --seeds or --folds that the run belongs to, which is
     what a stopped run is resumed by. `described`: what the run's args.json holds; its id and its options are in each
-    state.
+    state. `clock`: how long it may take, see --max_minutes.
     """
 
     def __init__(
         self, job: Job, config: RunConfig, device: Device, folder: RunFolder | None = None, *,
         max_steps: int | None = None, evaluate: bool = True, on_step: Callable[[int, float], bool] | None = None,
-        series: RunFolder | None = None, described: dict[str, Any] | None = None,
+        series: RunFolder | None = None, described: dict[str, Any] | None = None, clock: Clock | None = None,
     ):
         self.job, self.model, self.task, self.optimizer = job, job.model, job.task, job.optimizer
         self.config, self.device, self.folder = config, device, folder
@@ -74,13 +74,13 @@ class Loop:
         self.saved: tuple | None = None
         self.described = described or {}
         self.logs = logs.RunLogs(folder.path) if folder else None
-        self.bar = tqdm(disable=True)  # `run` has a real one
+        self.clock = clock or Clock()
+        self.bar = self.new_bar()
 
     # ----------------------------------------------------------------------- the course of a run
 
     def run(self) -> dict[str, Any]:
-        self.bar = tqdm(total=self.course.steps, initial=self.progress.step, desc="train", disable=None,
-                        file=sys.stderr, mininterval=0.5)
+        self.bar = self.new_bar()
         with ExitStack() as stack:
             if self.logs:
                 stack.enter_context(self.logs)
@@ -99,6 +99,10 @@ class Loop:
         progress = self.progress
         return progress.step >= self.course.steps and (not self.evaluates or progress.evaluated_at == progress.step)
 
+    def new_bar(self) -> Bar:
+        return Bar("train", self.course.steps, self.progress.step,
+                   left=lambda: self.clock.left(self.course, self.progress.step))
+
     def train_epoch(self) -> None:
         """What is left of the present epoch. Ends early after a rollback, which may have changed the epoch."""
         windows, progress = self.task.order(self.progress.epoch), self.progress
@@ -107,19 +111,31 @@ class Loop:
         while not self.progress.stopped:
             SIGNALS.check()
             progress = self.progress
-            if progress.window in (marks[progress.evaluated], end):
+            is_late = self.evaluates and progress.step > 0 and self.clock.is_late()
+            if is_late and progress.evaluated_at == progress.step:
+                self.stop_in_time()
+                return
+            if is_late or progress.window in (marks[progress.evaluated], end):
                 if self.evaluates:
-                    self.evaluate()
+                    with self.clock.measured(self.clock.evaluations):
+                        self.evaluate()
                 else:
                     self.next_mark()
                 if self.is_at_end() or self.progress.window == 0 or self.progress.rollbacks != rollbacks:
                     return
                 continue
-            self.step(windows[progress.window], measure=progress.window == end // 2)
-            if self.progress.rollbacks != rollbacks:
-                return
-            if self.config.save_every and self.progress.step % self.config.save_every == 0:
-                self.save()
+            with self.clock.measured(self.clock.steps):
+                self.step(windows[progress.window], measure=progress.window == end // 2)
+                if self.progress.rollbacks != rollbacks:
+                    return
+                if self.config.save_every and self.progress.step % self.config.save_every == 0:
+                    self.save()
+
+    def stop_in_time(self) -> None:
+        """End the training here: one more step, and --max_minutes would not be kept."""
+        self.progress.stopped = "time"
+        logs.notice(f"--max_minutes: this machine is slower than it was in the beginning; stopping after step "
+                    f"{self.progress.step} of {self.course.steps}")
 
     def next_mark(self) -> None:
         """Go on to the next part of the epoch, or to the next epoch; behind a step between two marks, stay."""
@@ -172,8 +188,8 @@ class Loop:
         progress.not_finite_in_a_row = 0 if finite else progress.not_finite_in_a_row + 1
         self.log(logs.StepRecord(progress.step, progress.epoch, lr, float(loss), float(norm_value),
                                  int(self.lengths[rows].sum()), round(self.seconds(), 4)))
-        self.bar.set_postfix_str(f"loss {loss:.3f}, lr {lr:.2e}", refresh=False)
-        self.bar.update()
+        now = f"loss {loss:.3f}, lr {lr:.2e}"
+        self.bar.update(f"step {progress.step} of {self.course.steps} (epoch {progress.epoch}), {now}", now)
         is_enough = self.on_step and self.on_step(progress.step, float(loss))
         if config.guards == "on" and (why := guards.divergence(progress.recent, self.guessing_loss(),
                                                                progress.not_finite_in_a_row)):
@@ -282,8 +298,7 @@ class Loop:
             self.progress.stopped = "diverged"
             self.event("diverged", f"{why}, after {ROLLBACKS} rollbacks. Stopping with the weights of step "
                                    f"{self.progress.step}. Try a far lower --lr, or a longer --warmup_ratio", at)
-        self.bar.reset(self.bar.total)
-        self.bar.update(self.progress.step)
+        self.bar.go_back(self.progress.step)
         self.save(sizes=sizes)
         self.logs.cut(sizes)
 
@@ -291,7 +306,6 @@ class Loop:
         """Something that the user should know of a step, by default the last one that is done: a line on stderr and in
         events.jsonl."""
         step = self.progress.step if step is None else step
-        self.bar.clear()
         logs.warn(f"step {step}: {kind}: {detail}")
         self.log(logs.Event(step, kind, detail))
 
@@ -328,7 +342,6 @@ class Loop:
             why = guards.decline(logs.columns(record), progress.best, bool(found.collapsed), self.task.n_dev, mean_loss,
                                  self.guessing_loss(), had_rollback=0 < progress.rollbacks < ROLLBACKS)
             collapsed = found.collapsed if why else ""
-            self.bar.clear()
             logs.say(record.printed() + (f", collapsed: {collapsed}" if collapsed else ""))
             is_rolled_back = bool(why) and config.guards == "on" and not progress.stopped
             is_better = not is_rolled_back and self.keep_if_best(record, scores)
@@ -353,7 +366,6 @@ class Loop:
             progress.stopped = ""
             if config.patience and progress.since_best >= config.patience and not self.is_at_end():
                 progress.stopped = "patience"
-                self.bar.clear()
                 logs.say(f"early stop: no better {config.monitor} in {counted(config.patience, 'evaluation')}")
 
     def keep_if_best(self, record: logs.EpochRecord, scores: dict[str, float]) -> bool:
