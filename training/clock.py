@@ -75,9 +75,10 @@ class Clock:
         if self.deadline is None or not self.estimated:
             return False
         expected = self.estimated
-        step, evaluation = max(expected.step, *self.steps), max(expected.evaluation, *self.evaluations)
-        slower = max(1.0, *(statistics.median(found) / usual for found, usual in (
-            (self.steps, expected.step), (self.evaluations, expected.evaluation)) if found))
+        step, evaluation = max([expected.step, *self.steps]), max([expected.evaluation, *self.evaluations])
+        ratios = [statistics.median(found) / usual for found, usual in (
+            (self.steps, expected.step), (self.evaluations, expected.evaluation)) if found]
+        slower = max([1.0, *ratios])
         return time.monotonic() + step + evaluation + slower * expected.once > self.deadline
 
 
