@@ -74,7 +74,8 @@ class ClassificationTask:
         return Evaluation({"train_acc": on_train["acc"], **{f"dev_{k}": v for k, v in on_dev.items()}}, collapsed)
 
     def save_best(self, folder: Path) -> str:
-        return saved.save_classifier(folder, self.model, self.tokenizer, self.settings)
+        return saved.save_classifier(folder, self.model, self.tokenizer, self.settings,
+                                     getattr(torch, self.config.save_dtype))
 
 
 def is_ordinal(config: RunConfig) -> bool:

@@ -90,7 +90,7 @@ def short_run(make_job: Callable[[RunConfig], Job[ClassificationTask]], config: 
     loop = trainer.fit(squeezed, config, device, max_steps=steps, evaluate=False)
     if loop.progress.stopped == "diverged":
         return None, job.task.dev.labels, steps
-    with loop.averaged(), stoppable():
+    with loop.average.in_place(), stoppable():
         log_probs = job.task.predict(job.task.dev, "dev").double().numpy()
     return log_probs if np.isfinite(log_probs).all() else None, job.task.dev.labels, steps
 

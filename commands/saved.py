@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import safetensors.torch
+import torch
 from torch import nn
 
 import tokenizer as tokenizers
@@ -19,11 +20,12 @@ from training import logs
 from training.run_folder import RunFolder
 
 
-def save_classifier(folder: Path, model: nn.Module, tokenizer: Tokenizer, settings: ClassifierConfig) -> str:
-    """Write model.safetensors, config.json, the tokenizer, and a manifest with the sha256 of each; returns the
-    manifest's own. See `training.best.write_best`. Raises OSError, naming the path and the bytes, when the disk is
-    full."""
-    state = {k: v.detach().contiguous() for k, v in model.state_dict().items()}
+def save_classifier(folder: Path, model: nn.Module, tokenizer: Tokenizer, settings: ClassifierConfig,
+                    dtype: torch.dtype = torch.float32) -> str:
+    """Write model.safetensors with the weights in `dtype`, config.json, the tokenizer, and a manifest with the sha256
+    of each; returns the manifest's own. See `training.best.write_best`. Raises OSError, naming the path and the bytes,
+    when the disk is full."""
+    state = {k: v.detach().to(dtype).contiguous() for k, v in model.state_dict().items()}
 
     def fill(temporary: Path) -> None:
         safetensors.torch.save_file(state, str(temporary / "model.safetensors"))
@@ -36,7 +38,8 @@ def save_classifier(folder: Path, model: nn.Module, tokenizer: Tokenizer, settin
 
 
 def load_classifier_state(folder: Path, model: nn.Module) -> None:
-    """Read the weights of `save_classifier` into a model of the same shape, in place. Raises InputError for others."""
+    """Read the weights of `save_classifier` into a model of the same shape, in place, as float32. Raises InputError for
+    others."""
     handle = weights.open_safetensors(folder / "model.safetensors")
     own = model.state_dict()
     held = set(handle.keys())

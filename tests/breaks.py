@@ -22,7 +22,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG, PARSER, SCHEDULE, DATASET = "config/run.py", "config/parser.py", "schedule.py", "dataset.py"
-COURSE = "training/course.py"
+COURSE, AVERAGE = "training/course.py", "training/average.py"
 TRAINER, DEVICE, RUN_FOLDER = "training/trainer.py", "training/device.py", "training/run_folder.py"
 JOB, TASK, FINETUNE, SERIES = ("commands/job.py", "commands/classification.py", "commands/finetune.py",
                                "commands/series.py")
@@ -263,14 +263,15 @@ BREAKS = [
     # The moving average
     Break("best holds the raw weights", TRAINER,
           "            digest = self.task.save_best(self.folder.best) if self.folder else None\n",
-          "            with self.averaged():\n"
+          "            with self.average.in_place():\n"
           "                digest = self.task.save_best(self.folder.best) if self.folder else None\n",
           "moving_average"),
-    Break("the raw weights are evaluated", TRAINER, "with self.averaged():\n            found = ",
+    Break("the raw weights are evaluated", TRAINER, "with self.average.in_place():\n            found = ",
           "with ExitStack():\n            found = ", "moving_average"),
-    Break("the moving average never moves", TRAINER, "        if self.ema:\n", "        if False:\n", "moving_average"),
-    Break("ema's decay is always a half", TRAINER, "min(self.config.ema, (1 + t) / (10 + t))", "0.5", "moving_average"),
-    Break("the moving average does not warm up", TRAINER, "min(self.config.ema, (1 + t) / (10 + t))", "self.config.ema",
+    Break("the moving average never moves", AVERAGE, "        if self.values:\n            decay",
+          "        if False:\n            decay", "moving_average"),
+    Break("ema's decay is always a half", AVERAGE, "min(self.decay, (1 + t) / (10 + t))", "0.5", "moving_average"),
+    Break("the moving average does not warm up", AVERAGE, "min(self.decay, (1 + t) / (10 + t))", "self.decay",
           "moving_average"),
 
     # The guards

@@ -22,6 +22,7 @@ FLOORS = [
         "one_run",
         "resume",
         "plan",
+        "estimate",
         "plot",
         "job",
         "defaults",
@@ -40,8 +41,11 @@ FLOORS = [
         "diagnosis",
         "guards",
         "metrics",
+        "bar",
         "best",
         "state",
+        "average",
+        "clock",
         "course",
         "device",
         "signals",
@@ -60,7 +64,7 @@ PLACE = {room: (floor, i) for floor, rooms in enumerate(FLOORS) for i, room in e
 WITHOUT_TORCH = [
     "run_llama", "config.parser", "schedule", "tokenizer", "formats.memory", "formats.files", "formats.tables",
     "formats.gguf", "data.prepare", "data.download", "training.logs", "training.run_folder", "training.streams",
-    "training.signals", "training.course"]
+    "training.signals", "training.course", "training.clock"]
 # What a room may import inside a function: a library that takes over 0.2 s, or one that only some systems have.
 LATE = {"sklearn", "scipy", "matplotlib", "safetensors", "tokenizers", "sentencepiece", "gguf", "tqdm", "importlib",
         "fcntl", "msvcrt", "resource"}

@@ -29,7 +29,7 @@ from training import state as states
 
 posix = pytest.mark.skipif(os.name != "posix", reason="signals, links and /dev are POSIX's")
 TRAIN = ["--batch_size", "16", "--epochs", "2", "--lr", "3e-3", "--save_every", "2", "--eval_every", "0.5",
-         "--patience", "0"]
+         "--patience", "0", "--keep_state"]
 
 
 class Kill(BaseException):

@@ -63,7 +63,7 @@ def test_finetune_leaves_a_run_that_evaluate_and_predict_use(arguments, tiny_dat
 
     run = Path("run")
     assert {p.name for p in run.iterdir()} == {
-        ".lock", "args.json", "steps.jsonl", "epochs.jsonl", "events.jsonl", "result.json", "best", "last",
+        ".lock", "args.json", "steps.jsonl", "epochs.jsonl", "events.jsonl", "result.json", "best",
         "test-predictions.txt"}
     assert {p.name for p in (run / "best").iterdir()} == {
         "model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json", "manifest.json"}

@@ -1,6 +1,5 @@
 """Predictions and their scores, and the baselines that every result is held against."""
 
-import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -8,9 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from dataset import Split, length_order, make_batch
+from training.bar import Bar
 from training.device import Device
 from training.signals import SIGNALS
 
@@ -26,11 +25,13 @@ def predict(model: nn.Module, split: Split, pad_id: int, device: Device, label: 
     model.eval()
     batches = list(length_order(split.lengths))
     parts = []
-    for rows in tqdm(batches, desc=label, leave=False, disable=None, file=sys.stderr):
-        SIGNALS.check()
-        batch = device.put(make_batch(split, rows, pad_id))
-        with device.autocast():
-            parts.append(model(batch["tokens"], batch["lengths"]).float())
+    with Bar(label, len(batches), is_kept=False) as bar:
+        for i, rows in enumerate(batches, 1):
+            SIGNALS.check()
+            batch = device.put(make_batch(split, rows, pad_id))
+            with device.autocast():
+                parts.append(model(batch["tokens"], batch["lengths"]).float())
+            bar.update(f"{label}: batch {i} of {len(batches)}")
     model.train(was_training)
     together = torch.cat(parts).cpu()
     result = torch.empty_like(together)

@@ -103,7 +103,8 @@ class RunFolder:
                 not {"given", "device"} <= described.keys()):
             raise InputError(f"{path}: this is not what a run writes (no options, files, given and device)")
         saved = json.loads(json.dumps(known.get("options", {})))  # tuples become lists
-        edited = [f"--{name} is {saved_options.get(name)}, and was {saved[name]}" for name in saved
+        extended = {change.get("option") for change in changes_of(described)}  # since that state was saved
+        edited = [f"--{name} is {saved_options.get(name)}, and was {saved[name]}" for name in saved.keys() - extended
                   if known.get("id") == described.get("id") and saved_options.get(name) != saved[name]]
         if edited or has_changed(described):
             raise InputError(f"{path}: it was changed after the run began{': ' if edited else ''}{'; '.join(edited)}; "
@@ -121,6 +122,18 @@ class RunFolder:
             at = Path(file["path"])
             if at.exists() and not at.is_file() and not (at.is_dir() and name in ("weights", "tokenizer")):
                 raise InputError(f"{path}: the {name} file is {at}, which is not a regular file")
+        return described
+
+    def extend(self, described: dict[str, Any], changes: dict[str, Any], step: int) -> dict[str, Any]:
+        """Write args.json anew with other values of some options, from this step of the run on; returns what it holds.
+        The result, which is that of the shorter run, goes first: a kill in between leaves a run that can be resumed."""
+        self.result.unlink(missing_ok=True)
+        new = [{"option": name, "from": described["options"].get(name), "to": value, "step": step}
+               for name, value in changes.items()]
+        described = with_digest({**described, "options": {**described["options"], **changes},
+                                 "given": sorted({*described["given"], *changes}),
+                                 "extended": [*changes_of(described), *new]})
+        files.write_json(self.args, described)
         return described
 
     # ----------------------------------------------------------------------- result.json
@@ -278,6 +291,7 @@ def _remove_run(path: Path) -> None:
             shutil.rmtree(gone, ignore_errors=True)
             os.replace(path / name, gone)
             shutil.rmtree(gone, ignore_errors=True)
+    files.remove_temporary_files(path)
     for name in (*LOGS, *PREDICTIONS, RUN_FILE):
         (path / name).unlink(missing_ok=True)
 
@@ -331,6 +345,12 @@ def code_state(root: Path) -> tuple[str | None, bool | None]:
             changed = git("--no-optional-locks", "status", "--porcelain", "--untracked-files=no", "--", "*.py", "*.c")
             return commit, bool(changed)
     return None, None
+
+
+def changes_of(described: dict[str, Any]) -> list[dict[str, Any]]:
+    """What was changed when the run was gone on with, as an args.json has it under `extended`."""
+    found = described.get("extended", [])
+    return [change for change in found if isinstance(change, dict)] if isinstance(found, list) else []
 
 
 def options_of(described: dict[str, Any]) -> dict[str, Any]:
