@@ -114,7 +114,7 @@ BREAKS = [
           'binomtest(only_first, n, alternative="greater")', "mcnemar", "test_metrics"),
     Break("precision and recall are exchanged", METRICS, "ClassScores(right / guessed, right / n,",
           "ClassScores(right / n, right / guessed,", "each_class", "test_metrics"),
-    Break("every character is one column wide", SCORES, '(unicodedata.east_asian_width(c) in "WF")', "False", "aligned",
+    Break("every character is one column wide", SCORES, '(unicodedata.east_asian_width(c) in "WF")', "False", "width",
           "test_scores"),
     Break("a changed training file gives the baseline", "commands/evaluate.py",
           'if files.sha256(path) != train.get("sha256"):', "if False:", "training_sentences", "test_scores"),
