@@ -5,12 +5,14 @@ from pathlib import Path
 from typing import Any
 
 from commands import inputs, results
+from commands import splits as run_splits
 from commands.inputs import DataFiles
 from commands.saved import SavedRun, load_run
 from config import InputError, RunConfig
-from formats import files, tables
+from formats import files, labels, tables
 from training import device as devices
 from training import logs, metrics, state
+from training.run_folder import options_of
 from training.streams import without_readers
 
 
@@ -24,16 +26,20 @@ def run(config: RunConfig) -> int:
     known: dict[str, Any] = {}
     if is_own:
         used, known = own_files(saved)
+        options = options_of(state.read_description(saved.home))
+        config = replace(config, text_column=options["text_column"], label_column=options["label_column"])
     else:
         used = inputs.find_files(config)
         own_names = tables.read_label_names(used.label_names)
         if own_names and own_names != names:
             logs.warn(f"{used.label_names} names the labels {own_names}, the run {names}")
-    splits = inputs.load_splits(config, used, len(names), saved.best / "config.json", saved.tokenizer,
-                                saved.model.llama.config.max_seq_len)
+    found = run_splits.read_tables(config, {"dev": used.dev, "test": used.test})
+    classes = {name: labels.named(names, table, saved.best / "config.json") for name, table in found.items()}
+    splits = run_splits.tokenise(config, found, classes, saved.tokenizer, saved.model.llama.config.max_seq_len)
     if not splits:
         raise InputError("there is neither a --dev nor a --test file to evaluate")
-    baselines = results.print_baselines(used.train if used.train and used.train.is_file() else None, splits, known)
+    train = used.train if used.train and used.train.is_file() else None
+    baselines = results.print_baselines(config, train, splits, known)
     device = devices.choose_device(config)
     devices.accelerate(config, saved.model.to(device.where), device)
     outputs = {name: metrics.predict(saved.model, split, saved.tokenizer.pad_id, device, name)
@@ -55,6 +61,9 @@ def own_files(saved: SavedRun) -> tuple[DataFiles, dict[str, Any]]:
     if described["options"].get("folds"):
         known.pop("dev", None)  # that was the fold's
         logs.warn(f"{saved.typed}: the run is one of several --folds: it was trained on a part of the dev file")
+    digests = {name: used[name].get("sha256") for name in paths if name in used} | described.get("splits", {})
+    for name in described.get("splits", {}):  # dev was held out of the training file
+        paths[name] = saved.home.split(name)
     for name in ("dev", "test"):
         path = paths[name]
         if path is None:
@@ -62,8 +71,8 @@ def own_files(saved: SavedRun) -> tuple[DataFiles, dict[str, Any]]:
         if not path.is_file():
             raise FileNotFoundError(f"{path}: the run's {name} file is not there any more; where it has moved to, say "
                                     "--dev FILE, or --test FILE")
-        if files.sha256(path) != used[name].get("sha256"):
+        if files.sha256(path) != digests[name]:
             known.pop(name, None)
-            logs.warn(f"{path}: the file has changed since the run" if "sha256" in used[name] else
+            logs.warn(f"{path}: the file has changed since the run" if digests[name] else
                       f"{path}: the run has no checksum of it: it may have changed since")
     return DataFiles(saved.home.path.name, paths["train"], paths["dev"], paths["test"], paths["label_names"]), known

@@ -15,24 +15,26 @@ FLOORS = [
     ["run_llama"],
     [f"commands.{name}" for name in (
         "finetune", "evaluate", "predict", "prompt", "generate", "lr_find", "verify_resume", "confirm", "series",
-        "one_run", "resume", "plan", "plot", "job", "results", "classification", "saved", "inputs")],
+        "one_run", "resume", "plan", "plot", "job", "results", "classification", "saved", "inputs", "splits")],
     [f"training.{name}" for name in (
         "checks", "trainer", "task", "gradients", "diagnosis", "guards", "metrics", "best", "state", "device",
         "signals", "streams", "run_folder", "logs")],
     ["dataset", "classifier"],
-    ["llama", "tokenizer"],
-    ["formats.weights", "formats.gguf", "formats.tables", "formats.files", "formats.memory"],
+    ["llama", "tokenizer", "holdout"],
+    [f"formats.{name}" for name in (
+        "weights", "gguf", "labels", "tables", "delimited", "columns", "rows", "text", "files", "memory")],
     ["config.parser", "config.run", "config.model", "config.words", "optimizer"],
     ["schedule", "fused", "data.prepare", "data.download"],
 ]
 FOLDERS = ("commands", "training", "formats", "config", "data")
 PLACE = {room: (floor, i) for floor, rooms in enumerate(FLOORS) for i, room in enumerate(rooms)}
 WITHOUT_TORCH = [
-    "run_llama", "config.parser", "schedule", "tokenizer", "formats.memory", "formats.files", "formats.tables", "formats.gguf",
+    "run_llama", "config.parser", "schedule", "tokenizer", "formats.memory", "formats.files", "formats.labels",
+    "formats.tables", "formats.gguf", "holdout",
     "data.prepare", "data.download", "training.logs", "training.run_folder", "training.streams", "training.signals"]
 # What a room may import inside a function: a library that takes over 0.2 s, or one that only some systems have.
 LATE = {"sklearn", "scipy", "matplotlib", "safetensors", "tokenizers", "sentencepiece", "gguf", "tqdm", "importlib",
-        "fcntl", "msvcrt", "resource"}
+        "pyarrow", "fcntl", "msvcrt", "resource"}
 
 
 def path_of(room: str) -> Path:
