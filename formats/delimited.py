@@ -80,29 +80,32 @@ def find_delimiter(content: str, typed: list[str], prefers: str = "") -> str:
     """The delimiter that cuts most of the first rows into the same number of columns, two or more; "" where none cuts
     half of them so. One that finds known names in the first row goes before the others."""
     wanted = {columns.plain(name) for name in typed}
-    best, most = "", (0, False, 0.5, False)
+    best, most = "", (0, False, 0.5, False, -SAMPLE)
     start = content if len(content) <= SAMPLE_SIZE else content[: content.rfind("\n", 0, SAMPLE_SIZE) + 1]
     for delimiter in DELIMITERS:
-        first, even, is_strict = _sample(start, delimiter)
+        first, even, is_strict, n_odd = _sample(start, delimiter)
         cells = [columns.plain(cell) for cell in first]
         n_names = columns.known_names(first) + sum(cell in wanted for cell in cells)
-        score = (n_names, even > 0.5 and delimiter == prefers, even, is_strict)
+        score = (n_names, even > 0.5 and delimiter == prefers, even, is_strict, -n_odd)
         if len(first) > 1 and even and score > most:
             best, most = delimiter, score
     return best
 
 
-def _sample(content: str, delimiter: str) -> tuple[list[str], float, bool]:
+def _sample(content: str, delimiter: str) -> tuple[list[str], float, bool, int]:
     """The first row's cells; which part of the first rows have the most frequent number of columns, or 0 where that is
-    one; and is every quote there where this delimiter would have it? Of the ways to read quotes, the most even one."""
-    best: tuple[list[str], float, bool] = ([], 0.0, False)
+    one; is every quote there where this delimiter would have it; and how many rows have a cell with half a pair of
+    quotes? Of the ways to read quotes, the most even one."""
+    best: tuple[list[str], float, bool, int] = ([], 0.0, False, 0)
     for quoting in (QUOTED, LOOSE, UNQUOTED):
         counts: Counter[int] = Counter()
         first: list[str] = []
+        n_odd = 0
         try:
             for _, cells in records(content, delimiter, **quoting):
                 first = first or cells
                 counts[len(cells)] += 1
+                n_odd += any(cell.count('"') % 2 for cell in cells)
                 if counts.total() == SAMPLE:
                     break
         except csv.Error:
@@ -110,7 +113,7 @@ def _sample(content: str, delimiter: str) -> tuple[list[str], float, bool]:
         width, n = max(counts.items(), key=lambda item: (item[1], item[0]), default=(1, 0))
         even = n / counts.total() if width > 1 else 0.0
         if not best[0] or even > best[1]:
-            best = first, even, quoting is QUOTED
+            best = first, even, quoting is QUOTED, n_odd
     return best
 
 

@@ -96,9 +96,9 @@ def named(names: list[str], table: Table, source: Path, why: str = "one for each
         return Classes(names, plain, source, False, why)
     if plain != numbers and all(map(is_whole, plain)) and all(map(is_whole, there)):
         other = next(label for label in there if label not in plain)
-        raise InputError(f"{source}: the names are the numbers {listed(names)}, and {table.path} has the label {other}: is "
-                         "a label there a name, or the place of a name from 0? Write the names otherwise, or the "
-                         "labels as they are in the names' file")
+        raise InputError(f"{source}: the names are the numbers {listed(names)}, and {table.path} has the label "
+                         f"{other}: is a label there a name, or the place of a name from 0? Write the names otherwise, "
+                         "or the labels as they are in the names' file")
     by_number = any(is_whole(label) for label in there) and not any(label in plain for label in there)
     if by_number or all(map(is_whole, there)):
         return Classes(names, numbers, source, False, why)
