@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+import dataset
 import fused
 from commands import estimate, results, resume, saved
 from commands import job as jobs
@@ -71,7 +72,7 @@ def train(config: RunConfig, inputs: Inputs, device: Device, series_folder: RunF
         for name in outputs:
             results.check_finite(outputs[name], f"{folder}: {name}")
         with logs.doing("computing the baselines"):
-            baselines = results.print_baselines(inputs.splits["train"], inputs.splits, known)
+            baselines = results.print_baselines(config, inputs.splits["train"], inputs.splits, known)
         found = diagnose(loop, folder, outputs["dev"], inputs, baselines["dev"].majority)
         for line in found:
             logs.say(f"diagnosis :: {line}")
@@ -121,10 +122,18 @@ def environment(config: RunConfig, inputs: dict[str, Any], device: Device, job: 
 
 
 def describe(config: RunConfig, inputs: Inputs, device: Device, job: Job, folder: RunFolder) -> dict[str, Any]:
-    """The run's args.json: read where the run goes on, else written."""
+    """The run's args.json: read where the run goes on, else written. Where dev was held out, train and dev are written
+    too, as files that --train and --dev read."""
+    texts = {name: dataset.as_jsonl(split) for name, split in inputs.held_out.items()}
+    for name, text in texts.items():
+        if not (config.resume and folder.split(name).is_file()):
+            files.write_text(folder.split(name), text, follow=False)
     if config.resume:
         return state.read_description(folder)
-    return folder.describe(environment(config, inputs.checksums(), device, job))
+    described = environment(config, inputs.checksums(), device, job)
+    if texts:
+        described["splits"] = {name: files.sha256(folder.split(name)) for name in texts}
+    return folder.describe(described)
 
 
 def warn_of_another_machine(described: dict[str, Any], config: RunConfig, device: Device, job: Job) -> None:

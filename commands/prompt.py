@@ -17,7 +17,7 @@ from training.streams import without_readers
 def run(config: RunConfig) -> int:
     results.check_outputs(config)
     inputs = run_inputs.load(config, need=("dev",))
-    baselines = results.print_baselines(inputs.files.train, inputs.splits)
+    baselines = results.print_baselines(config, inputs.files.train, inputs.splits)
     device = devices.choose_device(config)
     start.warn_of_classifier(inputs.weights)
     llama = load_pretrained(inputs.weights, config.n_layers)

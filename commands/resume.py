@@ -57,7 +57,10 @@ def same_run(config: RunConfig, folder: RunFolder, described: dict[str, Any]) ->
     """The options that args.json describes, and of the typed ones those that may be others: where files have moved to,
     and where a run's predictions go. Raises InputError for what has changed."""
     used, options = described["files"], options_of(described)
-    if missing := {"train", "dev", "weights", "tokenizer"} - used.keys():
+    needed = {"train", "weights", "tokenizer"}
+    if "splits" not in described and not options["folds"] and not options["seeds"]:
+        needed.add("dev")
+    if missing := needed - used.keys():
         raise InputError(f"{folder.args}: no run is described here (its files lack {', '.join(sorted(missing))})")
     asked = {n: getattr(config, n) for n in sorted(config.given - {"resume", "option"})}
     changed: dict[str, Any] = {"dataset": None, "resume": str(folder)}

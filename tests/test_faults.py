@@ -304,7 +304,8 @@ def test_every_line_end_is_one(tmp_path, ends, run, capsys):
     text = "".join(f"{label} ||| {sentence}{ends[i % len(ends)]}" for i, (label, sentence) in enumerate(rows))
     path = tmp_path / "data.txt"
     path.write_bytes(text.encode())
-    assert tables.read_examples(path, 3) == tuple(map(list, zip(*rows, strict=True)))
+    table = tables.read_table(path)
+    assert list(zip(map(int, table.labels), table.texts, strict=True)) == rows and table.lines == list(range(1, 61))
     assert run_llama.main(["--option", "predict", "--run", "run", "--input", str(path)]) == 0
     assert capsys.readouterr().out.count("\n") == 60
     lines = [f"{label} ||| {sentence}" for label, sentence in rows]
@@ -313,7 +314,7 @@ def test_every_line_end_is_one(tmp_path, ends, run, capsys):
         raw[number - 1] = fault
         path.write_bytes(b"".join(line + ends[i % len(ends)].encode() for i, line in enumerate(raw)))
         with pytest.raises(ValueError, match=f"data.txt:{number}: "):
-            tables.read_examples(path, 3)
+            tables.read_table(path)
 
 
 # --------------------------------------------------------------------------- a tokenizer beside a saved classifier

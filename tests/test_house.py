@@ -32,6 +32,7 @@ FLOORS = [
         "classification",
         "inputs",
         "saved",
+        "splits",
     )],
     [f"training.{name}" for name in (
         "checks",
@@ -55,19 +56,32 @@ FLOORS = [
     )],
     ["dataset", "classifier"],
     ["llama", "tokenizer"],
-    ["formats.weights", "formats.gguf", "formats.tables", "formats.files", "formats.memory"],
+    [f"formats.{name}" for name in (
+        "weights",
+        "gguf",
+        "holdout",
+        "labels",
+        "tables",
+        "delimited",
+        "columns",
+        "rows",
+        "text",
+        "files",
+        "memory",
+    )],
     ["config.parser", "config.run", "config.model", "config.words", "optimizer"],
     ["schedule", "fused", "data.prepare", "data.download"],
 ]
 FOLDERS = ("commands", "training", "formats", "config", "data")
 PLACE = {room: (floor, i) for floor, rooms in enumerate(FLOORS) for i, room in enumerate(rooms)}
 WITHOUT_TORCH = [
-    "run_llama", "config.parser", "schedule", "tokenizer", "formats.memory", "formats.files", "formats.tables",
+    "run_llama", "config.parser", "schedule", "tokenizer", "formats.memory", "formats.files", "formats.labels",
+    "formats.tables", "formats.holdout",
     "formats.gguf", "data.prepare", "data.download", "training.logs", "training.run_folder", "training.streams",
     "training.signals", "training.course", "training.clock"]
 # What a room may import inside a function: a library that takes over 0.2 s, or one that only some systems have.
 LATE = {"sklearn", "scipy", "matplotlib", "safetensors", "tokenizers", "sentencepiece", "gguf", "tqdm", "importlib",
-        "fcntl", "msvcrt", "resource"}
+        "pyarrow", "fcntl", "msvcrt", "resource"}
 
 
 def path_of(room: str) -> Path:

@@ -26,6 +26,7 @@ from training import logs
 
 LOGS = tuple(logs.FILES.values())
 PREDICTIONS = ("dev-predictions.txt", "test-predictions.txt")
+SPLITS = ("train-split.jsonl", "dev-split.jsonl")  # where dev was held out of the training file
 FOLDERS = ("last", "best", ".best.old", ".best.tmp")
 ROOT = Path(__file__).resolve().parent.parent
 RUN_FILE, RESULT, LOCK = "args.json", "result.json", ".lock"
@@ -47,13 +48,17 @@ class RunFolder:
         """Where the predictions for a split go by default."""
         return self.path / f"{split}-predictions.txt"
 
+    def split(self, name: str) -> Path:
+        """Where train and dev are kept, where dev was held out of the training file."""
+        return self.path / f"{name}-split.jsonl"
+
     def has_run(self) -> bool:
         return self.args.is_file()
 
     def check(self) -> None:
         """Raises OSError where a link, a device or a pipe stands in the place of a file of the run: it may come from
         somebody else, and would lead out of the folder. The folder itself may be a link."""
-        for name in (RUN_FILE, *LOGS, RESULT, *PREDICTIONS, LOCK):
+        for name in (RUN_FILE, *LOGS, RESULT, *PREDICTIONS, *SPLITS, LOCK):
             files.check_plain(self.path / name)
         for name in FOLDERS:
             files.check_plain(self.path / name, is_folder=True)
@@ -91,7 +96,8 @@ class RunFolder:
         return described
 
     def description(self, known: dict[str, Any]) -> dict[str, Any]:
-        """args.json: with `options` that the parser would accept too, `given`, `files`, `device` and `versions`.
+        """args.json: with `options` that the parser would accept too, `given`, `files`, `device` and `versions`,
+        and with `splits` where dev was held out.
 
         `known`: what a state of the run says of it (`id` and `options`), or {}. The folder has been checked: `check`.
         Raises InputError for a file that is damaged or was changed, naming the options where `known` has them.
@@ -115,6 +121,10 @@ class RunFolder:
         if not isinstance(given, list) or not all(isinstance(name, str) for name in given) or (
                 not isinstance(versions, dict) or not isinstance(described["device"], str)):
             raise InputError(f"{path}: `given`, `device` or `versions` is not what a run writes")
+        splits = described.get("splits", {})
+        if not isinstance(splits, dict) or not all(
+                f"{name}-split.jsonl" in SPLITS and isinstance(digest, str) for name, digest in splits.items()):
+            raise InputError(f"{path}: `splits` is {splits!r}, expected the sha256 of train and dev")
         for name, file in inputs.items():
             if not isinstance(file, dict) or not isinstance(file.get("path"), str) or "\0" in file["path"] or (
                     not isinstance(file.get("sha256", ""), str)):
@@ -292,7 +302,7 @@ def _remove_run(path: Path) -> None:
             os.replace(path / name, gone)
             shutil.rmtree(gone, ignore_errors=True)
     files.remove_temporary_files(path)
-    for name in (*LOGS, *PREDICTIONS, RUN_FILE):
+    for name in (*LOGS, *PREDICTIONS, *SPLITS, RUN_FILE):
         (path / name).unlink(missing_ok=True)
 
 
@@ -300,7 +310,7 @@ def _in_the_way(path: Path, option: str) -> str:
     """The name of a file that a run of this --option would replace; "" where there is none. The result.json of an
     lr_find makes way for a fine-tuning run: it says nothing that the others do not have."""
     names = {"lr_find": (RESULT, "lr_find.csv", "lr_find.png"), "verify_resume": (RESULT,)}
-    for name in names.get(option, (RESULT, *LOGS, *PREDICTIONS)):
+    for name in names.get(option, (RESULT, *LOGS, *PREDICTIONS, *SPLITS)):
         if (path / name).exists() and not (name == RESULT and option == "finetune" and _is_of_lr_find(path / name)):
             return name
     return ""
