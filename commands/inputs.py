@@ -201,7 +201,8 @@ def load(config: RunConfig, need: tuple[str, ...]) -> Inputs:
     logs.notice(model.notice)
     names = tables.read_label_names(found.label_names)
     tokenizer = Tokenizer(tokenizer_model=model.tokenizer)
-    read = weights.read_weights(model.weights)
+    with logs.doing(f"reading {model.weights}"):
+        read = weights.read_weights(model.weights)
     tokenizers.check_vocabulary(tokenizer, read.config)
     weights.check_n_layers(read, config.n_layers)
     where = config.device or ("cuda" if config.use_gpu else "cpu")
@@ -221,8 +222,9 @@ def load_splits(config: RunConfig, found: DataFiles, n_labels: int | None, label
         path = getattr(found, name)
         if path is None or (name == "train" and config.option in ("prompt", "evaluate")):
             continue
-        splits[name] = split = dataset.load_split(path, tokenizer, context, config.max_sentence_len, n_labels,
-                                                  labels_file)
+        with logs.doing(f"reading and tokenizing {path}"):
+            splits[name] = split = dataset.load_split(path, tokenizer, context, config.max_sentence_len, n_labels,
+                                                      labels_file)
         if split.n_cut:
             logs.warn(f"{path}: {split.n_cut} of {counted(len(split), 'sentence')} cut to "
                       f"{counted(config.max_sentence_len or context, 'token')}")

@@ -52,7 +52,8 @@ def show(asked: RunConfig, config: RunConfig, inputs: Inputs, device: Device, n_
              "use")
     minutes = times.of(course) / 60
     logs.say(f"plan :: about {times.step:.2f} s a step on {device}: {minutes * job.steps_per_epoch / steps:.1f} min an "
-             f"epoch, {minutes:.1f} min in all, evaluation counted ({course.n_evaluations()} of {times.evaluation:.1f} s)")
+             f"epoch, {minutes:.1f} min in all, evaluation counted ({course.n_evaluations()} of "
+             f"{times.evaluation:.1f} s)")
     if n_runs > 1:
         logs.say(f"plan :: {n_runs} such runs, one after another: {n_runs * minutes:.1f} min")
     middle, most = np.percentile(job.task.lengths, (50, 95), method="higher").tolist()
