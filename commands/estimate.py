@@ -190,7 +190,8 @@ def fitted(config: RunConfig, job: Job[ClassificationTask], times: Times, deadli
     course, now = course_of(config, job.steps_per_epoch), time.monotonic()
     n = clock.steps_that_fit(times, course, (1 - MARGIN) * (deadline - now))
     if n == 0:
-        least = now - clock.command_began + clock.START_AND_END + times.of(Course(1, job.steps_per_epoch, config.eval_every)) / (1 - MARGIN)
+        shortest = times.of(Course(1, job.steps_per_epoch, config.eval_every)) / (1 - MARGIN)
+        least = now - clock.command_began + clock.START_AND_END + shortest
         raise InputError(f"--max_minutes {config.max_minutes:g}: not even one step and one evaluation fit into it; it "
                          f"takes {math.ceil(least / 6) / 10:g} at least (before the first step "
                          f"{duration(now - clock.command_began)}, a step {times.step:.2g} s, an evaluation "

@@ -223,8 +223,8 @@ BREAKS = [
     Break("a longer run is not written down", "commands/resume.py",
           "loop.described = folder.extend(described, changes, loop.progress.step)", "pass", "more_epochs",
           "test_longer"),
-    Break("other rates are not said", "commands/resume.py", "if any(then(step, []) != now(step, [])", "if False and any(0",
-          "other_rates", "test_longer"),
+    Break("other rates are not said", "commands/resume.py", "if any(then(step, []) != now(step, [])",
+          "if False and any(0", "other_rates", "test_longer"),
     Break("more patience does not go on", TRAINER, '            progress.stopped = ""\n', "            pass\n",
           "more_patience", "test_longer"),
 
