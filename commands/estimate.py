@@ -4,6 +4,7 @@ import math
 import os
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from torch import Tensor
 from commands import job as jobs
 from commands.classification import ClassificationTask
 from config import InputError, RunConfig, duration
-from dataset import EVAL_TOKENS, Split, length_order
+from dataset import Split, length_order
 from formats import files
 from training import clock, gradients, logs
 from training.checks import untouched
@@ -26,8 +27,8 @@ from training.trainer import Loop
 
 LONG = 600.0  # seconds: of a run above it, a person wants to know before
 MARGIN = 0.1  # of --max_minutes: an estimate is not exact
-PASS_TOKENS = {"training": 256, "evaluation": 512}  # in one pass that is timed on a CPU
-SAMPLE_BYTES = 8 << 20  # written to see how fast the disk is
+ENOUGH = 0.5  # seconds: what takes that long need not be timed in a larger part
+SAMPLE_BYTES = 32 << 20  # written to see how fast the disk is
 
 
 @dataclass(frozen=True)
@@ -57,32 +58,33 @@ def may_be_long(job: Job[ClassificationTask], config: RunConfig, n_runs: int = 1
 def measure(job: Job[ClassificationTask], config: RunConfig, device: Device, splits: dict[str, Split], place: Path,
             with_longest: bool = False) -> Measured:
     """Seconds of a step and of an evaluation, from real ones; everything is left as it was. `place`: a folder on the
-    disk that the run writes to. On a CPU, parts of them are timed, and scaled with the tokens. `with_longest`: train on
-    the longest batch too, to see how much memory that needs."""
+    disk that the run writes to. Where they take long, parts of them are timed, and scaled with the tokens.
+    `with_longest`: train on the longest batch too, to see how much memory that needs."""
     task, loop = job.task, Loop(job, replace(config, ema=0.0), device)
-    windows, most = task.order(0), PASS_TOKENS["training"] if device.is_cpu else 2**31
+    windows = task.order(0)
     by_length = sorted(windows, key=lambda rows: int(task.lengths[rows].max()))
-    typical = _few(by_length[len(windows) // 2], task.lengths, most)
-    warm_up = by_length[-1] if with_longest else typical[:1]
     mean_tokens = sum(_padded(rows, task.lengths) for rows in windows) / len(windows)
+    typical = by_length[len(windows) // 2]
+    typical = typical[: loop.rows_per_pass(typical)]
+
+    def train(rows: np.ndarray) -> None:
+        job.optimizer.zero_grad(set_to_none=True)
+        loop.accumulate(rows)
+        _wait(device)
+
     with untouched(job.model, job.optimizer):
         job.model.train()
-        passes: list[float] = []
-        updates: list[float] = []
-        for rows in (warm_up, typical, typical):
-            if len(passes) == 2 and passes[1] > 2:
-                break  # one is enough of what takes that long
-            began = time.perf_counter()
-            loop.accumulate(rows)
-            _wait(device)
-            passes.append(time.perf_counter() - began)
+        if with_longest:
+            train(by_length[-1])
+        step = _seconds_per_token(train, typical, task.lengths) * mean_tokens
+        updates = []
+        for _ in range(2):  # the first one makes the optimizer's state
             began = time.perf_counter()
             gradients.clip_(loop.parameters, config.max_grad_norm, config.max_grad_value)
             job.optimizer.step()
-            job.optimizer.zero_grad(set_to_none=True)
             _wait(device)
             updates.append(time.perf_counter() - began)
-        step = min(passes[1:]) * mean_tokens / _padded(typical, task.lengths) + min(updates[1:])
+        step += min(updates)
         kept = [value for moments in job.optimizer.state.values() for value in moments.values()
                 if isinstance(value, Tensor)]
         state_bytes = sum(value.numel() * value.element_size() for value in kept)
@@ -90,7 +92,9 @@ def measure(job: Job[ClassificationTask], config: RunConfig, device: Device, spl
     stored = weights * (2 if config.save_dtype == "bfloat16" else 4) / 4
     state = weights * (2 if config.ema else 1) + state_bytes
     disk = _seconds_per_byte(place, min(int(state), SAMPLE_BYTES))
-    token = _seconds_per_token(task, device)
+    batches = list(length_order(task.dev.lengths))
+    token = _seconds_per_token(lambda rows: task.predict(task.dev.take(rows), "estimate"), batches[len(batches) // 2],
+                               task.dev.lengths)
     tokens = {name: _tokens_of(split) for name, split in {**splits, "train": task.sample}.items()}
     if config.save_every:
         step += disk * state / config.save_every
@@ -98,11 +102,6 @@ def measure(job: Job[ClassificationTask], config: RunConfig, device: Device, spl
     once = 1.0 + disk * (state + stored) + token * (tokens["dev"] + tokens.get("test", 0))
     checks = 100 * config.overfit_batch + 12 * config.check_gradients + 10 * config.auto_batch
     return Measured(Times(step, evaluation, once + checks * step), state_bytes)
-
-
-def _few(rows: np.ndarray, lengths: np.ndarray, most: int) -> np.ndarray:
-    """The first of these rows, at most so many padded tokens of them; one row at least."""
-    return rows[: max(1, most // int(lengths[rows].max()))]
 
 
 def _padded(rows: np.ndarray, lengths: np.ndarray) -> int:
@@ -114,17 +113,22 @@ def _tokens_of(split: Split) -> int:
     return sum(_padded(rows, split.lengths) for rows in length_order(split.lengths))
 
 
-def _seconds_per_token(task: ClassificationTask, device: Device) -> float:
-    """Of an evaluation, from sentences of dev of typical length."""
-    rows = np.argsort(task.dev.lengths, kind="stable")
-    rows = _few(rows[len(rows) // 2 :], task.dev.lengths, PASS_TOKENS["evaluation"] if device.is_cpu else EVAL_TOKENS)
-    typical, seconds = task.dev.take(rows), list[float]()
-    task.predict(task.dev.take(rows[:1]), "estimate")  # the first pass takes longer
-    while len(seconds) < 4 and sum(seconds) < 2:  # the shortest: what takes longer was disturbed
-        began = time.perf_counter()
-        task.predict(typical, "estimate")
-        seconds.append(time.perf_counter() - began)
-    return min(seconds) / _tokens_of(typical)
+def _seconds_per_token(run: Callable[[np.ndarray], object], rows: np.ndarray, lengths: np.ndarray) -> float:
+    """Of a batch of these rows: of ever larger parts of it, until one takes ENOUGH seconds; the small ones warm up. A
+    token costs less in a large pass, so that parts as small as they can be would say too much."""
+    n, seconds = 1, 0.0
+    while True:
+        part, took = rows[:n], list[float]()
+        while len(took) < (2 if n == len(rows) else 1):  # the shorter: what takes longer was disturbed
+            began = time.perf_counter()
+            run(part)
+            took.append(time.perf_counter() - began)
+            if took[0] > 2 * ENOUGH:
+                break
+        seconds = min(took)
+        if n == len(rows) or seconds > ENOUGH:
+            return seconds / _padded(part, lengths)
+        n = min(4 * n, len(rows))
 
 
 def _seconds_per_byte(place: Path, n: int) -> float:
@@ -186,7 +190,8 @@ def fitted(config: RunConfig, job: Job[ClassificationTask], times: Times, deadli
     course, now = course_of(config, job.steps_per_epoch), time.monotonic()
     n = clock.steps_that_fit(times, course, (1 - MARGIN) * (deadline - now))
     if n == 0:
-        least = now - clock.command_began + times.of(Course(1, job.steps_per_epoch, config.eval_every)) / (1 - MARGIN)
+        shortest = times.of(Course(1, job.steps_per_epoch, config.eval_every)) / (1 - MARGIN)
+        least = now - clock.command_began + clock.START_AND_END + shortest
         raise InputError(f"--max_minutes {config.max_minutes:g}: not even one step and one evaluation fit into it; it "
                          f"takes {math.ceil(least / 6) / 10:g} at least (before the first step "
                          f"{duration(now - clock.command_began)}, a step {times.step:.2g} s, an evaluation "

@@ -208,7 +208,8 @@ def load(config: RunConfig, need: tuple[str, ...]) -> Inputs:
     logs.notice(model.notice)
     names = tables.read_label_names(found.label_names)
     tokenizer = Tokenizer(tokenizer_model=model.tokenizer)
-    read = weights.read_weights(model.weights)
+    with logs.doing(f"reading {model.weights}"):
+        read = weights.read_weights(model.weights)
     tokenizers.check_vocabulary(tokenizer, read.config)
     weights.check_n_layers(read, config.n_layers)
     where = config.device or ("cuda" if config.use_gpu else "cpu")

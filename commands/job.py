@@ -27,7 +27,8 @@ def build_job(config: RunConfig, inputs: Inputs, device: Device) -> Job[Classifi
     devices.set_switches(config)
     random = np.random.default_rng(config.seed)
     torch.manual_seed(config.seed)
-    llama = load_pretrained(inputs.weights, config.n_layers, config.dropout, config.attention, has_output=False)
+    with logs.doing(f"reading {inputs.weights.path}"):
+        llama = load_pretrained(inputs.weights, config.n_layers, config.dropout, config.attention, has_output=False)
     llama.grad_checkpoint = config.grad_checkpoint
     settings = ClassifierConfig(len(inputs.names), inputs.names, config.pooling, config.loss,
                                 config.hidden_dropout_prob, config.max_sentence_len, llama.config)
@@ -36,7 +37,9 @@ def build_job(config: RunConfig, inputs: Inputs, device: Device) -> Job[Classifi
     if is_trained:
         start.load_head(model, inputs.weights)
     model.to(device.where)
-    if not devices.accelerate(config, model, device):
+    with logs.doing("compiling fused.c"):
+        is_as_fast_as_asked = devices.accelerate(config, model, device)
+    if not is_as_fast_as_asked:
         logs.warn(f"{fused.fault()}: norms, positions, SwiGLU and AdamW run in PyTorch, which is slower "
                   "(--kernels off stops this warning)")
     # AdamW without decay is the same for a gradient that has only the batch's words in it, and has far less to read.

@@ -66,6 +66,8 @@ def same_run(config: RunConfig, folder: RunFolder, described: dict[str, Any]) ->
     changed: dict[str, Any] = {"dataset": None, "resume": str(folder)}
     if not asks_for_series(options):
         changed |= {name: asked.pop(name) for name in EXTENDABLE if name in asked}
+        if options["max_minutes"] and changed.keys() & {"epochs", "max_steps"}:  # what is typed now decides
+            changed = {"max_steps": None, **changed, "max_minutes": None}
     gone = []
     for name, option in OPTION_OF.items():
         if name not in used:
@@ -116,7 +118,7 @@ def extend(described: dict[str, Any], config: RunConfig, folder: RunFolder, loop
     return the new description. `loop`: the run, as its state has it. Says it where the run is not the one that one gets
     with these options from the start. Raises InputError where nothing more is left to train."""
     before = config_of(described)
-    changes = {n: getattr(config, n) for n in EXTENDABLE if getattr(config, n) != getattr(before, n)}
+    changes = {n: getattr(config, n) for n in (*EXTENDABLE, "max_minutes") if getattr(config, n) != getattr(before, n)}
     if not changes:
         return described
     loop.look_at_patience()

@@ -32,7 +32,8 @@ def read_tables(config: RunConfig, paths: Mapping[str, Path | None]) -> dict[str
     for name, path in paths.items():
         if path is None:
             continue
-        found[name] = table = tables.read_table(path, *columns_of(config, path))
+        with logs.doing(f"reading {path}"):
+            found[name] = table = tables.read_table(path, *columns_of(config, path))
         if not table.is_plain or table.encoding != "utf-8":
             logs.notice(f"{path}: {table.description}")
         if n := sum("\ufffd" in text for text in table.texts):
@@ -46,7 +47,8 @@ def tokenise(config: RunConfig, found: Mapping[str, Table], classes: Mapping[str
     """The tables as splits, by name, each with its classes. Warns of sentences that are cut."""
     splits = {}
     for name, table in found.items():
-        splits[name] = split = dataset.split_of(table, classes[name], tokenizer, context, config.max_sentence_len)
+        with logs.doing(f"tokenizing {table.path}"):
+            splits[name] = split = dataset.split_of(table, classes[name], tokenizer, context, config.max_sentence_len)
         if split.n_cut:
             logs.warn(f"{table.path}: {split.n_cut} of {counted(len(split), 'sentence')} cut to "
                       f"{counted(config.max_sentence_len or context, 'token')} ({100 * split.n_cut / len(split):.2g}%)")

@@ -22,7 +22,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG, PARSER, SCHEDULE, DATASET = "config/run.py", "config/parser.py", "schedule.py", "dataset.py"
-COURSE, AVERAGE = "training/course.py", "training/average.py"
+COURSE, AVERAGE, CLOCK = "training/course.py", "training/average.py", "training/clock.py"
+ESTIMATE = "commands/estimate.py"
 TRAINER, DEVICE, RUN_FOLDER = "training/trainer.py", "training/device.py", "training/run_folder.py"
 JOB, TASK, FINETUNE, SERIES = ("commands/job.py", "commands/classification.py", "commands/finetune.py",
                                "commands/series.py")
@@ -222,6 +223,38 @@ BREAKS = [
     Break("check_gradients accepts everything", "training/checks.py", "if difference > 1e-4:", "if False:",
           "check_gradients"),
 
+    # How long a run takes
+    Break("max_minutes is ignored", ESTIMATE, "    if n == course.steps:", "    if True:", "max_minutes", "test_clock"),
+    Break("max_minutes has no clock", CLOCK, "if self.deadline is None or not self.estimated:", "if True:",
+          "slower_machine", "test_clock"),
+    Break("max_minutes forgets the time before a resume", ONE_RUN, "clock.deadline -= before_resume", "pass",
+          "time_before", "test_clock"),
+    Break("each run of a series has all of max_minutes", SERIES, "(deadline - began) / max(1, n_left)",
+          "(deadline - began)", "minutes_of_a_series", "test_clock"),
+    Break("the estimate leaves a trace", ESTIMATE, "    with untouched(job.model, job.optimizer):\n",
+          "    if True:\n", "measuring_leaves", "test_clock"),
+    Break("evaluation is not counted", CLOCK, "course.n_evaluations(done) * self.evaluation", "0",
+          "before_a_long_run", "test_clock"),
+    Break("a long run is not announced", ONE_RUN, "if clock.estimated and n_runs:", "if False:",
+          "before_a_long_run", "test_clock"),
+    Break("no line shows life", "training/bar.py", "if self.bar.disable and", "if False and", "long_run_says",
+          "test_clock"),
+    Break("what takes long is not said", "training/logs.py", "    timer.start()\n", "", "takes_long", "test_clock"),
+
+    # What a finished run keeps, and how it goes on
+    Break("keep_state is ignored", ONE_RUN, "if not config.keep_state:", "if True:", "keeps_its_state", "test_longer"),
+    Break("the state always stays", ONE_RUN, "if not config.keep_state:", "if False:", "keeps_its_state",
+          "test_longer"),
+    Break("save_dtype is ignored", TASK, "getattr(torch, self.config.save_dtype)", "torch.float32", "bfloat16",
+          "test_longer"),
+    Break("a longer run is not written down", "commands/resume.py",
+          "loop.described = folder.extend(described, changes, loop.progress.step)", "pass", "more_epochs",
+          "test_longer"),
+    Break("other rates are not said", "commands/resume.py", "if any(then(step, []) != now(step, [])",
+          "if False and any(0", "other_rates", "test_longer"),
+    Break("more patience does not go on", TRAINER, '            progress.stopped = ""\n', "            pass\n",
+          "more_patience", "test_longer"),
+
     # Several runs, resume
     Break("seeds repeats one seed", SERIES, "replace(config, seed=seed, seeds=None)", "replace(config, seeds=None)",
           "several_runs", "test_run_llama"),
@@ -262,9 +295,9 @@ BREAKS = [
 
     # The moving average
     Break("best holds the raw weights", TRAINER,
-          "            digest = self.task.save_best(self.folder.best) if self.folder else None\n",
-          "            with self.average.in_place():\n"
           "                digest = self.task.save_best(self.folder.best) if self.folder else None\n",
+          "                with self.average.in_place():\n"
+          "                    digest = self.task.save_best(self.folder.best) if self.folder else None\n",
           "moving_average"),
     Break("the raw weights are evaluated", TRAINER, "with self.average.in_place():\n            found = ",
           "with ExitStack():\n            found = ", "moving_average"),

@@ -378,7 +378,8 @@ class Loop:
         before = best.get("monitor")
         is_better = before is None or value > before + self.config.min_delta
         if is_better or (value == before and record.dev_loss < best["dev_loss"]):
-            digest = self.task.save_best(self.folder.best) if self.folder else None
+            with logs.doing(f"saving {self.folder and self.folder.best}"):
+                digest = self.task.save_best(self.folder.best) if self.folder else None
             self.progress.best = {**logs.columns(record), "monitor": value, "manifest": digest}
         return is_better
 
@@ -396,7 +397,8 @@ class Loop:
             replace(self.progress, seconds=self.seconds()), {**self.logs.sizes(), **(sizes or {})},
             self.logs.sha256(sizes or {}), self.described))
         is_healthy = guards.is_healthy(self.progress.recent, self.guessing_loss(), self.progress.not_finite_in_a_row)
-        state.save_state(self.folder.last, self.progress.step, tensors, values, is_good and is_healthy)
+        with logs.doing(f"saving {self.folder.last}"):
+            state.save_state(self.folder.last, self.progress.step, tensors, values, is_good and is_healthy)
         self.saved = stamp
         best_folder.remove_previous_best(self.folder.best)
 
