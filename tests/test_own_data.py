@@ -74,8 +74,9 @@ def test_every_format_is_the_same_run(model, capsys):
     Path("names.json").write_text(json.dumps(NAMES), encoding="utf-8")
     for kind in ("txt", "csv", "tsv", "jsonl.gz", "named"):
         data = f"toy-{{}}.{kind}" if kind != "named" else "named-{}.txt"
-        said = call(capsys, "--option", "finetune", *model, "--train", data.format("train"), "--dev", data.format("dev"),
-                    "--output_dir", kind, *(["--label_names", "names.json"] if kind == "txt" else []))
+        said = call(capsys, "--option", "finetune", *model, "--train", data.format("train"), "--dev",
+                    data.format("dev"), "--output_dir", kind,
+                    *(["--label_names", "names.json"] if kind == "txt" else []))
         assert (weights(kind), losses(kind)) == (weights("txt"), losses("txt")), kind
         assert in_json(f"{kind}/best/config.json")["label_names"] == NAMES
         assert ("labels :: bad 32, fine 32, good 32" in said.err) == (kind != "txt")
@@ -100,8 +101,8 @@ def test_the_columns_that_were_typed_are_read(model, capsys):
     options = ["--text_column", "title,text", "--label_column", "stars"]
     data = [word for name in ("train", "dev", "test") for word in (f"--{name}", f"{name}.csv")]
     call(capsys, "--option", "finetune", *model, *data, *options, "--output_dir", "run")
-    call(capsys, "--option", "finetune", *model, *(word.replace(".csv", "-joined.txt") for word in data), "--output_dir",
-         "plain")
+    joined = [word.replace(".csv", "-joined.txt") for word in data]
+    call(capsys, "--option", "finetune", *model, *joined, "--output_dir", "plain")
     assert losses("run") == losses("plain")
     assert in_json("run/best/config.json")["label_names"] == ["1", "2", "3"]
     want = [line.replace(line[0], str(int(line[0]) + 1), 1) for line in read("plain/test-predictions.txt")]
@@ -163,8 +164,8 @@ def held_out(model, capsys):
     """A run on 150 rows of a CSV without a dev file."""
     write_csv("my.csv", rows(150, 0))
     write_csv("other.csv", rows(20, 1, 1000))
-    said = call(capsys, "--option", "finetune", *model, "--train", "my.csv", "--test", "other.csv", "--output_dir", "run")
-    return said
+    return call(capsys, "--option", "finetune", *model, "--train", "my.csv", "--test", "other.csv", "--output_dir",
+                "run")
 
 
 def test_a_held_out_dev_is_said_stored_and_gives_the_same_run(model, held_out, capsys):
@@ -196,7 +197,8 @@ def test_without_dev_and_test_nothing_is_invented(model, held_out, capsys):
     said = call(capsys, "--option", "finetune", *model, "--train", "my.csv", "--output_dir", "alone")
     assert "there is no test file" in said.err and "test" not in in_json("alone/result.json")
     assert not Path("alone/test-predictions.txt").exists()
-    said = call(capsys, "--option", "finetune", *model, "--train", "my.csv", "--dev", "other.csv", "--output_dir", "named")
+    data = ["--train", "my.csv", "--dev", "other.csv"]
+    said = call(capsys, "--option", "finetune", *model, *data, "--output_dir", "named")
     assert "held out" not in said.out and not Path("named/dev-split.jsonl").exists()
 
 
@@ -258,8 +260,8 @@ def test_too_few_sentences_ask_for_dev(model, capsys, found):
 
 
 def warnings(capsys, model, *argv) -> list[str]:
-    err = call(capsys, "--option", "finetune", *model, *argv, "--epochs", "1", "--output_dir", f"run-{random.random()}").err
-    return [line for line in err.splitlines() if line.startswith("warning: ")]
+    said = call(capsys, "--option", "finetune", *model, *argv, "--epochs", "1")
+    return [line for line in said.err.splitlines() if line.startswith("warning: ")]
 
 
 def test_what_is_silently_wrong_is_said_once_with_a_count(model, capsys):
