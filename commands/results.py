@@ -33,6 +33,10 @@ def check_outputs(config: RunConfig) -> None:
         names = ["generated_sentence_low_temp_out", "generated_sentence_high_temp_out"]
     taken = {Path(getattr(config, n)).resolve(): n for n in ("train", "dev", "test", "label_names", "input")
              if getattr(config, n) and getattr(config, n) != "-"}
+    for path, name in taken.items():  # --overwrite would remove it before it is read
+        if config.overwrite and config.output_dir and own_file(path, [Path(config.output_dir)]):
+            raise InputError(f"--{name} {path}: --overwrite would remove it with the run in {config.output_dir}; copy "
+                             "it first, or choose another --output_dir")
     for name in names:
         if not getattr(config, name):
             continue

@@ -63,22 +63,23 @@ def _kind_by_name(path: Path) -> str:
 
 
 def kind_of(path: Path, content: str, typed: list[str], labelled: bool) -> str:
-    """plain, csv, tsv or jsonl: by the file's name, else by what is in it. A .txt is plain lines, but where columns
-    were typed and no line has a ` ||| `."""
+    """plain, csv, tsv or jsonl: by the file's name, else by what is in it. A .txt is plain lines, but where no line has
+    a ` ||| `, and columns were typed or the first line names both (a spreadsheet's "Unicode text")."""
     kind = _kind_by_name(path)
-    if kind and not (kind == "plain" and typed):
+    if kind not in ("", "plain"):
         return kind
     start = [line for line in split_lines(content[:20_000]) if line.strip()][:20]
     if any(SEPARATOR in line for line in start):
         return "plain"
-    if start and start[0].lstrip().startswith("{"):
+    if not kind and start and start[0].lstrip().startswith("{"):
         return "jsonl"
     if typed:
         return "csv"
     delimiter = delimited.find_delimiter(content, typed)
-    if not delimiter or not labelled and not columns.known_names(start[0].split(delimiter)):
-        return "plain"  # commas alone make no table of a person's sentences
-    return "csv"
+    names = columns.known_names(start[0].split(delimiter)) if delimiter else 0
+    # Commas alone make no table of a person's sentences.
+    needed = 0 if labelled and not kind else 1 if not kind else 2
+    return "csv" if delimiter and names >= needed else "plain"
 
 
 # --------------------------------------------------------------------------- plain lines

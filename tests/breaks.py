@@ -31,6 +31,7 @@ INPUTS, RESULTS, LR_FIND, GENERATE = ("commands/inputs.py", "commands/results.py
                                       "commands/generate.py")
 STATE, ONE_RUN = "training/state.py", "commands/one_run.py"
 METRICS, SCORES, START = "training/metrics.py", "commands/scores.py", "commands/start.py"
+SPLITS = "commands/splits.py"
 
 
 @dataclass(frozen=True)
@@ -83,8 +84,14 @@ BREAKS = [
     Break("tokenizer is ignored", INPUTS, "    if config.tokenizer:", "    if False:", "tokenizer"),
 
     # The data
-    Break("max_sentence_len is ignored", INPUTS, "tokenizer, context, config.max_sentence_len,",
-          "tokenizer, context, None,", "first_loss"),
+    Break("max_sentence_len is ignored", SPLITS, "tokenizer, context, config.max_sentence_len)",
+          "tokenizer, context, None)", "first_loss"),
+    Break("text_column is ignored", SPLITS, "else (config.text_column, config.label_column)",
+          "else (None, config.label_column)", "columns_that_were_typed", "test_own_data"),
+    Break("label_column is ignored", SPLITS, "else (config.text_column, config.label_column)",
+          "else (config.text_column, None)", "columns_that_were_typed", "test_own_data"),
+    Break("what is held out is drawn anew each time", "holdout.py", "hashlib.sha256(folded(text).encode",
+          "hashlib.sha256(repr(id(text)).encode", "held_out", "test_own_data"),
     Break("test is read from dev", INPUTS, 'given["train"], given["dev"], given["test"]',
           'given["train"], given["dev"], given["dev"]', "each_split"),
     Break("label_names is ignored", INPUTS, 'labels = given["label_names"]', "labels = None", "each_split"),

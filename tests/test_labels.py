@@ -17,10 +17,10 @@ def table(*found: str, is_plain: bool = True, path: str = "train.txt") -> Table:
                  is_plain, columns=() if is_plain else ("text", "label"))
 
 
-@pytest.mark.parametrize("written, want", [("3.0", "3"), ("+3", "3"), ("03", "3"), ("3,0", "3"), ("3.", "3"),
-                                           ("0", "0"), ("-0", "0"), ("-03", "-3"), ("00", "0"), ("2.5", "2.5"),
-                                           ("good", "good"),
-                                           ("²", "²"), ("1e3", "1e3"), ("--1", "--1"), ("1234567890", "1234567890")])
+@pytest.mark.parametrize("written, want", [
+    ("3.0", "3"), ("+3", "3"), ("03", "3"), ("3,0", "3"), ("3.", "3"), ("0", "0"), ("-0", "0"), ("-03", "-3"),
+    ("00", "0"), ("2.5", "2.5"), ("good", "good"), ("²", "²"), ("1e3", "1e3"), ("--1", "--1"),
+    ("1234567890", "1234567890")])
 def test_a_whole_number_has_one_form(written, want):
     assert labels.canonical(written) == want
 

@@ -978,6 +978,7 @@ TESTED = {
     "test_a_checkpointed_layer_is_computed_twice": "grad_checkpoint",
     "test_dtype_is_the_precision_of_the_products": "dtype",
     "test_device_and_use_gpu_are_asked_for": "device use_gpu",
+    "test_own_data::test_the_columns_that_were_typed_are_read": "text_column label_column",
     "test_each_split_is_read_from_its_file": "train dev test label_names dev_out test_out",
     "test_a_dataset_is_short_for_its_four_files": "dataset",
     "test_train_limit_takes_so_many_sentences_at_random": "train_limit",

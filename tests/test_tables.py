@@ -255,6 +255,8 @@ def test_typed_columns_go_before_names_and_two_are_joined(tmp_path):
     assert read_table(bare, "2,3", "1").texts[0] == "one thing 5"
     plain = write(tmp_path / "c.txt", "1 ||| a\n0 ||| b\n")
     assert found(read_table(plain, "title", "stars")) == (["a", "b"], ["1", "0"]), "no table: nothing to choose"
+    excels = write(tmp_path / "e.txt", "Text\tLabel\r\nein Film\tgut\r\n".encode("utf-16"))
+    assert found(read_table(excels)) == (["ein Film"], ["gut"])
     named = write(tmp_path / "d.txt", "title\tstars\na\t1\nb\t2\n")
     assert found(read_table(named, "title", "stars")) == (["a", "b"], ["1", "2"])
 
