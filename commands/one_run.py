@@ -7,12 +7,12 @@ from torch import Tensor
 
 import fused
 from commands import job as jobs
-from commands import results, saved
+from commands import results
 from commands.inputs import Inputs
 from config import RunConfig, counted
 from formats import files
 from training import best as best_folder
-from training import checks, diagnosis, logs, metrics, run_folder, state, trainer
+from training import checks, diagnosis, logs, metrics, run_folder, saved, state, trainer
 from training.device import Device
 from training.run_folder import RunFolder
 from training.signals import stoppable
@@ -49,7 +49,7 @@ def train(config: RunConfig, inputs: Inputs, device: Device, series_folder: RunF
         with stoppable((series_folder or folder).resume_command(config)):
             outputs = {name: job.task.predict(split, name) for name, split in held_out.items()}
         for name in outputs:
-            results.check_finite(outputs[name], f"{folder}: {name}")
+            metrics.check_finite(outputs[name], f"{folder}: {name}")
         baselines = results.print_baselines(inputs.splits["train"], inputs.splits)
         found = diagnose(loop, folder, outputs["dev"], inputs, baselines["dev"]["majority"])
         for line in found:

@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from commands.classification import is_ordinal
@@ -80,16 +79,6 @@ def baselines_text(found: dict[str, float]) -> str:
 
 
 # --------------------------------------------------------------------------- predictions and scores
-
-
-def check_finite(outputs: Tensor, what: str) -> None:
-    """Raises InputError for log-probabilities (N, C) that a sound model cannot give: a NaN, or a row without a class
-    that is possible."""
-    bad = outputs.isnan().any(1) | ~torch.isfinite(outputs.max(1).values)
-    if bad.any():
-        raise InputError(f"{what}: the output for {int(bad.sum())} of {counted(len(outputs), 'sentence')} is not "
-                         "finite (NaN or infinity): the weights are damaged, or the training has diverged; nothing is "
-                         "written")
 
 
 def report_splits(

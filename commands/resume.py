@@ -4,10 +4,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from commands import saved
 from config import InputError, RunConfig, contradiction
 from formats import files
-from training import state
+from training import saved, state
 from training.run_folder import RUN_FILE, RunFolder, asks_for_series, options_of
 
 # A file of args.json, and the option that names it.

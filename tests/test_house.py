@@ -14,21 +14,24 @@ from conftest import ROOT
 FLOORS = [
     ["run_llama"],
     [f"commands.{name}" for name in (
-        "finetune", "evaluate", "predict", "prompt", "generate", "lr_find", "verify_resume", "confirm", "series",
-        "one_run", "resume", "plan", "plot", "job", "results", "classification", "saved", "inputs")],
+        "finetune", "evaluate", "predict", "serve", "prompt", "generate", "lr_find", "verify_resume", "confirm", "series",
+        "one_run", "resume", "plan", "plot", "job", "results", "classification", "batcher", "answers", "finished",
+        "inputs")],
+    ["minllama"],
     [f"training.{name}" for name in (
-        "checks", "trainer", "task", "gradients", "diagnosis", "guards", "metrics", "best", "state", "device",
+        "checks", "trainer", "task", "gradients", "diagnosis", "guards", "metrics", "saved", "best", "state", "device",
         "signals", "streams", "run_folder", "logs")],
     ["dataset", "classifier"],
     ["llama", "tokenizer"],
-    ["formats.weights", "formats.gguf", "formats.tables", "formats.files", "formats.memory"],
+    ["formats.weights", "formats.gguf", "formats.tables", "formats.lines", "formats.files", "formats.memory"],
     ["config.parser", "config.run", "config.model", "config.words", "optimizer"],
     ["schedule", "fused", "data.prepare", "data.download"],
 ]
 FOLDERS = ("commands", "training", "formats", "config", "data")
 PLACE = {room: (floor, i) for floor, rooms in enumerate(FLOORS) for i, room in enumerate(rooms)}
 WITHOUT_TORCH = [
-    "run_llama", "config.parser", "schedule", "tokenizer", "formats.memory", "formats.files", "formats.tables", "formats.gguf",
+    "run_llama", "config.parser", "schedule", "tokenizer", "formats.memory", "formats.files", "formats.tables",
+    "formats.lines", "formats.gguf",
     "data.prepare", "data.download", "training.logs", "training.run_folder", "training.streams", "training.signals"]
 # What a room may import inside a function: a library that takes over 0.2 s, or one that only some systems have.
 LATE = {"sklearn", "scipy", "matplotlib", "safetensors", "tokenizers", "sentencepiece", "gguf", "tqdm", "importlib",

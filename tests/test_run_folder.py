@@ -19,7 +19,7 @@ from test_resume import assert_same_end, flip, lines, main, refused, stop_at
 
 from commands import job as jobs
 from commands import one_run
-from commands import saved as saved_runs
+from training import saved as saved_runs
 from config import parse_args
 from formats import files
 from training import best as best_folder

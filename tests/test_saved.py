@@ -9,7 +9,7 @@ import torch
 from conftest import refused
 
 from classifier import ClassifierConfig, LlamaEmbeddingClassifier, empty_classifier
-from commands import saved as saved_runs
+from training import saved as saved_runs
 from formats import files
 
 SETTINGS = {"num_labels": 3, "label_names": ["a", "b", "c"], "max_sentence_len": None, "hidden_dropout_prob": 0.1,
