@@ -1,7 +1,9 @@
 """Labelled sentences and label names from text files: `label ||| sentence` a line, and a JSON list of names."""
 
+import csv
 import json
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 from config import InputError, counted
@@ -88,3 +90,26 @@ def read_examples(path: Path, n_labels: int | None, labels_file: Path | None = N
     return labels, sentences
 
 
+
+# TEMPORARY, until the branch with the tables is merged: its own `Table` and `read_table` replace what follows.
+
+
+@dataclass(frozen=True)
+class Table:
+    path: Path
+    texts: list[str]
+    labels: list[str] | None
+    lines: list[int]
+    description: str
+    is_plain: bool
+
+
+def read_table(path: str | Path, text_column: str | None = None, label_column: str | None = None,
+               labelled: bool = True) -> Table:
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        rows = list(csv.DictReader(file))
+    text, label = text_column or "text", label_column or "label"
+    if not rows or text not in rows[0]:
+        raise InputError(f"{path}: there is no column {text}")
+    return Table(Path(path), [row[text] for row in rows], [row[label] for row in rows] if label in rows[0] else None,
+                 list(range(2, len(rows) + 2)), "CSV", False)
