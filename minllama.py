@@ -109,7 +109,7 @@ class Model:
 
 
 def lone_surrogate(text: str) -> int | None:
-    r"""Where half of a surrogate pair stands in a text (JSON's "\ud800"), which no encoding can write; None: nowhere."""
+    r"""Where half of a surrogate pair stands in a text (JSON's "\ud800"), which cannot be encoded; None: nowhere."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:

@@ -33,7 +33,7 @@ def run(config: RunConfig) -> int:
     n_read = n_cut = 0
     with ExitStack() as stack:
         if config.input.lower().endswith(TABLES):
-            take = rows_of_table(config, labels)
+            take = rows_of_table(config.input, config, labels)
         else:
             take = lines_of_text(config.input, source, labels, stack)
         is_silent = config.input == "-" or sys.stdout.isatty()  # the answers show how far it is
@@ -106,13 +106,13 @@ class Labels:
 # --------------------------------------------------------------------------- the texts
 
 
-def rows_of_table(config: RunConfig, labels: Labels) -> Callable[[], list[str]]:
-    """Gives the texts of the table --input, up to AT_ONCE a call, and [] at the end."""
-    table = tables.read_table(config.input, config.text_column, config.label_column, labelled=False)
+def rows_of_table(path: str, config: RunConfig, labels: Labels) -> Callable[[], list[str]]:
+    """Gives the texts of a table, up to AT_ONCE a call, and [] at the end."""
+    table = tables.read_table(path, config.text_column, config.label_column, labelled=False)
 
     def texts() -> Iterator[str]:
-        for text, label in zip(table.texts, table.labels or itertools.repeat(None)):  # noqa: B905  # it has no end
-            labels.add(None if label is None else str(label))
+        for i, text in enumerate(table.texts):
+            labels.add(str(table.labels[i]) if table.labels else None)
             yield text
 
     rest = texts()
@@ -135,7 +135,7 @@ def read_stdin(size: int) -> bytes:
 
     Unbuffered: the interpreter could not end while a thread waits inside a buffer's lock."""
     try:
-        return sys.stdin.buffer.raw.read(size) or b""  # type: ignore[attr-defined]  # of a BufferedReader
+        return sys.stdin.buffer.raw.read(size) or b""  # type: ignore[union-attr]  # of a BufferedReader
     except OSError as error:
         raise OSError(f"stdin: it cannot be read ({error.strerror}); give --input a file, or pipe the sentences into "
                       "this") from None

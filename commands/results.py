@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from commands.classification import is_ordinal
-from config import InputError, RunConfig, counted
+from config import InputError, RunConfig
 from dataset import Split
 from formats import files, tables
 from training import logs, metrics

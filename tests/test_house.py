@@ -14,9 +14,9 @@ from conftest import ROOT
 FLOORS = [
     ["run_llama"],
     [f"commands.{name}" for name in (
-        "finetune", "evaluate", "predict", "serve", "prompt", "generate", "lr_find", "verify_resume", "confirm", "series",
-        "one_run", "resume", "plan", "plot", "job", "results", "classification", "batcher", "answers", "finished",
-        "inputs")],
+        "finetune", "evaluate", "predict", "serve", "prompt", "generate", "lr_find", "verify_resume", "confirm",
+        "series", "one_run", "resume", "plan", "plot", "job", "results", "classification", "http_service", "batcher",
+        "answers", "finished", "inputs")],
     ["minllama"],
     [f"training.{name}" for name in (
         "checks", "trainer", "task", "gradients", "diagnosis", "guards", "metrics", "saved", "best", "state", "device",
@@ -31,8 +31,8 @@ FOLDERS = ("commands", "training", "formats", "config", "data")
 PLACE = {room: (floor, i) for floor, rooms in enumerate(FLOORS) for i, room in enumerate(rooms)}
 WITHOUT_TORCH = [
     "run_llama", "config.parser", "schedule", "tokenizer", "formats.memory", "formats.files", "formats.tables",
-    "formats.lines", "formats.gguf",
-    "data.prepare", "data.download", "training.logs", "training.run_folder", "training.streams", "training.signals"]
+    "formats.lines", "formats.gguf", "data.prepare", "data.download", "training.logs",
+    "training.run_folder", "training.streams", "training.signals"]
 # What a room may import inside a function: a library that takes over 0.2 s, or one that only some systems have.
 LATE = {"sklearn", "scipy", "matplotlib", "safetensors", "tokenizers", "sentencepiece", "gguf", "tqdm", "importlib",
         "fcntl", "msvcrt", "resource"}
