@@ -240,11 +240,13 @@ def near_neighbours(embedding: torch.Tensor, tokens: np.ndarray, k: int = 5) -> 
 EVAL_TOKENS = 4096  # padded tokens in an evaluation batch: no gradients are kept, so it can be large
 
 
-def length_order(lengths: np.ndarray, max_tokens: int = EVAL_TOKENS) -> Iterator[np.ndarray]:
-    """Rows for evaluation, longest first, in batches of at most max_tokens padded tokens (one row at least)."""
+def length_order(lengths: np.ndarray, max_tokens: int = EVAL_TOKENS, max_rows: int | None = None
+                 ) -> Iterator[np.ndarray]:
+    """Rows for evaluation, longest first, in batches of at most max_tokens padded tokens (one row at least) and, where
+    it is given, max_rows rows."""
     rows = np.argsort(-lengths, kind="stable")
     start = 0
     while start < len(rows):
-        size = max(1, max_tokens // int(lengths[rows[start]]))
+        size = max(1, min(max_rows or len(rows), max_tokens // int(lengths[rows[start]])))
         yield rows[start : start + size]
         start += size

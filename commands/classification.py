@@ -9,11 +9,10 @@ from torch import Tensor
 
 import dataset
 from classifier import ClassifierConfig, LlamaEmbeddingClassifier, classification_loss
-from commands import saved
 from config import RunConfig
 from dataset import Split
 from tokenizer import Tokenizer
-from training import metrics
+from training import metrics, saved
 from training.device import Device
 from training.task import Evaluation
 

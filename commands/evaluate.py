@@ -5,8 +5,8 @@ from pathlib import Path
 
 from commands import inputs, results
 from commands import splits as run_splits
+from commands.finished import load_run
 from commands.inputs import DataFiles
-from commands.saved import SavedRun, load_run
 from config import InputError, RunConfig
 from dataset import Split
 from formats import files, labels, tables
@@ -14,6 +14,7 @@ from training import device as devices
 from training import logs, metrics, state
 from training.metrics import Baseline
 from training.run_folder import RUN_FILE, options_of
+from training.saved import SavedRun
 from training.streams import without_readers
 
 
@@ -51,7 +52,7 @@ def run(config: RunConfig) -> int:
     outputs = {name: metrics.predict(saved.model, split, saved.tokenizer.pad_id, device, name)
                for name, split in splits.items()}
     for name in outputs:
-        results.check_finite(outputs[name], f"{saved.typed}: {name}")
+        metrics.check_finite(outputs[name], f"{saved.typed}: {name}")
     default_out = {name: saved.home.predictions(name if is_own else f"{used.name}-{name}") for name in outputs}
     results.report_splits(config, splits, outputs, default_out, names, baselines, with_tables=True)
     return 0

@@ -10,7 +10,6 @@ from pathlib import Path
 import dataset
 import fused
 import tokenizer as tokenizers
-from commands import saved
 from commands import splits as run_splits
 from config import InputError, RunConfig
 from data import prepare
@@ -18,7 +17,7 @@ from dataset import Split
 from formats import files, tables, weights
 from formats.weights import Weights
 from tokenizer import TOKENIZER_MODEL, Tokenizer
-from training import logs
+from training import logs, saved
 from training.device import wants_fused
 
 ROOT = Path(__file__).resolve().parent.parent

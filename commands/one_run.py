@@ -8,13 +8,13 @@ from torch import Tensor
 
 import dataset
 import fused
-from commands import estimate, results, resume, saved
+from commands import estimate, results, resume
 from commands import job as jobs
 from commands.inputs import Inputs
 from config import RunConfig, counted
 from formats import files
 from training import best as best_folder
-from training import checks, diagnosis, logs, metrics, run_folder, state, trainer
+from training import checks, diagnosis, logs, metrics, run_folder, saved, state, trainer
 from training.clock import Clock, Times
 from training.device import Device
 from training.run_folder import RunFolder
@@ -70,7 +70,7 @@ def train(config: RunConfig, inputs: Inputs, device: Device, series_folder: RunF
             with logs.doing(f"evaluating the best weights on {' and '.join(held_out)}"):
                 outputs = {name: job.task.predict(split, name) for name, split in held_out.items()}
         for name in outputs:
-            results.check_finite(outputs[name], f"{folder}: {name}")
+            metrics.check_finite(outputs[name], f"{folder}: {name}")
         with logs.doing("computing the baselines"):
             baselines = results.print_baselines(config, inputs.splits["train"], inputs.splits, known)
         found = diagnose(loop, folder, outputs["dev"], inputs, baselines["dev"].majority)

@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from commands import scores
 from commands import splits as run_splits
 from commands.classification import is_ordinal
-from config import InputError, RunConfig, counted
+from config import InputError, RunConfig
 from dataset import Split
 from formats import files
 from training import logs, metrics
@@ -92,16 +91,6 @@ def find_baselines(config: RunConfig, train: Split | Path, splits: Mapping[str, 
 
 
 # --------------------------------------------------------------------------- predictions and scores
-
-
-def check_finite(outputs: Tensor, what: str) -> None:
-    """Raises InputError for log-probabilities (N, C) that a sound model cannot give: a NaN, or a row without a class
-    that is possible."""
-    bad = outputs.isnan().any(1) | ~torch.isfinite(outputs.max(1).values)
-    if bad.any():
-        raise InputError(f"{what}: the output for {int(bad.sum())} of {counted(len(outputs), 'sentence')} is not "
-                         "finite (NaN or infinity): the weights are damaged, or the training has diverged; nothing is "
-                         "written")
 
 
 def report_splits(

@@ -5,10 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from commands import job as jobs
-from commands import saved
 from config import InputError, RunConfig, contradiction
 from formats import files
-from training import logs, state
+from training import logs, saved, state
 from training.run_folder import RUN_FILE, RunFolder, asks_for_series, options_of
 from training.trainer import Loop
 

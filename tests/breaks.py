@@ -90,7 +90,7 @@ BREAKS = [
           "else (None, config.label_column)", "columns_that_were_typed", "test_own_data"),
     Break("label_column is ignored", SPLITS, "else (config.text_column, config.label_column)",
           "else (config.text_column, None)", "columns_that_were_typed", "test_own_data"),
-    Break("what is held out is drawn anew each time", "holdout.py", "hashlib.sha256(folded(text).encode",
+    Break("what is held out is drawn anew each time", "formats/holdout.py", "hashlib.sha256(folded(text).encode",
           "hashlib.sha256(repr(id(text)).encode", "held_out", "test_own_data"),
     Break("test is read from dev", INPUTS, 'given["train"], given["dev"], given["test"]',
           'given["train"], given["dev"], given["dev"]', "each_split"),

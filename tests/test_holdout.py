@@ -1,13 +1,12 @@
-"""holdout.py: what is held out stays held out, copies stay together, and every class has its part."""
+"""formats/holdout.py: what is held out stays held out, copies stay together, and every class has its part."""
 
 import hashlib
 
+import holdout
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-import holdout
 
 ROWS = st.lists(st.tuples(st.text("ab cAB é", max_size=4), st.integers(0, 4)), max_size=60)
 

@@ -15,7 +15,7 @@ FLOORS = [
     ["run_llama"],
     [f"commands.{name}" for name in (
         # one for each --option
-        "finetune", "evaluate", "predict", "prompt", "generate", "lr_find", "verify_resume",
+        "finetune", "evaluate", "predict", "serve", "prompt", "generate", "lr_find", "verify_resume",
         # what they share
         "confirm",
         "series",
@@ -30,10 +30,14 @@ FLOORS = [
         "results",
         "scores",
         "classification",
+        "http_service",
+        "batcher",
+        "answers",
+        "finished",
         "inputs",
-        "saved",
         "splits",
     )],
+    ["minllama"],
     [f"training.{name}" for name in (
         "checks",
         "trainer",
@@ -43,6 +47,7 @@ FLOORS = [
         "guards",
         "metrics",
         "bar",
+        "saved",
         "best",
         "state",
         "average",
@@ -65,6 +70,7 @@ FLOORS = [
         "delimited",
         "columns",
         "rows",
+        "lines",
         "text",
         "files",
         "memory",
@@ -76,7 +82,7 @@ FOLDERS = ("commands", "training", "formats", "config", "data")
 PLACE = {room: (floor, i) for floor, rooms in enumerate(FLOORS) for i, room in enumerate(rooms)}
 WITHOUT_TORCH = [
     "run_llama", "config.parser", "schedule", "tokenizer", "formats.memory", "formats.files", "formats.labels",
-    "formats.tables", "formats.holdout",
+    "formats.tables", "formats.holdout", "formats.lines",
     "formats.gguf", "data.prepare", "data.download", "training.logs", "training.run_folder", "training.streams",
     "training.signals", "training.course", "training.clock"]
 # What a room may import inside a function: a library that takes over 0.2 s, or one that only some systems have.

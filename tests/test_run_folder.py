@@ -20,11 +20,11 @@ from test_resume import assert_same_end, flip, lines, main, refused, stop_at
 
 from commands import job as jobs
 from commands import one_run
-from commands import saved as saved_runs
 from config import parse_args
 from formats import files
 from training import best as best_folder
 from training import run_folder
+from training import saved as saved_runs
 from training import state as states
 
 posix = pytest.mark.skipif(os.name != "posix", reason="signals, links and /dev are POSIX's")

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, tiny_sentences
 
+import dataset
 import fused
 import optimizer
 import run_llama
@@ -156,8 +157,8 @@ def test_generate_writes_two_files_and_greedy_is_the_same_each_time(arguments, c
 
 def test_prompt_does_not_depend_on_the_batch(arguments, monkeypatch, capsys):
     for budget in (4096, 1):
-        monkeypatch.setattr(metrics, "length_order", lambda lengths, budget=budget, f=metrics.length_order: f(
-            lengths, budget))
+        monkeypatch.setattr(metrics, "length_order", lambda lengths, max_rows, budget=budget, f=dataset.length_order: f(
+            lengths, budget, max_rows))
         assert run_llama.main(["--option", "prompt", *arguments, "--dev_out", f"dev-{budget}.txt"]) == 0
         monkeypatch.undo()
         monkeypatch.chdir(Path(arguments[-1]).parent)

@@ -12,7 +12,7 @@ from torch import nn
 
 import tokenizer as tokenizers
 from classifier import ClassifierConfig, LlamaEmbeddingClassifier, empty_classifier
-from config import InputError, RunConfig
+from config import InputError
 from formats import files, weights
 from tokenizer import Tokenizer
 from training import best as best_folder
@@ -63,16 +63,11 @@ class SavedRun:
     settings: ClassifierConfig
 
 
-def load_run(config: RunConfig) -> SavedRun:
-    """The classifier of --run, checked. Raises InputError or FileNotFoundError with what to do."""
-    if not config.run:
-        raise InputError(f"--option {config.option} needs --run RUN, the folder of a finished fine-tuning run")
-    folder = Path(config.run)
+def load_run(run: str | Path) -> SavedRun:
+    """The classifier of a finished run's folder, or of its best/, checked. Raises InputError or FileNotFoundError with
+    what to do."""
+    folder = Path(run)
     best = checked_best(folder, "--run")
-    fixed = config.given & {"pretrained_model_path", "tokenizer", "n_layers", "attention", "pooling",
-                            "max_sentence_len", "hidden_dropout_prob", "dropout"}
-    if fixed:
-        logs.warn(f"--{', --'.join(sorted(fixed))}: no effect, the saved run decides")
     described = best / "config.json"
     settings = ClassifierConfig.read(files.read_json(described), described)
     model = empty_classifier(settings, described)

@@ -1,0 +1,23 @@
+"""--run: the finished run that a command uses."""
+
+from config import InputError, RunConfig
+from minllama import Model
+from training import logs, saved
+from training.saved import SavedRun
+
+
+def load_run(config: RunConfig) -> SavedRun:
+    """The classifier of --run, checked. Raises InputError or FileNotFoundError with what to do."""
+    if not config.run:
+        raise InputError(f"--option {config.option} needs --run RUN, the folder of a finished fine-tuning run")
+    run = saved.load_run(config.run)
+    fixed = config.given & {"pretrained_model_path", "tokenizer", "n_layers", "attention", "pooling",
+                            "max_sentence_len", "hidden_dropout_prob", "dropout"}
+    if fixed:
+        logs.warn(f"--{', --'.join(sorted(fixed))}: no effect, the saved run decides")
+    return run
+
+
+def load_model(config: RunConfig) -> Model:
+    """The classifier of --run, on the device that was asked for, as a Python program gets it too."""
+    return Model(load_run(config), config)
