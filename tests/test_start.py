@@ -125,7 +125,7 @@ def test_new_head_without_a_run_does_nothing_and_says_so(inputs, tiny_model):
 
 
 def test_a_run_from_a_run_is_resumed_with_its_own_options(earlier, inputs):
-    first = from_run(inputs, earlier)
+    first = from_run(inputs, earlier, "--keep_state")
     Path("later/result.json").unlink()  # as if it had been killed just before its end
     again = main(Path("later"), ["--resume", "later"])
     assert again.code == 0 and again.result["dev"] == first.result["dev"], again.err
