@@ -13,4 +13,4 @@ set -eu
 cd "$(dirname "$0")/.."
 
 pip install -r requirements.txt
-python run_llama.py --option finetune --n_layers 4 --attention bidirectional --pooling mean --lr 5e-4 --batch_size 32 --epochs 1 --hidden_dropout_prob 0.1
+python run_llama.py --option finetune --n_layers 4 --epochs 1

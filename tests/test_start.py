@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from test_options import main
 
 from classifier import ClassifierConfig, empty_classifier
-from commands import saved
+from training import saved
 from formats import files
 from formats.weights import read_weights
 from llama import load_pretrained
