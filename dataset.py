@@ -72,7 +72,7 @@ def load_split(path: Path, tokenizer: Tokenizer, context: int, max_sentence_len:
 
 def split_of(table: Table, classes: Classes, tokenizer: Tokenizer, context: int,
              max_sentence_len: int | None = None) -> Split:
-    """A table that has been read, tokenised. Raises InputError, with the lines, for labels that are no classes."""
+    """A table that has been read, tokenised. Raises InputError, with the lines, for labels of no class."""
     labels = np.asarray(classes.numbers(table), dtype=np.int64)
     tokens, n_cut = tokenize(table.texts, tokenizer, context, max_sentence_len)
     return Split(table.path, table.texts, tokens, labels, n_cut, table.lines, classes)
