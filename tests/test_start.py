@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 from test_options import main
 
 from classifier import ClassifierConfig, empty_classifier
-from training import saved
 from formats import files
 from formats.weights import read_weights
 from llama import load_pretrained
+from training import saved
 
 # A training that changes nothing: what it reports is what it began with.
 STILL = ("--epochs 1 --lr 1e-12 --optimizer sgd --scheduler constant --hidden_dropout_prob 0 --batch_size 32 "
