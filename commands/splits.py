@@ -48,10 +48,11 @@ def tokenise(config: RunConfig, found: Mapping[str, Table], classes: Mapping[str
     splits = {}
     for name, table in found.items():
         splits[name] = split = dataset.split_of(table, classes[name], tokenizer, context, config.max_sentence_len)
-        share = 100 * split.n_cut / len(split)
+        percent = 100 * split.n_cut / len(split)
+        share = f"{percent:.0f}%" if percent >= 10 else f"{percent:.2g}%"
         if split.n_cut:
             logs.warn(f"{table.path}: {split.n_cut} of {counted(len(split), 'sentence')} cut to "
-                      f"{counted(config.max_sentence_len or context, 'token')} ({share:{'.0f' if share >= 10 else '.2g'}}%)")
+                      f"{counted(config.max_sentence_len or context, 'token')} ({share})")
         logs.say(f"load {len(split)} data from {table.path}")
     if "test" not in splits:
         logs.notice("there is no test file: only dev is evaluated")
