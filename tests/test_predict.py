@@ -115,7 +115,7 @@ def test_labels_in_the_input_are_scored_and_no_part_of_the_sentence(predict, run
     for name in (str, NAMES.__getitem__):
         found = predict([f"{name(label)} ||| {s}" for label, s in rows])
         assert found.out == plain.out
-        assert "in.txt: 12 of 12 have a label, which is no part of the sentence\n" in found.err
+        assert "in.txt: 12 of 12 have a label, which is not part of the sentence\n" in found.err
         assert found.err.endswith(f"scored :: {right} of 12 right ({right / 12:.3f})\n")
     odd = predict([f"9 ||| {sentences[0]}", f"good ||| {sentences[2]}", "x"])
     assert "1 of 3 have a label that the run does not know" in odd.err and "1 of 3 have a label, which" in odd.err
