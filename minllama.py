@@ -93,7 +93,7 @@ class Model:
             if not isinstance(text, str):
                 raise TypeError(f"text {i} is {text!r:.60} ({type(text).__name__}); expected a str")
             if (place := lone_surrogate(text)) is not None:
-                raise InputError(f"text {i}: character {place} is one half of a surrogate pair, which is no character")
+                raise InputError(f"text {i}: character {place} is one half of a surrogate pair, and not a character")
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; it must be 1 or more")
         if not sentences:

@@ -74,7 +74,7 @@ def read_request(body: bytes) -> tuple[list[str], int | None]:
         if len(text) > MOST_CHARACTERS:
             raise Refused(413, f"text {i} has {len(text)} characters; {MOST_CHARACTERS} at most")
         if lone_surrogate(text) is not None:
-            raise Refused(400, f"text {i} has half of a surrogate pair, which is no character")
+            raise Refused(400, f"text {i} has half of a surrogate pair, which is not a character")
     return texts, top_k
 
 

@@ -96,7 +96,7 @@ class Labels:
                       "scored")
         if not self.n_labelled:
             return
-        logs.notice(f"{self.source}: {self.n_labelled} of {n} have a label, which is no part of the sentence")
+        logs.notice(f"{self.source}: {self.n_labelled} of {n} have a label, which is not part of the sentence")
         n_sure = self.n_labelled - self.n_unsure
         share = f" ({self.n_right / n_sure:.3f})" if n_sure else ""
         unsure = f", {self.n_unsure} unsure" if has_threshold else ""

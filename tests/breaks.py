@@ -29,6 +29,7 @@ JOB, TASK, FINETUNE, SERIES = ("commands/job.py", "commands/classification.py", 
                                "commands/series.py")
 INPUTS, RESULTS, LR_FIND, GENERATE = ("commands/inputs.py", "commands/results.py", "commands/lr_find.py",
                                       "commands/generate.py")
+PREDICT, SERVE, HTTP = "commands/predict.py", "commands/serve.py", "commands/http_service.py"
 STATE, ONE_RUN = "training/state.py", "commands/one_run.py"
 METRICS, SCORES, START = "training/metrics.py", "commands/scores.py", "commands/start.py"
 SPLITS = "commands/splits.py"
@@ -299,6 +300,30 @@ BREAKS = [
           '(0.0, "generated-sentence-temp-0.txt")', "generate"),
     Break("question is ignored", "commands/prompt.py", "config.question, inputs.names)", '"Is it", inputs.names)',
           "question"),
+
+    # The answers
+    Break("output_format is ignored", PREDICT, "answers.LINES[config.output_format](", 'answers.LINES["tsv"](',
+          "output_format", "test_predict"),
+    Break("top_k is ignored", PREDICT, "names, config.top_k, config.threshold)", "names, None, config.threshold)",
+          "top_k", "test_predict"),
+    Break("threshold is ignored", PREDICT, "names, config.top_k, config.threshold)", "names, config.top_k)",
+          "threshold", "test_predict"),
+    Break("a label is a part of the sentence", PREDICT, "return sentence if self.add(", "return line if self.add(",
+          "labels", "test_predict"),
+    Break("the host is ignored", SERVE, "http_service.Server(config.host,", 'http_service.Server("127.0.0.1",',
+          "host", "test_serve"),
+    Break("the port is ignored", SERVE, "config.host, config.port, batcher", "config.host, 0, batcher", "signal",
+          "test_serve"),
+    Break("a trickle moves the deadline", HTTP, "self.connection.settimeout(left)",
+          "self.deadline += 1", "trickle", "test_serve"),
+    Break("another site's Host is answered", HTTP, "if self.server.is_local and host", "if False and host",
+          "status", "test_serve"),
+    Break("the queue has no end", "commands/batcher.py", "if self._n_waiting and", "if False and", "queue",
+          "test_serve"),
+    Break("the answers of a batch are mixed up", "commands/batcher.py", "            start += len(texts)\n", "",
+          "together", "test_serve"),
+    Break("auto is bfloat16 in the door", "minllama.py", 'dtype="float32") if config.dtype == "auto"',
+          'dtype="bfloat16") if config.dtype == "auto"', "output_format", "test_predict"),
 
     # The moving average
     Break("best holds the raw weights", TRAINER,

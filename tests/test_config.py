@@ -345,7 +345,7 @@ def test_the_short_help_has_what_people_use_most_and_says_how_to_see_the_rest():
     text = help_of()
     assert shown_in(text) == {f.name for f in config.options() if f.metadata["common"]} > {"option", "lr", "epochs"}
     assert "--option COMMAND --help" in " ".join(text.split())
-    assert "predict: a file of sentences" in text, "an option says whose it is where the help is nobody's own"
+    assert "predict: the sentences to label" in text, "an option says whose it is where the help is nobody's own"
     assert len(shown_in(text)) < 40
 
 
@@ -401,7 +401,7 @@ def test_an_option_does_nothing_without_what_it_needs(f):
 @pytest.mark.parametrize("f", [f for f in config.options() if "finetune" not in f.metadata["only"]],
                          ids=lambda f: f.name)
 def test_an_option_of_another_command_does_nothing(f):
-    value = "" if f.type is bool else "1e-3" if "float" in str(f.type) else "20"
+    value = "" if f.type is bool else "1e-3" if "float" in str(f.type) else (f.metadata.get("choices") or ["20"])[0]
     assert no_effect(f"--{f.name} {value}") == [f"--{f.name}: it belongs to another --option"]
     (its, *_) = f.metadata["only"]
     assert config.no_effect(config.parse_args(["--option", its, *f"--{f.name} {value}".split()])) == []

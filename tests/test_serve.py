@@ -57,9 +57,10 @@ def ask(server, method="POST", path="/predict", body=None, **headers):
     connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=30)
     if body is not None and not isinstance(body, bytes):
         body = json.dumps(body).encode()
+    headers = {name.replace("_", "-"): value for name, value in headers.items()}
     if method == "POST":
         headers.setdefault("Content-Type", "application/json")
-    connection.request(method, path, body, {name.replace("_", "-"): value for name, value in headers.items()})
+    connection.request(method, path, body, headers)
     response = connection.getresponse()
     content = response.read()
     connection.close()
@@ -129,7 +130,8 @@ def test_each_fault_has_its_status_and_a_message(server, status, method, path, b
 
 
 @pytest.mark.parametrize("head, status", [
-    (b"Content-Length: -1", b"400"), (b"Content-Length: 1_6", b"400"), (b"Content-Length: 99", b"400"), (b"X: 1", b"411"),
+    (b"Content-Length: -1", b"400"), (b"Content-Length: 1_6", b"400"), (b"Content-Length: 99", b"400"),
+    (b"X: 1", b"411"),
     (b"Content-Length: 16\r\nContent-Length: 3", b"400"), (b"Content-Length: 10000000\r\nExpect: 100-continue", b"413"),
 ])
 def test_a_body_whose_length_is_not_known_ends_the_connection(server, head, status):
@@ -139,7 +141,8 @@ def test_a_body_whose_length_is_not_known_ends_the_connection(server, head, stat
 
 
 def test_rubbish_behind_a_request_is_no_request(server):
-    found = raw(server, b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n\x16\x03\x01 rubbish\r\n\r\nGET / HTTP/1.1\r\n\r\n")
+    found = raw(server, b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
+                b"\x16\x03\x01 rubbish\r\n\r\nGET / HTTP/1.1\r\n\r\n")
     assert re.findall(rb"HTTP/1.. (\d+)", found) == [b"200", b"400"]
 
 
@@ -275,7 +278,8 @@ def test_a_port_in_use_and_a_host_that_is_none_are_one_message(server):
 def test_the_service_answers_as_predict_does_and_ends_on_a_signal(inputs, tmp_path, monkeypatch, capsys):
     """The whole program, at the --host and --port that were typed."""
     monkeypatch.chdir(tmp_path)
-    assert run_llama.main(["--option", "finetune", *inputs, "--epochs", "1", "--lr", "3e-3", "--output_dir", "run"]) == 0
+    command = ["--option", "finetune", *inputs, "--epochs", "1", "--lr", "3e-3", "--output_dir", "run"]
+    assert run_llama.main(command) == 0
     (tmp_path / "in.txt").write_text("\n".join(TEXTS), encoding="utf-8")
     capsys.readouterr()
     assert run_llama.main(["--option", "predict", "--run", "run", "--input", "in.txt", "--output_format", "jsonl"]) == 0
@@ -283,9 +287,9 @@ def test_the_service_answers_as_predict_does_and_ends_on_a_signal(inputs, tmp_pa
     with socket.socket() as one:  # a port that is free
         one.bind(("127.0.0.1", 0))
         port = one.getsockname()[1]
-    process = subprocess.Popen([sys.executable, str(ROOT / "run_llama.py"), "--option", "serve", "--run", "run", "--host",
-                                "localhost", "--port", str(port)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                               text=True)
+    process = subprocess.Popen([sys.executable, str(ROOT / "run_llama.py"), "--option", "serve", "--run", "run",
+                                "--host", "localhost", "--port", str(port)], text=True, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE)
     try:
         assert process.stdout.readline() == f"serving :: http://localhost:{port} (run, 3 classes)\n"
         running = type("Running", (), {"server_port": port})
