@@ -2,11 +2,12 @@
 
 import hashlib
 
-import holdout
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from formats import holdout
 
 ROWS = st.lists(st.tuples(st.text("ab cAB é", max_size=4), st.integers(0, 4)), max_size=60)
 
