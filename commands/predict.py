@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import partial
+from pathlib import Path
 
 from tqdm import tqdm
 
@@ -14,6 +15,7 @@ from commands import answers, results
 from commands.finished import load_model
 from config import InputError, RunConfig, counted
 from formats import lines, tables
+from formats.labels import canonical, is_whole
 from training import logs, streams
 
 TABLES = (".csv", ".tsv", ".jsonl", ".parquet", ".gz")  # by the end of the file's name; everything else has lines
@@ -66,13 +68,15 @@ class Labels:
 
     def __init__(self, source: str, names: list[str]):
         self.source = source
-        self.numbers = {**{str(i): i for i in range(len(names))}, **{name: i for i, name in enumerate(names)}}
+        self.numbers = {canonical(name): i for i, name in enumerate(names)}
+        if not all(map(is_whole, self.numbers)):  # else 1 could be a name, or the second class
+            self.numbers = {**{str(i): i for i in range(len(names))}, **self.numbers}
         self.known: list[int | None] = []  # of the texts that are not answered yet
         self.n_labelled = self.n_unknown = self.n_right = self.n_unsure = 0
 
     def add(self, label: str | None) -> bool:
         """Note the label of the next text, a class's name or number; None where it has none. Is it a class's?"""
-        number = None if label is None else self.numbers.get(label.strip())
+        number = None if label is None else self.numbers.get(canonical(label.strip()))
         self.known.append(number)
         self.n_labelled += number is not None
         self.n_unknown += label is not None and number is None
@@ -120,13 +124,17 @@ def rows_of_table(path: str, config: RunConfig, labels: Labels) -> Callable[[], 
 
 
 def lines_of_text(path: str, source: str, labels: Labels, stack: ExitStack) -> Callable[[], list[str]]:
-    """Gives the sentences of a file, or of stdin (-), that have arrived, waiting for the first, and [] at the end."""
+    """Gives the sentences of a file, AT_ONCE a call, or of a pipe (- is stdin) those that have arrived, waiting for the
+    first; [] at the end."""
     if path == "-":
         read = partial(read_stdin, 1 << 16)
     else:
         file = stack.enter_context(open(path, "rb", buffering=0))
         read = partial(os.read, file.fileno(), 1 << 16)
-    arriving = stack.enter_context(lines.Arriving(lines.read_lines(read, source, logs.notice)))
+    found = lines.read_lines(read, source, logs.notice)
+    if path != "-" and Path(path).is_file():  # always the same batches, so that the same file gives the same last digit
+        return lambda: [labels.split(line) for line in itertools.islice(found, AT_ONCE)]
+    arriving = stack.enter_context(lines.Arriving(found))
     return lambda: [labels.split(line) for line in arriving.take(AT_ONCE)]
 
 

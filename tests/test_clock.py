@@ -317,7 +317,7 @@ def test_each_slow_part_says_what_it_is(inputs, monkeypatch, capsys):
     done, real = [], logs.doing
     monkeypatch.setattr(logs, "doing", lambda what: done.append(what) or real(what))
     assert main("--option", "finetune", *inputs, *RUN, "--output_dir", "run") == 0
-    for what in ("loading the program", f"reading {inputs[1]}", "reading and tokenizing", "compiling fused.c",
+    for what in ("loading the program", f"reading {inputs[1]}", "tokenizing", "compiling fused.c",
                  "computing the checksums", "saving run/last", "saving run/best", "reading run/best",
                  "evaluating the best weights on dev and test", "computing the baselines"):
         assert any(line.startswith(what) for line in done), what
