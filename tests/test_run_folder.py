@@ -513,7 +513,8 @@ def test_a_kill_inside_overwrite_leaves_no_state_beside_a_new_run(inputs, stoppe
             patch.setattr(run_folder.shutil, "rmtree", killing(shutil.rmtree))
             patch.setattr(Path, "unlink", killing(Path.unlink))
             patch.setattr(os, "replace", killing(os.replace))
-            patch.setattr(one_run, "train", lambda config, *_: run_folder.open_run(config) and {"stopped": ""})
+            patch.setattr(one_run, "train",
+                          lambda config, *_, **more: run_folder.open_run(config) and {"stopped": ""})
             try:
                 main("--option", "finetune", *inputs, *TRAIN, "--output_dir", run, "--overwrite")
             except Kill:
