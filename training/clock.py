@@ -14,7 +14,7 @@ from config import RunConfig
 from training.course import Course
 
 START_AND_END = 1.5  # seconds, of Python itself
-RESERVE = 1.3  # what must follow is taken to last so many times as long
+RESERVE = 1.5  # what must follow is taken to last so many times as long
 command_began = time.monotonic()  # `begin_command` sets it
 
 
