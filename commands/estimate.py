@@ -188,9 +188,10 @@ def fitted(config: RunConfig, job: Job[ClassificationTask], times: Times, deadli
     """The options and the job of a run that is over by then: with --max_steps, and the schedule laid over them, where
     not all of the steps fit. Raises InputError where not even one does."""
     course, now = course_of(config, job.steps_per_epoch), time.monotonic()
-    n = clock.steps_that_fit(times, course, (1 - MARGIN) * (deadline - now))
+    twice = times.evaluation + times.once  # behind the last step nothing can be left out: it may take twice as long
+    n = clock.steps_that_fit(times, course, (1 - MARGIN) * (deadline - now) - twice)
     if n == 0:
-        shortest = times.of(Course(1, job.steps_per_epoch, config.eval_every)) / (1 - MARGIN)
+        shortest = (times.of(Course(1, job.steps_per_epoch, config.eval_every)) + twice) / (1 - MARGIN)
         least = now - clock.command_began + clock.START_AND_END + shortest
         raise InputError(f"--max_minutes {config.max_minutes:g}: not even one step and one evaluation fit into it; it "
                          f"takes {math.ceil(least / 6) / 10:g} at least (before the first step "

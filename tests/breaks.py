@@ -327,9 +327,9 @@ BREAKS = [
 
     # The moving average
     Break("best holds the raw weights", TRAINER,
-          "                digest = self.task.save_best(self.folder.best) if self.folder else None\n",
-          "                with self.average.in_place():\n"
-          "                    digest = self.task.save_best(self.folder.best) if self.folder else None\n",
+          "                    digest = self.task.save_best(self.folder.best)\n",
+          "                    with self.average.in_place():\n"
+          "                        digest = self.task.save_best(self.folder.best)\n",
           "moving_average"),
     Break("the raw weights are evaluated", TRAINER, "with self.average.in_place():\n            found = ",
           "with ExitStack():\n            found = ", "moving_average"),

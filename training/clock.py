@@ -14,6 +14,7 @@ from config import RunConfig
 from training.course import Course
 
 START_AND_END = 1.5  # seconds, of Python itself
+RESERVE = 1.5  # what must follow is taken to last so many times as long
 command_began = time.monotonic()  # `begin_command` sets it
 
 
@@ -74,12 +75,12 @@ class Clock:
         it was, everything that follows is taken to be slower too."""
         if self.deadline is None or not self.estimated:
             return False
-        expected = self.estimated
-        step, evaluation = max([expected.step, *self.steps]), max([expected.evaluation, *self.evaluations])
+        expected, recent = self.estimated, list(self.steps)[-10:]
         ratios = [statistics.median(found) / usual for found, usual in (
-            (self.steps, expected.step), (self.evaluations, expected.evaluation)) if found]
+            (recent, expected.step), (self.evaluations, expected.evaluation)) if found]
         slower = max([1.0, *ratios])
-        return time.monotonic() + step + evaluation + slower * expected.once > self.deadline
+        step, evaluation = max([expected.step, *recent]), max([slower * expected.evaluation, *self.evaluations])
+        return time.monotonic() + RESERVE * (step + evaluation + slower * expected.once) > self.deadline
 
 
 def steps_that_fit(times: Times, course: Course, seconds: float) -> int:

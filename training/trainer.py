@@ -378,8 +378,10 @@ class Loop:
         before = best.get("monitor")
         is_better = before is None or value > before + self.config.min_delta
         if is_better or (value == before and record.dev_loss < best["dev_loss"]):
-            with logs.doing(f"saving {self.folder and self.folder.best}"):
-                digest = self.task.save_best(self.folder.best) if self.folder else None
+            digest = None
+            if self.folder:
+                with logs.doing(f"saving {self.folder.best}"):
+                    digest = self.task.save_best(self.folder.best)
             self.progress.best = {**logs.columns(record), "monitor": value, "manifest": digest}
         return is_better
 
