@@ -16,7 +16,7 @@ from config import InputError, RunConfig, counted
 from formats import lines, tables
 from training import logs, streams
 
-TABLES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet", ".gz")  # by the end of the file's name; everything else has lines
+TABLES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet", ".gz")  # ends of names; every other file has lines
 AT_ONCE = 512  # texts that are answered together, where so many have arrived
 
 
