@@ -18,7 +18,7 @@ from formats import lines, tables
 from formats.labels import canonical, is_whole
 from training import logs, streams
 
-TABLES = (".csv", ".tsv", ".jsonl", ".parquet", ".gz")  # by the end of the file's name; everything else has lines
+TABLES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet", ".gz")  # ends of names; every other file has lines
 AT_ONCE = 512  # texts that are answered together, where so many have arrived
 
 
@@ -113,11 +113,15 @@ class Labels:
 def rows_of_table(path: str, config: RunConfig, labels: Labels) -> Callable[[], list[str]]:
     """Gives the texts of a table, up to AT_ONCE a call, and [] at the end."""
     table = tables.read_table(path, config.text_column, config.label_column, labelled=False)
+    logs.notice(f"{path}: {table.description}")
 
     def texts() -> Iterator[str]:
         for i, text in enumerate(table.texts):
-            labels.add(str(table.labels[i]) if table.labels else None)
-            yield text
+            if table.is_plain and table.labels is None:
+                yield labels.split(text)
+            else:
+                labels.add(str(table.labels[i]) if table.labels else None)
+                yield text
 
     rest = texts()
     return lambda: list(itertools.islice(rest, AT_ONCE))

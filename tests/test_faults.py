@@ -154,8 +154,8 @@ def test_closed_streams(run, tiny_model, closed, words):
             "generate.run = lambda config: open('kept', 'w').close() or print('x') or logs.notice('y') or 0\n"
             "if 'predict' in sys.argv:\n"
             "    from commands import predict\n"
-            "    names = types.SimpleNamespace(settings=types.SimpleNamespace(label_names=['a', 'b']))\n"
-            "    predict.load_model = lambda config: types.SimpleNamespace(saved=names)\n"
+            "    bag = types.SimpleNamespace\n"
+            "    predict.load_model = lambda config: bag(saved=bag(settings=bag(label_names=['a', 'b'])))\n"
             "sys.exit(run_llama.main())")
     Path("in.txt").write_text("good\n", encoding="utf-8")
     done = subprocess.run(["sh", "-c", f'"$0" -c "$1" "$2" {closed}', sys.executable, code, str(ROOT)], text=True,
