@@ -2,7 +2,7 @@
 
     from minllama import load
 
-    model = load("runs/finetune-1-0.0005")
+    model = load("runs/finetune-1-0.00063")
     model.predict(["a charming film"])        # array(['good'], ...): elements of model.classes_
     model.predict_proba(["a charming film"])  # array([[0.02, ..., 0.71]]), (N, C), columns as in model.classes_
 
@@ -37,6 +37,8 @@ def load(run: str | Path, device: str | None = None, dtype: str = "float32") -> 
     units for it, and rounds a sentence's numbers otherwise in another batch. Raises InputError (a ValueError) or
     FileNotFoundError, with what to do, for a folder without a sound classifier.
     """
+    if dtype not in ("auto", "float32", "bfloat16"):
+        raise InputError(f"dtype is {dtype!r}; it can be float32 or bfloat16")
     return Model(load_run(run), RunConfig(option="predict", device=device, dtype=dtype))
 
 
@@ -79,8 +81,9 @@ class Model:
         Raises TypeError for one text alone, or what is no text, and InputError for weights that are damaged.
         """
         answers = self.answer(texts, batch_size)
+        n = len(answers.probabilities)
         if answers.n_cut:  # Python's own warnings: a caller can silence them, and a loop is warned once
-            warnings.warn(f"{answers.n_cut} of {counted(len(texts), 'text')} cut to {counted(self.longest, 'token')}",
+            warnings.warn(f"{answers.n_cut} of {counted(n, 'text')} cut to {counted(self.longest, 'token')}",
                           stacklevel=2)
         return answers.probabilities
 

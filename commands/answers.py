@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -69,14 +70,15 @@ def csv_header(names: Sequence[str], top_k: int | None) -> str:
 
 
 def _plain(text: str) -> str:
-    """A text that a spreadsheet would run as a formula, with an apostrophe in front."""
-    return f"'{text}" if text.lstrip().startswith(("=", "+", "-", "@")) else text
+    """A text that a spreadsheet would run as a formula, with an apostrophe in front. A number, as -1, is none."""
+    is_formula = text.lstrip().startswith(("=", "+", "-", "@")) and not re.fullmatch(r"[+-]?[0-9.,]+", text.strip())
+    return f"'{text}" if is_formula else text
 
 
 def _csv_row(values: list[Any]) -> str:
     row = io.StringIO()
-    csv.writer(row, lineterminator="\n").writerow(values)
-    return row.getvalue()
+    csv.writer(row, lineterminator="\r\n").writerow(values)  # so that both characters are quoted inside of a text
+    return row.getvalue().removesuffix("\r\n") + "\n"
 
 
 LINES: dict[str, Callable[[str, Answer, bool], str]] = {"tsv": tsv_line, "jsonl": jsonl_line, "csv": csv_line}

@@ -12,7 +12,7 @@ def load_run(config: RunConfig) -> SavedRun:
         raise InputError(f"--option {config.option} needs --run RUN, the folder of a finished fine-tuning run")
     run = saved.load_run(config.run)
     fixed = config.given & {"pretrained_model_path", "tokenizer", "n_layers", "attention", "pooling",
-                            "max_sentence_len", "hidden_dropout_prob", "dropout"}
+                            "max_sentence_len", "hidden_dropout_prob", "dropout", "batch_size"}
     if fixed:
         logs.warn(f"--{', --'.join(sorted(fixed))}: no effect, the saved run decides")
     return run

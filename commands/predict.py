@@ -1,11 +1,13 @@
 """--option predict: the class of each line of a file or of stdin, or of each row of a table; stdout has the answers
 and nothing else. A line that is written to an open pipe is answered at once."""
 
+import gzip
 import itertools
 import os
 import sys
+import zlib
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 
@@ -18,7 +20,6 @@ from formats import lines, tables
 from formats.labels import canonical, is_whole
 from training import logs, streams
 
-TABLES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet", ".gz")  # ends of names; every other file has lines
 AT_ONCE = 512  # texts that are answered together, where so many have arrived
 
 
@@ -34,9 +35,12 @@ def run(config: RunConfig) -> int:
     labels = Labels(source, names)
     n_read = n_cut = 0
     with ExitStack() as stack:
-        if config.input.lower().endswith(TABLES):
+        if tables.kind_by_name(Path(config.input)) not in ("", "plain"):  # all others have lines
             take = rows_of_table(config.input, config, labels)
         else:
+            if config.text_column or config.label_column:
+                raise InputError(f"--text_column and --label_column name columns of a table, and {source} has lines; a "
+                                 "table ends in .csv, .tsv, .jsonl or .parquet (and .gz)")
             take = lines_of_text(config.input, source, labels, stack)
         is_silent = config.input == "-" or sys.stdout.isatty()  # the answers show how far it is
         bar = stack.enter_context(tqdm(desc="predict", unit=" texts", leave=False, file=sys.stderr,
@@ -120,7 +124,7 @@ def rows_of_table(path: str, config: RunConfig, labels: Labels) -> Callable[[], 
             if table.is_plain and table.labels is None:
                 yield labels.split(text)
             else:
-                labels.add(str(table.labels[i]) if table.labels else None)
+                labels.add(table.labels[i] or None if table.labels else None)
                 yield text
 
     rest = texts()
@@ -131,7 +135,11 @@ def lines_of_text(path: str, source: str, labels: Labels, stack: ExitStack) -> C
     """Gives the sentences of a file, AT_ONCE a call, or of a pipe (- is stdin) those that have arrived, waiting for the
     first; [] at the end."""
     if path == "-":
+        with suppress(OSError, ValueError, AttributeError):  # else nothing yet would look like the end
+            os.set_blocking(sys.stdin.fileno(), True)
         read = partial(read_stdin, 1 << 16)
+    elif path.lower().endswith(".gz"):
+        read = partial(read_compressed, stack.enter_context(gzip.open(path)), path)
     else:
         file = stack.enter_context(open(path, "rb", buffering=0))
         read = partial(os.read, file.fileno(), 1 << 16)
@@ -140,6 +148,14 @@ def lines_of_text(path: str, source: str, labels: Labels, stack: ExitStack) -> C
         return lambda: [labels.split(line) for line in itertools.islice(found, AT_ONCE)]
     arriving = stack.enter_context(lines.Arriving(found))
     return lambda: [labels.split(line) for line in arriving.take(AT_ONCE)]
+
+
+def read_compressed(file: gzip.GzipFile, path: str) -> bytes:
+    """The next bytes of a file that is compressed, b"" at its end."""
+    try:
+        return file.read1(1 << 16)
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise InputError(f"{path}: it cannot be decompressed ({error})") from None
 
 
 def read_stdin(size: int) -> bytes:

@@ -10,17 +10,18 @@ from itertools import chain
 from types import TracebackType
 
 from config import InputError
+from formats.text import looks_chinese, utf_16_of
 
 UTF16 = {codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be"}
 LONGEST_LINE = 1 << 24  # bytes: what is longer is no text with a sentence a line, and would fill the memory
-MOST_WAITING = 4096  # lines that have been read and not taken yet
+MOST_WAITING = 512  # lines that have been read and not taken yet
 
 
 def read_lines(read: Callable[[], bytes], source: str, notice: Callable[[str], None]) -> Iterator[str]:
     """The lines of `source`, without their ends (those of Unix, Windows or the old Mac, in any mixture).
 
     `read()` gives the bytes that have arrived, and b"" at the end. The text is UTF-8, with or without a byte order
-    mark, or UTF-16 with one; where the first line that is not ASCII is not UTF-8, it is GB18030, which `notice` is
+    mark, or UTF-16; where the first line that is not ASCII is not UTF-8, it is GB18030, which `notice` is
     told. Raises InputError, naming the line, for other bytes.
     """
     pieces, start = iter(read, b""), b""
@@ -29,8 +30,11 @@ def read_lines(read: Callable[[], bytes], source: str, notice: Callable[[str], N
         if not any(mark.startswith(start) for mark in (codecs.BOM_UTF8, *UTF16)):
             break  # it is known now whether there is a mark
     encoding = UTF16.get(start[:2])
+    if not encoding and (without_mark := utf_16_of(start)):
+        encoding = without_mark[0]
     if encoding:
-        raw_lines = _split(_to_utf8(chain([start[2:]], pieces), encoding))
+        start = start[2:] if start[:2] in UTF16 else start
+        raw_lines = _split(_to_utf8(chain([start], pieces), encoding))
     else:
         raw_lines = _split(chain([start.removeprefix(codecs.BOM_UTF8)], pieces))
     number = 0
@@ -40,7 +44,7 @@ def read_lines(read: Callable[[], bytes], source: str, notice: Callable[[str], N
                 raise InputError(f"{source}:{number}: a line of more than {LONGEST_LINE >> 20} MB; expected a sentence "
                                  "a line")
             if not encoding and not raw.isascii():
-                encoding = "utf-8" if _is(raw, "utf-8") or not _is(raw, "gb18030") else "gb18030"
+                encoding = "gb18030" if not _is(raw, "utf-8") and _is_chinese(raw) else "utf-8"
                 if encoding == "gb18030":
                     notice(f"{source}: line {number} is not UTF-8; the text is read as GB18030")
             yield raw.decode("gb18030" if encoding == "gb18030" else "utf-8")
@@ -57,6 +61,11 @@ def _is(raw: bytes, encoding: str) -> bool:
     except UnicodeDecodeError:
         return False
     return True
+
+
+def _is_chinese(raw: bytes) -> bool:
+    """Is this line GB18030? Latin-1 would decode as such too, but does not look like Chinese."""
+    return _is(raw, "gb18030") and looks_chinese(raw.decode("gb18030"))
 
 
 def _to_utf8(pieces: Iterable[bytes], encoding: str) -> Iterator[bytes]:

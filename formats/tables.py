@@ -35,7 +35,7 @@ def read_table(path: str | Path, text_column: str | None = None, label_column: s
                labelled: bool = True) -> Table:
     """The texts of a file: `label ||| sentence` lines, CSV, TSV, JSON lines or Parquet, each also compressed with gzip.
 
-    Space around a text or a label is no part of it. With `labelled=False`, labels are given where every row has one;
+    Space around a text or a label is no part of it. With `labelled=False`, a row without a label has "" for it;
     plain lines without ` ||| ` are one text each, and an empty one stays. Raises InputError with the file and the
     lines: for rows of another width than the first, empty texts and labels, invalid JSON, bytes in no known encoding,
     a column that is not there or cannot be told, and a file without a row.
@@ -43,7 +43,7 @@ def read_table(path: str | Path, text_column: str | None = None, label_column: s
     path = Path(path)
     raw = read_bytes(path)
     typed = [*columns.typed_names(text_column), *columns.typed_names(label_column)]
-    if raw.startswith(b"PAR1") or _kind_by_name(path) == "parquet":
+    if raw.startswith(b"PAR1") or kind_by_name(path) == "parquet":
         return _of_columns(path, rows.read_parquet(path, raw), text_column, label_column, labelled, "utf-8")
     content, encoding = decode_any(raw, path)
     kind = kind_of(path, content, typed, labelled)
@@ -56,7 +56,7 @@ def read_table(path: str | Path, text_column: str | None = None, label_column: s
     return _of_columns(path, found, text_column, label_column, labelled, encoding)
 
 
-def _kind_by_name(path: Path) -> str:
+def kind_by_name(path: Path) -> str:
     """plain, csv, tsv, jsonl or parquet by the end of the name (in front of .gz); "" where that says nothing."""
     name = path.with_suffix("") if path.suffix.lower() == ".gz" else path
     return KINDS.get(name.suffix.lower(), "")
@@ -65,7 +65,7 @@ def _kind_by_name(path: Path) -> str:
 def kind_of(path: Path, content: str, typed: list[str], labelled: bool) -> str:
     """plain, csv, tsv or jsonl: by the file's name, else by what is in it. A .txt is plain lines, but where no line has
     a ` ||| `, and columns were typed or the first line names both (a spreadsheet's "Unicode text")."""
-    kind = _kind_by_name(path)
+    kind = kind_by_name(path)
     if kind not in ("", "plain"):
         return kind
     start = [line for line in split_lines(content[:20_000]) if line.strip()][:20]
@@ -138,7 +138,7 @@ def _of_columns(path: Path, found: Rows, text_column: str | None, label_column: 
             elif labelled and label is not None and not (row[label] or "").strip():
                 faults.append(f"{path}:{number}: the label in {names[label]!r} is empty")
     refuse(faults)
-    if labels is not None and not all(labels):
+    if labels is not None and not any(labels):
         labels = None
     kind = found.description if found.description in ("JSON lines", "Parquet") else f"CSV, {found.description}"
     said = [kind, encoding, f"text in {' and '.join(names[i] for i in at)}"]

@@ -42,7 +42,7 @@ def decode_any(raw: bytes, path: str | Path) -> tuple[str, str]:
     order mark, or a zero in every second byte, and GB18030 a text that looks like Chinese. Raises InputError, naming
     the line, for bytes that fit none, and for a file that begins in UTF-8 and goes on otherwise.
     """
-    for encoding in _utf_16(raw):
+    for encoding in utf_16_of(raw):
         try:
             return raw.decode(encoding), "utf-16"
         except UnicodeDecodeError as error:
@@ -59,12 +59,12 @@ def decode_any(raw: bytes, path: str | Path) -> tuple[str, str]:
         except UnicodeDecodeError:
             pass
         else:
-            if _looks_chinese(text):
+            if looks_chinese(text):
                 return text, "gb18030"
     return decode(raw, path), "utf-8"  # which says what is wrong with it
 
 
-def _utf_16(raw: bytes) -> list[str]:
+def utf_16_of(raw: bytes) -> list[str]:
     """The UTF-16 that these bytes must be in, or []."""
     if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
         return ["utf-16"]
@@ -83,7 +83,7 @@ def _is_surely_utf_8(text: str) -> bool:
     return sum(1 if char < "\u0800" else 2 for run in NOT_ASCII.findall(text) for char in run) >= 4
 
 
-def _looks_chinese(text: str) -> bool:
+def looks_chinese(text: str) -> bool:
     """False for text in Latin-1 and the like: there, single letters with an accent stand inside of words."""
     runs = list(NOT_ASCII.finditer(text))
     alone = sum(len(m[0]) == 1 and (text[m.start() - 1 : m.start()].isalpha() or text[m.end() : m.end() + 1].isalpha())

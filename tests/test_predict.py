@@ -1,6 +1,7 @@
 """predict: its formats, its choices, labels that the input carries, and an open pipe."""
 
 import csv
+import gzip
 import io
 import json
 import signal
@@ -14,6 +15,7 @@ from conftest import ROOT, tiny_sentences, write_split
 
 import run_llama
 from commands import answers
+from commands.predict import Labels
 from minllama import load
 
 NAMES = ["bad", "fine", "good"]
@@ -143,6 +145,44 @@ def test_other_encodings_are_read_and_said(predict, tmp_path):
     assert found.out.count("\n") <= 1 and "in.txt:2: the bytes" in found.err
 
 
+def test_the_same_lines_are_answered_the_same_when_compressed(predict, tmp_path):
+    text = b"a good film ||| a bad plot\n\ngood ||| the film is good\n"
+    (tmp_path / "in.txt").write_bytes(text)
+    (tmp_path / "zipped.txt.gz").write_bytes(gzip.compress(text))
+    found = predict(tmp_path / "in.txt")
+    assert predict(tmp_path / "zipped.txt.gz").out == found.out and found.out.count("\n") == 3
+    (tmp_path / "cut.txt.gz").write_bytes(gzip.compress(text)[:-9])
+    assert "cut.txt.gz: it cannot be decompressed" in predict(tmp_path / "cut.txt.gz", code=2).err
+
+
+def test_json_lines_by_either_name_are_a_table_and_some_labels_are_scored(predict, tmp_path):
+    rows = [{"text": "good", "label": "good"}, {"text": "bad", "label": ""}]
+    for name in ("in.jsonl", "in.ndjson"):
+        (tmp_path / name).write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+        found = predict(tmp_path / name)
+        assert found.out == predict(["good", "bad"]).out and f"{name}: 1 of 2 have a label" in found.err
+
+
+def test_utf_16_without_a_mark_is_read_and_latin_1_is_not_chinese(predict, tmp_path):
+    (tmp_path / "in.txt").write_bytes("a good film\nbad\n".encode("utf-16-le"))
+    assert predict(tmp_path / "in.txt").out == predict(["a good film", "bad"]).out
+    (tmp_path / "in.txt").write_bytes("th\u00e9\u00e2tre bon\nun tr\u00e8s bon film\n".encode("latin-1"))
+    assert "in.txt:1: the bytes" in predict(tmp_path / "in.txt", code=2).err
+
+
+def test_columns_of_what_has_lines_are_refused(predict):
+    for option in ("--text_column body", "--label_column q"):
+        assert "has lines" in predict(["x"], option, code=2).err
+
+
+def test_a_label_is_a_place_only_where_no_class_is_a_number():
+    stars = Labels("x", ["1", "2", "3"])
+    assert [stars.add(label) for label in ("0", "1", "3.0", "+3", None)] == [False, True, True, True, False]
+    assert stars.known == [None, 0, 2, 2, None]
+    named = Labels("x", ["bad", "good"])
+    assert [named.add(label) for label in ("0", "good", "2")] == [True, True, False] and named.known == [0, 1, None]
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="signals are POSIX's")
 def test_a_line_on_an_open_pipe_is_answered_before_the_next_and_an_interrupt_ends_it(run):
     """Were answers kept back, the first readline would wait for ever."""
@@ -159,5 +199,11 @@ def test_a_line_on_an_open_pipe_is_answered_before_the_next_and_an_interrupt_end
 
 def test_what_a_spreadsheet_would_compute_is_text():
     one = answers.answer([1.0], ["=a"])
-    for text in ("=1", "+1", "@a", "-1", " =1", "\t=1"):
+    for text in ("=1", "+1+A1", "@a", "-1", " =1", "\t=1"):
         assert answers.csv_line(text, one, False).lstrip('"').startswith("'"), text
+
+
+def test_a_number_is_no_formula_and_a_lone_return_stays_in_its_cell():
+    found = answers.answer([0.9, 0.1], ["-1", "0"], 2)
+    line = answers.csv_line("x\ry", found, True)
+    assert list(csv.reader(io.StringIO(line, newline=""))) == [["x\ry", "0", "-1", "-1", "0.900000", "0", "0.100000"]]

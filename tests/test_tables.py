@@ -83,7 +83,8 @@ def test_lines_to_predict_are_one_text_each_and_a_blank_one_is_an_empty_text(tmp
     assert (table.texts, table.labels, table.lines) == (["one, two", "", "three"], None, [1, 2, 3])
     table = read(tmp_path / "a.txt", "1 ||| one\n\n0 ||| three\n", labelled=False)
     assert (table.texts, table.labels, table.lines) == (["one", "three"], ["1", "0"], [1, 3])
-    assert read(tmp_path / "a.csv", "text,label\none,\n,x\n", labelled=False).labels is None, "not every row has one"
+    assert read(tmp_path / "a.csv", "text,label\none,\n,x\n", labelled=False).labels == ["", "x"]
+    assert read(tmp_path / "b.csv", "text,label\none,\nx,\n", labelled=False).labels is None, "no row has one"
     assert read(tmp_path / "a.csv", "text,label\none,\n,x\n", labelled=False).texts == ["one", ""]
     assert read(tmp_path / "a.csv", "text\none, two\n\nthree\n", labelled=False).texts == ["one, two", "three"]
 
