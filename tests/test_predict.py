@@ -199,7 +199,7 @@ def test_a_line_on_an_open_pipe_is_answered_before_the_next_and_an_interrupt_end
 
 def test_what_a_spreadsheet_would_compute_is_text():
     one = answers.answer([1.0], ["=a"])
-    for text in ("=1", "+1+A1", "@a", "-1", " =1", "\t=1"):
+    for text in ("=1", "+1+A1", "@a", "-A1", " =1", "\t=1"):
         assert answers.csv_line(text, one, False).lstrip('"').startswith("'"), text
 
 
