@@ -37,6 +37,10 @@ def run(config: RunConfig) -> int:
             logs.warn(f"{used.label_names} names the labels {own_names}, the run {names}")
     found = run_splits.read_tables(config, {"dev": used.dev, "test": used.test})
     classes = {name: labels.named(names, table, saved.best / "config.json") for name, table in found.items()}
+    if not is_own and own_names and own_names != names and sorted(own_names) == sorted(names):
+        if numbered := [name for name in classes if classes[name].are_numbers]:
+            raise InputError(f"{found[numbered[0]].path} has numbers for labels, in the order of {used.label_names} "
+                             f"({own_names}); the run has them in another order ({names}): write the names instead")
     splits = run_splits.tokenise(config, found, classes, saved.tokenizer, saved.model.llama.config.max_seq_len)
     if not splits:
         raise InputError("there is neither a --dev nor a --test file to evaluate")
@@ -46,6 +50,9 @@ def run(config: RunConfig) -> int:
     elif not is_own and train is None:
         train, why = training_file(saved)
         logs.notice(why and f"without baselines: {why}")
+        if train is not None:  # it has the run's own columns, whatever those of the other files are called
+            options = options_of(state.read_description(saved.home))
+            config = replace(config, text_column=options["text_column"], label_column=options["label_column"])
     baselines = results.print_baselines(config, train, splits, known)
     device = devices.choose_device(config)
     devices.accelerate(config, saved.model.to(device.where), device)
@@ -94,8 +101,10 @@ def training_file(saved: SavedRun) -> tuple[Path | None, str]:
     options, train = described["options"], described["files"].get("train", {})
     if options.get("folds") or options.get("train_limit"):
         return None, f"the run was trained on a part of {train.get('path')}"
-    if "train" in described.get("splits", {}) and saved.home.split("train").is_file():  # dev was held out of the file
-        return saved.home.split("train"), ""
+    if "train" in described.get("splits", {}):  # dev was held out of the file
+        own = saved.home.split("train")
+        is_same = own.is_file() and files.sha256(own) == described["splits"]["train"]
+        return (own, "") if is_same else (None, f"{own} has changed or is gone")
     path = Path(train.get("path", ""))
     if not path.is_file():
         return None, f"the run's training file {path} is not there any more"

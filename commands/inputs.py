@@ -87,7 +87,7 @@ def _typed_files(typed: dict[str, str | None], splits: list[str]) -> DataFiles:
             fetch = f"`python data/prepare.py {guess}` fetches it" if guess in prepare.DATASETS else "check --" + split
             raise FileNotFoundError(f"{typed[split]}: there is no such file; {fetch}")
     first = Path(typed[splits[0]] or "")
-    name = first.stem.removesuffix("-" + splits[0])
+    name = Path(first.name.removesuffix(".gz")).stem.removesuffix("-" + splits[0])
     labels = given["label_names"]
     if labels and not labels.is_file():
         raise FileNotFoundError(f"{typed['label_names']}: there is no such file; check --label_names")
@@ -222,11 +222,10 @@ def load(config: RunConfig, need: tuple[str, ...]) -> Inputs:
     held_out = {}
     if "train" in splits:
         run_splits.check_training(splits, found_tables["train"], classes)
+        run_splits.warn_of_copies(splits, bool(config.folds))
         if "dev" not in splits and not config.folds:
             held_out = run_splits.hold_out(splits["train"])
             splits = {**splits, **held_out}
-        elif not config.folds:
-            run_splits.warn_of_copies(splits)
     return Inputs(found, splits, classes.names, tokenizer, read, held_out)
 
 

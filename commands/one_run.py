@@ -1,5 +1,6 @@
 """One fine-tuning run, from its folder to its result.json."""
 
+import hashlib
 import time
 from typing import Any
 
@@ -46,6 +47,7 @@ def train(config: RunConfig, inputs: Inputs, device: Device, series_folder: RunF
             files.remove_temporary_files(folder.path)
             loop.resume()
             described = resume.extend(described, config, folder, loop)
+            loop.look_at_patience()  # a kill may have come between a larger --patience and the next state
             warn_of_another_machine(described, config, device, job)
             before_resume = loop.progress.seconds
             if clock.deadline is not None:
@@ -125,15 +127,17 @@ def describe(config: RunConfig, inputs: Inputs, device: Device, job: Job, folder
     """The run's args.json: read where the run goes on, else written. Where dev was held out, train and dev are written
     too, as files that --train and --dev read."""
     texts = {name: dataset.as_jsonl(split) for name, split in inputs.held_out.items()}
-    for name, text in texts.items():
+    if config.resume:
+        described = state.read_description(folder)
+    else:
+        described = environment(config, inputs.checksums(), device, job)
+        if texts:
+            described["splits"] = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
+        described = folder.describe(described)
+    for name, text in texts.items():  # behind args.json: without it, a start that was killed would be in the way
         if not (config.resume and folder.split(name).is_file()):
             files.write_text(folder.split(name), text, follow=False)
-    if config.resume:
-        return state.read_description(folder)
-    described = environment(config, inputs.checksums(), device, job)
-    if texts:
-        described["splits"] = {name: files.sha256(folder.split(name)) for name in texts}
-    return folder.describe(described)
+    return described
 
 
 def warn_of_another_machine(described: dict[str, Any], config: RunConfig, device: Device, job: Job) -> None:

@@ -32,8 +32,14 @@ def check_outputs(config: RunConfig) -> None:
         names = ["generated_sentence_low_temp_out", "generated_sentence_high_temp_out"]
     taken = {Path(getattr(config, n)).resolve(): n for n in ("train", "dev", "test", "label_names", "input")
              if getattr(config, n) and getattr(config, n) != "-"}
-    for path, name in taken.items():  # --overwrite would remove it before it is read
-        if config.overwrite and config.output_dir and own_file(path, [Path(config.output_dir)]):
+    read = dict(taken)
+    for option in ("pretrained_model_path", "tokenizer"):
+        if typed := getattr(config, option):
+            read[Path(typed).resolve()] = option
+    for path, name in read.items():  # --overwrite would remove it before it is read
+        folder = Path(config.output_dir or "").resolve()
+        is_start = name == "pretrained_model_path" and folder in (path, *path.parents) and RunFolder(folder).has_run()
+        if config.overwrite and config.output_dir and (is_start or own_file(path, [folder])):
             raise InputError(f"--{name} {path}: --overwrite would remove it with the run in {config.output_dir}; copy "
                              "it first, or choose another --output_dir")
     for name in names:

@@ -99,12 +99,18 @@ def check_training(splits: Mapping[str, Split], train: Table, classes: Classes) 
         logs.warn(strange)
 
 
-def warn_of_copies(splits: Mapping[str, Split]) -> None:
-    """Warns of a dev or test that is the training data, or shares sentences with it."""
+def warn_of_copies(splits: Mapping[str, Split], has_folds: bool) -> None:
+    """Warns of a dev or test that is the training data, or shares sentences with it; with --folds, which cut train and
+    dev anew, of copies among those."""
     train = splits["train"]
     known: set[str] = set()
+    if has_folds:
+        together = [holdout.folded(s) for name in ("train", "dev") if name in splits for s in splits[name].sentences]
+        if n := len(together) - len(set(together)):
+            logs.warn(f"{n} of {counted(len(together), 'sentence')} are copies of others; they may be on both sides of "
+                      "a fold, whose accuracy is then too high")
     for name, split in splits.items():
-        if split is train:
+        if split is train or has_folds and name == "dev":
             continue
         if split.sentences == train.sentences and np.array_equal(split.labels, train.labels):
             logs.warn(f"{name} is the training file, or has the same sentences: it says nothing about others")

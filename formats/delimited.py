@@ -81,7 +81,7 @@ def find_delimiter(content: str, typed: list[str], prefers: str = "") -> str:
     half of them so. One that finds known names in the first row goes before the others."""
     wanted = {columns.plain(name) for name in typed}
     best, most = "", (0, False, 0.5, False, -SAMPLE)
-    start = content if len(content) <= SAMPLE_SIZE else content[: content.rfind("\n", 0, SAMPLE_SIZE) + 1]
+    start = content if len(content) <= SAMPLE_SIZE else _whole_lines(content)
     for delimiter in DELIMITERS:
         first, even, is_strict, n_odd = _sample(start, delimiter)
         cells = [columns.plain(cell) for cell in first]
@@ -90,6 +90,12 @@ def find_delimiter(content: str, typed: list[str], prefers: str = "") -> str:
         if len(first) > 1 and even and score > most:
             best, most = delimiter, score
     return best
+
+
+def _whole_lines(content: str) -> str:
+    """The first lines of a long text, up to SAMPLE_SIZE; of one whose first line is longer, its beginning."""
+    end = max(content.rfind(mark, 0, SAMPLE_SIZE) for mark in "\r\n") + 1
+    return content[: end or SAMPLE_SIZE]
 
 
 def _sample(content: str, delimiter: str) -> tuple[list[str], float, bool, int]:
@@ -136,6 +142,9 @@ def _cut(content: str, delimiter: str) -> tuple[list[Record], str]:
             continue
         width = _width(found)
         n_ragged = sum(len(_trimmed(cells, width)) != width for _, cells in found)
+        if delimiter == "\t":  # a tab is seldom part of a text: whole rows stand between two plain quotes
+            n_ragged += sum(len(line.split(delimiter)) == width > 1
+                            for _, cells in found for cell in cells for line in re.split("[\r\n]+", cell)[1:])
         if n_ragged < fewest:
             best, fewest, style = found, n_ragged, words
         if not n_ragged:
@@ -176,8 +185,12 @@ def is_header(first: list[str], others: list[list[str]], typed: list[str]) -> bo
     where one of its cells is a number, is empty, or comes again in its column or in the row. Else it does where its
     cells are shorter than what stands below them, or a column has numbers below it."""
     wanted = {columns.plain(name) for name in typed if not name.isdigit()}
-    if columns.known_names(first) or any(columns.plain(cell) in wanted for cell in first):
+    if any(columns.plain(cell) in wanted for cell in first):
         return True
+    if [cell for cell in first if cell] == [str(i) for i in range(len(first) - (not first[0]))]:
+        return True  # 0, 1, ... are the names that a pandas table without names is written with
+    if columns.known_names(first):  # `topic` may also be the first row's label
+        return not any(cell and cell == row[i] for row in others for i, cell in enumerate(first))
     if any(not cell or NUMBER.fullmatch(cell) for cell in first) or len(set(first)) < len(first):
         return False
     below = [[row[i] for row in others] for i in range(len(first))]

@@ -42,8 +42,8 @@ class Classes:
         """The class of each label of a table. Raises InputError that lists the first ten labels that are none."""
         number_of = {label: i for i, label in enumerate(self.written)}
         labels = [canonical(label) for label in table.labels or []]
-        refuse([f"{table.path}:{line}: {self.fault(label)}" for line, label in zip(table.lines, labels, strict=True)
-                if label not in number_of])
+        unknown = [pair for pair in zip(table.lines, labels, strict=True) if pair[1] not in number_of]
+        refuse([f"{table.path}:{line}: {self.fault(label)}" for line, label in unknown[:10]], len(unknown))
         return [number_of[label] for label in labels]
 
     def fault(self, label: str) -> str:

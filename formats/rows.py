@@ -29,10 +29,12 @@ class Rows:
         return [row[i] for row in self.cells]
 
 
-def refuse(faults: list[str]) -> None:
-    """Raises InputError that lists the first ten faults and counts the others; without a fault, nothing."""
+def refuse(faults: list[str], n: int = 0) -> None:
+    """Raises InputError that lists the first ten faults and counts the others; without a fault, nothing. `n`: how many
+    there are, where only the first are given."""
     if faults:
-        more = [f"... and {counted(len(faults) - 10, 'more line')} with such a fault"] if len(faults) > 10 else []
+        n = max(n, len(faults))
+        more = [f"... and {counted(n - 10, 'more line')} with such a fault"] if n > 10 else []
         raise InputError("\n".join(faults[:10] + more))
 
 

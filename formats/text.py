@@ -85,6 +85,12 @@ def _is_surely_utf_8(text: str) -> bool:
 
 def looks_chinese(text: str) -> bool:
     """False for text in Latin-1 and the like: there, single letters with an accent stand inside of words."""
+    if re.search("[\ue000-\uf8ff]", text):  # no character has these numbers
+        return False
+    han = re.findall("[\u4e00-\u9fff]", text)
+    usual = sum(b"\xb0" <= char.encode("gb2312", "replace")[:1] <= b"\xd7" for char in han)
+    if 2 * usual < len(han):  # Japanese and Korean bytes decode to rare characters; level 1 of GB2312 is the usual ones
+        return False
     runs = list(NOT_ASCII.finditer(text))
     alone = sum(len(m[0]) == 1 and (text[m.start() - 1 : m.start()].isalpha() or text[m.end() : m.end() + 1].isalpha())
                 for m in runs)
