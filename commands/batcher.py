@@ -18,10 +18,11 @@ class QueueFull(Exception):
 
 class Batcher:
     """`submit` texts from any thread; `at_once` texts at most are computed together (more where one caller brings
-    more), and `most_waiting` may wait beside them."""
+    more), and `most_waiting` may wait beside them, with `most_characters` together: long texts take long."""
 
-    def __init__(self, compute: Compute, at_once: int, most_waiting: int):
+    def __init__(self, compute: Compute, at_once: int, most_waiting: int, most_characters: int = 1 << 62):
         self._compute, self._at_once, self._most_waiting = compute, at_once, most_waiting
+        self._most_characters, self._n_characters = most_characters, 0
         self._queue: queue.SimpleQueue[tuple[list[str], Future[np.ndarray]] | None] = queue.SimpleQueue()
         self._n_waiting, self._lock = 0, threading.Lock()
         self._thread = threading.Thread(target=self._work, daemon=True)
@@ -30,17 +31,21 @@ class Batcher:
     def submit(self, texts: Sequence[str]) -> "Future[np.ndarray]":
         """The probabilities (N, C) to come. Raises QueueFull."""
         with self._lock:
-            if self._n_waiting and self._n_waiting + len(texts) > self._most_waiting:
+            size = sum(map(len, texts))
+            if self._n_waiting and (self._n_waiting + len(texts) > self._most_waiting
+                                    or self._n_characters + size > self._most_characters):
                 raise QueueFull
             self._n_waiting += len(texts)
+            self._n_characters += size
         future: Future[np.ndarray] = Future()
         self._queue.put((list(texts), future))
         return future
 
-    def stop(self) -> None:
-        """Returns when everything that was submitted has been answered. Nothing may be submitted any more."""
+    def stop(self, seconds: float | None = None) -> None:
+        """Returns when everything that was submitted has been answered, or after so many seconds. Nothing may be
+        submitted any more."""
         self._queue.put(None)
-        self._thread.join()
+        self._thread.join(seconds)
 
     def _work(self) -> None:
         while (first := self._queue.get()) is not None:
@@ -57,6 +62,7 @@ class Batcher:
                     n += len(more[0])
             with self._lock:
                 self._n_waiting -= n
+                self._n_characters -= sum(len(text) for texts, _ in jobs for text in texts)
             self._answer(jobs)
             if is_last:
                 return

@@ -27,6 +27,7 @@ MOST_CONNECTIONS = 512  # at once; where one more comes, the one that has been i
 MOST_BYTES = 1 << 20  # of a request's body
 MOST_TEXTS = 256  # in a request
 MOST_CHARACTERS = 20_000  # of a text
+MOST_TOGETHER = 100_000  # characters of a request
 IDLE_SECONDS = 30.0  # between two requests of a connection
 REQUEST_SECONDS = 10.0  # from a request's first byte to its last, and for an answer to be taken
 LINGER_SECONDS = 2.0  # for what a refused client still sends, so that it reads why
@@ -70,6 +71,9 @@ def read_request(body: bytes) -> tuple[list[str], int | None]:
         raise Refused(413, f"{len(texts)} texts; a request can have {MOST_TEXTS}: send them in several")
     if top_k is not None and (type(top_k) is not int or top_k < 1):
         raise Refused(400, "top_k must be a whole number of 1 or more")
+    if sum(map(len, texts)) > MOST_TOGETHER:
+        raise Refused(413, f"the texts have {sum(map(len, texts))} characters together; {MOST_TOGETHER} at most: send "
+                           "them in several requests")
     for i, text in enumerate(texts):
         if len(text) > MOST_CHARACTERS:
             raise Refused(413, f"text {i} has {len(text)} characters; {MOST_CHARACTERS} at most")
@@ -115,7 +119,7 @@ class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     server_version, sys_version = "minllama", ""
     server: "Server"
-    is_idle = True  # waits for a request's first byte
+    is_idle = True  # until a request is there as a whole: what is still being sent may be closed for others
 
     def setup(self) -> None:
         super().setup()
@@ -149,6 +153,7 @@ class Handler(BaseHTTPRequestHandler):
     # ----------------------------------------------------------------------- what is asked
 
     def do_GET(self) -> None:
+        self.is_idle = False
         path = self.path.partition("?")[0]
         about = self.server.about
         if not self.is_for_us() or not self.has_no_body():
@@ -171,6 +176,7 @@ class Handler(BaseHTTPRequestHandler):
             return
         try:
             body = self.read_body()
+            self.is_idle = False
             path = self.path.partition("?")[0]
             if path in ("/", "/health"):
                 return self.say_error(405, "GET this", {"Allow": "GET, HEAD"})
@@ -202,7 +208,10 @@ class Handler(BaseHTTPRequestHandler):
 
     def is_for_us(self) -> bool:
         """Does the Host name this machine, where only this machine is listened to? Another name may be that of a site
-        that has let it point here (DNS rebinding)."""
+        that has let it point here (DNS rebinding). A malformed header would hide those behind it."""
+        if self.headers.defects or len(self.headers.get_all("Host", [])) > 1:
+            self.send_error(400, "a header is malformed, or there are two Hosts")
+            return False
         host = re.sub(r":\d*$", "", self.headers.get("Host", "")).strip("[]").lower()
         if self.server.is_local and host not in ("localhost", "127.0.0.1", "::1", "", self.server.host.lower()):
             self.send_error(421, f"the service is not called {host[:60]}; ask it at localhost, or start it with --host")
@@ -211,7 +220,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def body_length(self) -> int:
         """Raises Refused for a body that does not say how long it is, or is too long."""
-        if self.headers.get("Transfer-Encoding"):
+        if "Transfer-Encoding" in self.headers:
             raise Refused(411, "send a Content-Length; chunked bodies are not read")
         lengths = self.headers.get_all("Content-Length", [])
         if not lengths and self.command != "POST":
@@ -328,8 +337,9 @@ class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
     def start(self) -> None:
         threading.Thread(target=self.serve_forever, args=(0.1,), daemon=True).start()
 
-    def stop(self) -> int:
-        """Take nothing new, answer what is in flight, and return how many requests that were."""
+    def stop(self) -> tuple[int, int]:
+        """Take nothing new and answer what is in flight, for STOP_SECONDS at most. Returns how many requests were
+        answered, and how many were not."""
         self.shutdown()
         self.server_close()
         with self._lock:
@@ -344,7 +354,9 @@ class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
                 if not any(not handler.is_idle for handler in self._connections):
                     break
             time.sleep(0.02)
-        return len(in_flight)
+        with self._lock:
+            left = sum(not handler.is_idle for handler in self._connections)
+        return max(0, len(in_flight) - left), left
 
     # ----------------------------------------------------------------------- the connections
 
@@ -367,7 +379,6 @@ class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
     def begin(self, handler: Handler) -> bool:
         """A request has begun. False where its connection has just been closed."""
         with self._lock:
-            handler.is_idle = False
             return handler in self._connections and not self.is_stopping
 
     def forget(self, handler: Handler) -> None:

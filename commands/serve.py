@@ -13,14 +13,14 @@ from training import logs
 from training.signals import SIGNALS
 
 AT_ONCE = 128  # texts that are computed together, where so many wait
-MOST_WAITING = 2048  # texts in the queue; beyond, the answer is 503
+MOST_WAITING, MOST_CHARACTERS = 2048, 200_000  # texts in the queue, and their characters; beyond, it is 503
 
 
 def run(config: RunConfig) -> int:
     model = load_model(config)
     names = model.saved.settings.label_names
     model.answer(["warm up"])  # the first one is slow
-    batcher = Batcher(lambda texts: model.answer(texts).probabilities, AT_ONCE, MOST_WAITING)
+    batcher = Batcher(lambda texts: model.answer(texts).probabilities, AT_ONCE, MOST_WAITING, MOST_CHARACTERS)
     about = http_service.About(str(config.run), names, files.manifest_digest(model.saved.best))
     server = listen(config, batcher, about)
     with SIGNALS:
@@ -29,9 +29,10 @@ def run(config: RunConfig) -> int:
         while SIGNALS.got is None:
             time.sleep(0.1)
         code = 128 + SIGNALS.got
-        n = server.stop()
-        batcher.stop()
-    logs.notice(f"stopped; {counted(n, 'request')} in flight answered")
+        n_answered, n_left = server.stop()
+        batcher.stop(0.0 if n_left else None)
+    logs.notice(f"stopped; {counted(n_answered, 'request')} in flight answered"
+                + (f", {n_left} not in time" if n_left else ""))
     return code
 
 
@@ -39,8 +40,8 @@ def listen(config: RunConfig, batcher: Batcher, about: http_service.About) -> ht
     """The server at --host and --port. Raises InputError where nobody can listen there."""
     try:
         return http_service.Server(config.host, config.port, batcher, about)
-    except socket.gaierror as error:
-        raise InputError(f"--host {config.host}: there is no such address ({error.strerror}); 127.0.0.1 is this "
+    except (socket.gaierror, UnicodeError) as error:
+        raise InputError(f"--host {config.host}: there is no such address ({error}); 127.0.0.1 is this "
                          "machine alone, 0.0.0.0 all of its addresses") from None
     except OSError as error:
         raise InputError(f"--port {config.port}: nobody can listen there at {config.host} ({error.strerror}); stop the "

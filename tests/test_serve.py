@@ -140,6 +140,27 @@ def test_a_body_whose_length_is_not_known_ends_the_connection(server, head, stat
     assert found.split()[1] == status and found.count(b"HTTP/1.1 ") == 1 and b"Connection: close" in found
 
 
+@pytest.mark.parametrize("header", [b"x y", b"Host: evil.com"])
+def test_a_header_that_would_hide_others_is_refused(server, header):
+    found = raw(server, b"GET /health HTTP/1.1\r\nHost: localhost\r\n" + header + b"\r\nContent-Length: 3\r\n\r\nabc")
+    assert re.findall(rb"HTTP/1.. (\d+)", found)[0] == b"400"
+
+
+def test_long_texts_are_limited_together(server):
+    assert ask(server, body={"texts": ["a" * 10_000] * 11})[0] == 413
+    goes_on = threading.Event()
+    batcher = Batcher(lambda texts: np.zeros((len(texts), int(goes_on.wait(30)))), 1, 100, 50)
+    first = batcher.submit(["a" * 500])  # one alone is always taken
+    while batcher._n_waiting:
+        time.sleep(0.01)
+    waiting = batcher.submit(["a" * 40])
+    with pytest.raises(QueueFull):
+        batcher.submit(["a" * 11])
+    goes_on.set()
+    assert len(first.result(30)) == len(waiting.result(30)) == 1
+    batcher.stop()
+
+
 def test_rubbish_behind_a_request_is_no_request(server):
     found = raw(server, b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
                 b"\x16\x03\x01 rubbish\r\n\r\nGET / HTTP/1.1\r\n\r\n")
@@ -264,8 +285,8 @@ def test_a_stop_answers_what_is_in_flight_and_takes_nothing_new():
     client.join()
     stopping.join()
     batcher.stop()
-    answered = next(one for one in found if isinstance(one, tuple))
-    assert answered[0] == 200 and answered[1]["Connection"] == "close" and 1 in found
+    answered = next(one for one in found if len(one) == 3)
+    assert answered[0] == 200 and answered[1]["Connection"] == "close" and (1, 0) in found
 
 
 # --------------------------------------------------------------------------- the command

@@ -380,11 +380,13 @@ def test_rows_between_two_plain_quotes_stay_rows(tmp_path):
 
 def test_the_first_row_is_no_header_where_its_label_comes_again(tmp_path):
     rows = "topic,what is the subject here\nother,another subject there\ntopic,and this one\nother,the last one\n"
-    assert read(tmp_path / "a.csv", rows, text_column="2", label_column="1").labels == ["topic", "other", "topic", "other"]
+    found = read(tmp_path / "a.csv", rows, text_column="2", label_column="1")
+    assert found.labels == ["topic", "other", "topic", "other"]
     pandas = ",0,1\n0,a fine film,good\n1,a bad film,bad\n2,one more film,good\n"
     assert read(tmp_path / "b.csv", pandas, text_column="0", label_column="1").labels == ["good", "bad", "good"]
 
 
 def test_an_old_macs_table_may_be_long(tmp_path):
-    rows = "text,label\r" + "a sentence of some length it is,good\rand another one of the kind,bad\r" * 20_000
+    pair = "a sentence of some length it is,good\rand another one of the kind,bad\r"
+    rows = "text,label\r" + pair * 20_000
     assert len(read(tmp_path / "a.csv", rows).texts) == 40_000
