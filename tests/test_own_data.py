@@ -277,7 +277,8 @@ def test_what_is_silently_wrong_is_said_once_with_a_count(model, capsys):
     data = ["--train", "train.csv", "--dev", "some.csv", "--test", "some.csv"]
     assert warnings(capsys, model, *data) == [f"warning: 2 of 20 {name} sentences are in the training file too"
                                               for name in ("dev", "test")]
-    assert not warnings(capsys, model, *data[:4], "--folds", "2", "--fold", "0")
+    (line,) = warnings(capsys, model, *data[:4], "--folds", "2", "--fold", "0")
+    assert line.startswith("warning: 2 of 80 sentences are copies of others; they may be on both sides of a fold")
     write_csv("damaged.csv", [*found, (0, "caf\ufffd"), (1, "\ufffd\ufffd")])
     (line,) = warnings(capsys, model, "--train", "damaged.csv", "--dev", "clean.csv")
     assert line.startswith("warning: damaged.csv: 2 of 62 sentences with the replacement character U+FFFD")
