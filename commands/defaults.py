@@ -6,7 +6,7 @@ from typing import Any
 
 from commands import start
 from commands.inputs import Inputs
-from config import RunConfig
+from config import RunConfig, counted
 from training import logs, run_folder
 
 # Whoever types one of these has the classic defaults for the others: the commands of old shell loops do what they did.
@@ -14,14 +14,14 @@ SETTINGS = ("attention", "pooling", "batch_size", "grad_accum", "hidden_dropout_
             "lr_scaling")
 
 
-def settle(config: RunConfig, inputs: Inputs) -> RunConfig:
+def with_defaults(config: RunConfig, inputs: Inputs) -> RunConfig:
     """The options of a training run, with the settings that are chosen where none was typed; a line says which.
 
     The classic pair, SST with stories42M, keeps the classic defaults, and a resumed run has its own. What the head of a
     finished run has learned with comes first.
     """
     typed = config.given
-    config = start.settle(config, inputs)
+    config = start.with_learned(config, inputs)
     is_classic = inputs.files.name == "sst" and inputs.weights.path.stem == "stories42M"
     if config.resume or is_classic or typed & {*SETTINGS}:
         return config
@@ -29,9 +29,9 @@ def settle(config: RunConfig, inputs: Inputs) -> RunConfig:
     chosen: dict[str, Any] = {"attention": "bidirectional", "pooling": "mean", "batch_size": 32,
                               "hidden_dropout_prob": 0.1, "lr": rate_for(n_layers)}
     chosen = {name: value for name, value in chosen.items() if name not in config.given}
-    logs.notice(f"settings :: {in_words(chosen)} (nothing of this was typed, so it is chosen, the rate for {n_layers} "
-                "layers; to change a part, type all of it: one of these alone brings the classic defaults of the "
-                "others)")
+    logs.notice(f"settings :: {in_words(chosen)} (chosen, since none of these was typed; the rate is that for "
+                f"{counted(n_layers, 'layer')}. Type all of them to change one: beside one that is typed alone, the "
+                "others have their classic defaults)")
     return replace(config, **chosen, given=config.given | chosen.keys())
 
 

@@ -27,7 +27,7 @@ from training.trainer import Loop
 
 LONG = 600.0  # seconds: of a run above it, a person wants to know before
 MARGIN = 0.1  # of --max_minutes: an estimate is not exact
-ENOUGH = 0.5  # seconds: what takes that long need not be timed in a larger part
+ENOUGH = 10.0  # seconds: what takes that long is not timed twice
 SAMPLE_BYTES = 32 << 20  # written to see how fast the disk is
 
 
@@ -114,21 +114,17 @@ def _tokens_of(split: Split) -> int:
 
 
 def _seconds_per_token(run: Callable[[np.ndarray], object], rows: np.ndarray, lengths: np.ndarray) -> float:
-    """Of a batch of these rows: of ever larger parts of it, until one takes ENOUGH seconds; the small ones warm up. A
-    token costs less in a large pass, so that parts as small as they can be would say too much."""
-    n, seconds = 1, 0.0
-    while True:
-        part, took = rows[:n], list[float]()
-        while len(took) < (2 if n == len(rows) else 1):  # the shorter: what takes longer was disturbed
-            began = time.perf_counter()
-            run(part)
-            took.append(time.perf_counter() - began)
-            if took[0] > 2 * ENOUGH:
-                break
-        seconds = min(took)
-        if n == len(rows) or seconds > ENOUGH:
-            return seconds / _padded(part, lengths)
-        n = min(4 * n, len(rows))
+    """Of a pass as large as the run's own: a smaller one would say too much, since each pass costs something that does
+    not grow with its tokens (under autocast, every weight is cast). The first one warms up; where it takes longer than
+    ENOUGH, it is not done again."""
+    seconds = math.inf
+    for _ in range(2):
+        began = time.perf_counter()
+        run(rows)
+        seconds = min(seconds, time.perf_counter() - began)
+        if seconds > ENOUGH:
+            break
+    return seconds / _padded(rows, lengths)
 
 
 def _seconds_per_byte(place: Path, n: int) -> float:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from commands import inputs, results
 from commands import splits as run_splits
-from commands.finished import load_run
+from commands.finished import columns_of, load_run
 from commands.inputs import DataFiles
 from config import InputError, RunConfig
 from dataset import Split
@@ -13,7 +13,7 @@ from formats import files, labels, tables
 from training import device as devices
 from training import logs, metrics, state
 from training.metrics import Baseline
-from training.run_folder import RUN_FILE, options_of
+from training.run_folder import RUN_FILE
 from training.saved import SavedRun
 from training.streams import without_readers
 
@@ -26,16 +26,17 @@ def run(config: RunConfig) -> int:
     config = replace(config, max_sentence_len=saved.settings.max_sentence_len, loss=saved.settings.loss)
     is_own = not config.given & {"dataset", "train", "dev", "test"}
     known: dict[str, Baseline] = {}
+    text_column, label_column = columns = columns_of(saved)
+    of_run = replace(config, text_column=text_column, label_column=label_column)
     if is_own:
+        config = of_run
         used, known = own_files(saved)
-        options = options_of(state.read_description(saved.home))
-        config = replace(config, text_column=options["text_column"], label_column=options["label_column"])
     else:
         used = inputs.find_files(config)
         own_names = tables.read_label_names(used.label_names)
         if own_names and own_names != names:
             logs.warn(f"{used.label_names} names the labels {own_names}, the run {names}")
-    found = run_splits.read_tables(config, {"dev": used.dev, "test": used.test})
+    found = run_splits.read_tables(config, {"dev": used.dev, "test": used.test}, columns)
     classes = {name: labels.named(names, table, saved.best / "config.json") for name, table in found.items()}
     if not is_own and own_names and own_names != names and sorted(own_names) == sorted(names):
         if numbered := [name for name in classes if classes[name].are_numbers]:
@@ -50,9 +51,7 @@ def run(config: RunConfig) -> int:
     elif not is_own and train is None:
         train, why = training_file(saved)
         logs.notice(why and f"without baselines: {why}")
-        if train is not None:  # it has the run's own columns, whatever those of the other files are called
-            options = options_of(state.read_description(saved.home))
-            config = replace(config, text_column=options["text_column"], label_column=options["label_column"])
+        config = of_run  # whatever the columns of the other files are called
     baselines = results.print_baselines(config, train, splits, known)
     device = devices.choose_device(config)
     devices.accelerate(config, saved.model.to(device.where), device)

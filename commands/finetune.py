@@ -18,7 +18,7 @@ def run(config: RunConfig) -> int:
         config = resume.resumed(config)
         results.check_outputs(config)
     inputs = run_inputs.load(config, need=("train", "dev"))
-    config = defaults.settle(config, inputs)
+    config = defaults.with_defaults(config, inputs)
     if config.pooling == "first" and config.attention == "causal":
         logs.warn("--pooling first with causal attention: the first token sees no other; add --attention "
                   "bidirectional, or pool the last")

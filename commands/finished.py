@@ -1,8 +1,10 @@
 """--run: the finished run that a command uses."""
 
 from config import InputError, RunConfig
+from formats.columns import Usual
 from minllama import Model
 from training import logs, saved
+from training.run_folder import options_in
 from training.saved import SavedRun
 
 
@@ -16,6 +18,13 @@ def load_run(config: RunConfig) -> SavedRun:
     if fixed:
         logs.warn(f"--{', --'.join(sorted(fixed))}: no effect, the saved run decides")
     return run
+
+
+def columns_of(run: SavedRun) -> Usual:
+    """The columns of texts and of labels that were typed for the run. A best/ alone does not know them."""
+    options = options_in(run.home)
+    text, label = (options.get(name) for name in ("text_column", "label_column"))
+    return text if isinstance(text, str) else None, label if isinstance(label, str) else None
 
 
 def load_model(config: RunConfig) -> Model:

@@ -46,8 +46,8 @@ def train(config: RunConfig, inputs: Inputs, device: Device, series_folder: RunF
         if config.resume:
             files.remove_temporary_files(folder.path)
             loop.resume()
+            loop.look_at_patience()  # a larger one may have been given, now or before a kill
             described = resume.extend(described, config, folder, loop)
-            loop.look_at_patience()  # a kill may have come between a larger --patience and the next state
             warn_of_another_machine(described, config, device, job)
             before_resume = loop.progress.seconds
             if clock.deadline is not None:

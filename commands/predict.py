@@ -14,9 +14,10 @@ from pathlib import Path
 from tqdm import tqdm
 
 from commands import answers, results
-from commands.finished import load_model
+from commands.finished import columns_of, load_model
 from config import InputError, RunConfig, counted
 from formats import lines, tables
+from formats.columns import Usual
 from formats.labels import canonical, is_whole
 from training import logs, streams
 
@@ -36,7 +37,7 @@ def run(config: RunConfig) -> int:
     n_read = n_cut = 0
     with ExitStack() as stack:
         if tables.kind_by_name(Path(config.input)) not in ("", "plain"):  # all others have lines
-            take = rows_of_table(config.input, config, labels)
+            take = rows_of_table(config.input, config, labels, columns_of(model.saved))
         else:
             if config.text_column or config.label_column:
                 raise InputError(f"--text_column and --label_column name columns of a table, and {source} has lines; a "
@@ -114,9 +115,9 @@ class Labels:
 # --------------------------------------------------------------------------- the texts
 
 
-def rows_of_table(path: str, config: RunConfig, labels: Labels) -> Callable[[], list[str]]:
-    """Gives the texts of a table, up to AT_ONCE a call, and [] at the end."""
-    table = tables.read_table(path, config.text_column, config.label_column, labelled=False)
+def rows_of_table(path: str, config: RunConfig, labels: Labels, usual: Usual) -> Callable[[], list[str]]:
+    """Gives the texts of a table, up to AT_ONCE a call, and [] at the end. `usual`: the run's own columns."""
+    table = tables.read_table(path, config.text_column, config.label_column, labelled=False, usual=usual)
     logs.notice(f"{path}: {table.description}")
 
     def texts() -> Iterator[str]:

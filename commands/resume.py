@@ -114,13 +114,12 @@ def check_length(run: RunConfig, folder: RunFolder) -> None:
 
 def extend(described: dict[str, Any], config: RunConfig, folder: RunFolder, loop: Loop) -> dict[str, Any]:
     """Where a run goes on with other values of `EXTENDABLE` options than its args.json describes, write them there, and
-    return the new description. `loop`: the run, as its state has it. Says it where the run is not the one that one gets
-    with these options from the start. Raises InputError where nothing more is left to train."""
+    return the new description. `loop`: the run, as its state and --patience have it. Says it where the run is not the
+    one that one gets with these options from the start. Raises InputError where nothing more is left to train."""
     before = config_of(described)
     changes = {n: getattr(config, n) for n in (*EXTENDABLE, "max_minutes") if getattr(config, n) != getattr(before, n)}
     if not changes:
         return described
-    loop.look_at_patience()
     if folder.is_finished() and (loop.is_at_end() or loop.progress.stopped):
         typed = ", ".join(f"--{name} {value}" for name, value in changes.items())
         what = "a larger --patience, or 0" if loop.progress.stopped == "patience" else "more --epochs"

@@ -12,6 +12,7 @@ from config import InputError, RunConfig, counted
 from dataset import Split
 from formats import holdout, tables
 from formats import labels as class_labels
+from formats.columns import Usual
 from formats.labels import Classes
 from formats.tables import Table
 from tokenizer import Tokenizer
@@ -26,14 +27,15 @@ def columns_of(config: RunConfig, path: Path) -> tuple[str | None, str | None]:
     return (None, None) if path.name in SPLITS else (config.text_column, config.label_column)
 
 
-def read_tables(config: RunConfig, paths: Mapping[str, Path | None]) -> dict[str, Table]:
-    """The files that there are, by the split's name. Says what was found out of each, and warns of damaged texts."""
+def read_tables(config: RunConfig, paths: Mapping[str, Path | None], usual: Usual = (None, None)) -> dict[str, Table]:
+    """The files that there are, by the split's name. Says what was found out of each, and warns of damaged texts.
+    `usual`: the columns that are taken where none was typed and a file has them."""
     found = {}
     for name, path in paths.items():
         if path is None:
             continue
         with logs.doing(f"reading {path}"):
-            found[name] = table = tables.read_table(path, *columns_of(config, path))
+            found[name] = table = tables.read_table(path, *columns_of(config, path), usual=usual)
         if not table.is_plain or table.encoding != "utf-8":
             logs.notice(f"{path}: {table.description}")
         if n := sum("\ufffd" in text for text in table.texts):

@@ -15,7 +15,7 @@ def has_head(config: RunConfig, weights: Weights) -> bool:
     return weights.head is not None and not config.new_head
 
 
-def settle(config: RunConfig, inputs: Inputs) -> RunConfig:
+def with_learned(config: RunConfig, inputs: Inputs) -> RunConfig:
     """The options of a training that begins with a finished run: what its head has learned with (pooling, attention,
     loss) is kept where nothing else is typed, and said. Raises InputError for what the head cannot be used with.
 

@@ -18,6 +18,9 @@ LABEL = ("label", "class", "sentiment", "category", "target", "rating", "stars",
          "标签", "类别", "情感", "分类", "评分", "星级", "情绪", "类型", "极性")
 
 
+Usual = tuple[str | None, str | None]  # the columns of texts and of labels, as they were once typed
+
+
 def plain(name: str) -> str:
     """A column's name as names are compared."""
     return re.sub(r"[\s_-]+", "", name).casefold()
@@ -36,10 +39,13 @@ def typed_names(typed: str | None) -> list[str]:
 # --------------------------------------------------------------------------- found
 
 
-def find(path: Path, rows: Rows, text_column: str | None, label_column: str | None, labelled: bool
-         ) -> tuple[list[int], int | None]:
+def find(path: Path, rows: Rows, text_column: str | None, label_column: str | None, labelled: bool,
+         usual: Usual = (None, None)) -> tuple[list[int], int | None]:
     """The columns that make the text, in their order, and that of the labels. `labelled`: labels are needed; else they
-    are looked for by their name alone. Raises InputError that shows the columns."""
+    are looked for by their name alone. `usual`: the columns of texts and labels that are taken where none was typed and
+    the table has them. Raises InputError that shows the columns."""
+    text_column, label_column = (typed or (name if _has(rows, name) else None) for typed, name in zip(
+        (text_column, label_column), usual, strict=True))
     label = _typed(path, rows, "label_column", label_column)[0] if label_column else None
     text = [i for name in _split(rows, text_column) for i in _typed(path, rows, "text_column", name)]
     if label is not None and label in text:
@@ -58,6 +64,12 @@ def find(path: Path, rows: Rows, text_column: str | None, label_column: str | No
         raise InputError(f"{path}: which column has the {what}? Say it with --text_column NAME --label_column NAME "
                          f"({'names' if rows.has_header else 'here numbers'}). The columns are:\n{listed}")
     return text, label
+
+
+def _has(rows: Rows, typed: str | None) -> bool:
+    """Does the table have all the columns that these words name?"""
+    there = set(map(plain, rows.columns)) if rows.has_header else set()
+    return typed is not None and all(plain(name) in there for name in _split(rows, typed))
 
 
 def _split(rows: Rows, typed: str | None) -> list[str]:

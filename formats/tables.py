@@ -7,6 +7,7 @@ from pathlib import Path
 
 from config import InputError
 from formats import columns, delimited, rows
+from formats.columns import Usual
 from formats.rows import Rows, refuse
 from formats.text import decode, decode_any, numbered_lines, read_bytes, read_text, split_lines
 
@@ -32,28 +33,33 @@ class Table:
 
 
 def read_table(path: str | Path, text_column: str | None = None, label_column: str | None = None, *,
-               labelled: bool = True) -> Table:
+               labelled: bool = True, usual: Usual = (None, None)) -> Table:
     """The texts of a file: `label ||| sentence` lines, CSV, TSV, JSON lines or Parquet, each also compressed with gzip.
 
     Space around a text or a label is no part of it. With `labelled=False`, a row without a label has "" for it;
-    plain lines without ` ||| ` are one text each, and an empty one stays. Raises InputError with the file and the
+    plain lines without ` ||| ` are one text each, and an empty one stays. `usual`: the columns that are taken where
+    none was typed and the table has them. Raises InputError with the file and the
     lines: for rows of another width than the first, empty texts and labels, invalid JSON, bytes in no known encoding,
     a column that is not there or cannot be told, and a file without a row.
     """
     path = Path(path)
     raw = read_bytes(path)
-    typed = [*columns.typed_names(text_column), *columns.typed_names(label_column)]
+    typed = [name for words in (text_column, label_column, *usual) for name in columns.typed_names(words)]
     if raw.startswith(b"PAR1") or kind_by_name(path) == "parquet":
-        return _of_columns(path, rows.read_parquet(path, raw), text_column, label_column, labelled, "utf-8")
-    content, encoding = decode_any(raw, path)
-    kind = kind_of(path, content, typed, labelled)
-    if kind == "plain":
-        return _plain(path, content, encoding, labelled)
-    if kind == "jsonl":
-        found = rows.read_jsonl(path, content)
+        encoding, found = "utf-8", rows.read_parquet(path, raw)
     else:
-        found = delimited.read_delimited(path, content, typed, "\t" if kind == "tsv" else "")
-    return _of_columns(path, found, text_column, label_column, labelled, encoding)
+        content, encoding = decode_any(raw, path)
+        kind = kind_of(path, content, typed, labelled)
+        if kind == "plain":
+            return _plain(path, content, encoding, labelled)
+        if kind == "jsonl":
+            found = rows.read_jsonl(path, content)
+        else:
+            found = delimited.read_delimited(path, content, typed, "\t" if kind == "tsv" else "")
+    if not found.cells:
+        raise InputError(f"{path}: there is no row in the file{' below its header' if found.has_header else ''}")
+    at, label = columns.find(path, found, text_column, label_column, labelled, usual)
+    return _of_columns(path, found, at, label, labelled, encoding)
 
 
 def kind_by_name(path: Path) -> str:
@@ -117,12 +123,8 @@ def _plain(path: Path, content: str, encoding: str, labelled: bool) -> Table:
 # --------------------------------------------------------------------------- columns
 
 
-def _of_columns(path: Path, found: Rows, text_column: str | None, label_column: str | None, labelled: bool,
-                encoding: str) -> Table:
-    """The texts and labels of rows with named cells."""
-    if not found.cells:
-        raise InputError(f"{path}: there is no row in the file{' below its header' if found.has_header else ''}")
-    at, label = columns.find(path, found, text_column, label_column, labelled)
+def _of_columns(path: Path, found: Rows, at: list[int], label: int | None, labelled: bool, encoding: str) -> Table:
+    """The texts, from the columns `at`, and the labels, from the column `label`, of rows with named cells."""
     texts = [" ".join(part for i in at if (part := (row[i] or "").strip())) for row in found.cells]
     labels = [one_line(row[label] or "") for row in found.cells] if label is not None else None
     names = {i: found.columns[i] or str(i + 1) for i in [*at, *([] if label is None else [label])]}

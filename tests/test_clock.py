@@ -9,6 +9,7 @@ import sys
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -71,6 +72,18 @@ def test_measuring_leaves_everything_as_it_was(tiny_arguments, tmp_path):
     assert found.times.step > 0 and found.times.evaluation > 0 and found.times.once > 0
     assert found.state_bytes > 2 * sum(p.numel() for p in run.model.parameters()), "AdamW's two moments"
     assert not [path for path in tmp_path.iterdir() if path.name.endswith(".tmp")]
+
+
+def test_a_pass_is_timed_as_large_as_the_runs_own(monkeypatch):
+    """Of a smaller one, what a pass costs whatever its size would count for each token."""
+    now, lengths = [0.0], np.array([4, 8, 8, 2])
+    warm_up = [5.0]
+    monkeypatch.setattr(estimate.time, "perf_counter", lambda: now[0])
+
+    def run(rows):
+        now[0] += (warm_up.pop() if warm_up else 0.0) + 1.0 + 0.01 * len(rows) * lengths[rows].max()
+
+    assert estimate._seconds_per_token(run, np.arange(4), lengths) == pytest.approx(1.32 / 32)
 
 
 def test_a_run_is_the_same_to_the_bit_with_the_estimate_and_without(inputs, monkeypatch):

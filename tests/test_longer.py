@@ -13,6 +13,7 @@ from test_resume import assert_same_end, lines, main, posix, refused, stop_at
 from commands import one_run
 from formats import files
 from training import state as states
+from training.trainer import Loop
 
 BASE = ["--batch_size", "16", "--lr", "3e-3", "--patience", "0", "--dropout", "0.1", "--ema", "0.5", "--keep_state"]
 PATIENT = ["--batch_size", "16", "--lr", "1e-6", "--scheduler", "constant", "--epochs", "9", "--keep_state"]
@@ -78,6 +79,18 @@ def test_more_patience_is_as_if_it_had_been_there_from_the_start(ran, capsys):
     capsys.readouterr()
     assert main("--resume", run, "--patience", "3") == 0
     assert "schedule" not in capsys.readouterr().err
+    assert_same_end(run, expected)
+
+
+def test_a_kill_behind_a_larger_patience_does_not_undo_it(ran, monkeypatch, capsys):
+    run, expected = ran("run", *PATIENT, "--patience", "1"), ran("long", *PATIENT, "--patience", "3")
+    with monkeypatch.context() as patch:
+        patch.setattr(Loop, "run", lambda loop: (_ for _ in ()).throw(Kill()))
+        with pytest.raises(Kill):
+            main("--resume", run, "--patience", "3")
+    capsys.readouterr()
+    assert main("--resume", run) == 0
+    assert capsys.readouterr().out.count("early stop") == 1
     assert_same_end(run, expected)
 
 

@@ -110,6 +110,18 @@ def test_the_columns_that_were_typed_are_read(model, capsys):
     before = in_json("run/result.json")["test"]["acc"]
     said = call(capsys, "--option", "evaluate", "--run", "run")
     assert f"test acc :: {before:.3f}" in said.out
+    for more in ([], options):  # the run's own columns are taken where a file has them
+        said = call(capsys, "--option", "evaluate", "--run", "run", "--test", "test.csv", *more)
+        assert f"test acc :: {before:.3f}" in said.out and "text in title and text, label in stars" in said.err
+        assert re.search("test vs tf-idf ::", said.out), "its training file is read as the run read it"
+    write_split(Path("other.txt"), [(label + 1, text) for label, text in rows(21, 5)])
+    said = call(capsys, "--option", "evaluate", "--run", "run", "--test", "other.txt", "--text_column", "phrase")
+    assert "test vs tf-idf ::" in said.out
+    sentences = [line.partition(" ||| ")[2] for line in read("test-joined.txt")]
+    Path("sentences.txt").write_text("\n".join(sentences), encoding="utf-8")
+    answers = [call(capsys, "--option", "predict", "--run", "run", "--input", file, *more).out
+               for file, *more in (("test.csv",), ("test.csv", *options), ("sentences.txt",))]
+    assert answers[0] == answers[1] == answers[2]
     assert "no such column" in call(capsys, "--option", "finetune", *model, *data, "--text_column", "txt", code=2).err
     other = call(capsys, "--option", "finetune", *model, *data, "--output_dir", "other")
     assert "labels :: x " in other.err, "without the options, the column called label"

@@ -239,7 +239,7 @@ def open_run(config: RunConfig) -> RunFolder:
             raise FileExistsError(f"{path}: there is a run in this folder already; --overwrite replaces it, or "
                                   "choose another --output_dir")
         with folder.lock():
-            if asks_for_series(_options_in(folder)):
+            if asks_for_series(options_in(folder)):
                 _remove_series(path)
             _remove_run(path)
     elif in_the_way := _in_the_way(path, config.option):
@@ -264,7 +264,7 @@ def _made(path: Path) -> bool:
         raise
 
 
-def _options_in(folder: RunFolder) -> dict[str, Any]:
+def options_in(folder: RunFolder) -> dict[str, Any]:
     """The options of the run in a folder; {} where they cannot be read."""
     try:
         found = files.read_json(folder.args).get("options")
