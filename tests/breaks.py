@@ -111,8 +111,7 @@ BREAKS = [
           "self.augment, (self.config.seed, 0))", "aug"),
     Break("the order is the same each epoch", TASK, "self.config.seed, epoch, balance)",
           "self.config.seed, 0, balance)", "batch_size"),
-    Break("the seed draws no head", JOB, "torch.manual_seed(config.seed)\n    llama", "torch.manual_seed(0)\n    llama",
-          "seed"),
+    Break("the seed draws no head", JOB, "torch.manual_seed(config.seed)", "torch.manual_seed(0)", "seed"),
     Break("the seed draws no order", TASK, "effective_batch, self.config.seed, epoch", "effective_batch, 0, epoch",
           "seed"),
 
@@ -139,7 +138,7 @@ BREAKS = [
           "losses.mean().backward()", "micro_batches", "test_trainer"),
     Break("auto_batch finds a size and drops it", ONE_RUN,
           "loop.progress.micro_batch = checks.find_micro_batch(loop)", "checks.find_micro_batch(loop)", "auto_batch"),
-    Break("epochs is always 1", TRAINER, "self.epochs = config.epochs if", "self.epochs = 1 if", "batch_size"),
+    Break("epochs is always 1", COURSE, "run_length(config.epochs, steps", "run_length(1, steps", "batch_size"),
 
     # The optimizer
     Break("weight_decay is ignored", JOB, "config.lr * scale, config.weight_decay, config.layerwise",
@@ -219,9 +218,14 @@ BREAKS = [
           "total_steps=run_length(options.epochs, steps_per_epoch, options.max_steps)",
           "total_steps=run_length(options.epochs, steps_per_epoch)", "max_steps"),
     Break("max_steps ends without an evaluation", TRAINER,
-          "if progress.window in (marks[progress.evaluated], end):",
+          "if is_late or progress.window in (marks[progress.evaluated], end):",
           "if progress.window == end != marks[-1]:\n                progress.evaluated_at = progress.step\n"
-          "                return\n            if progress.window == marks[progress.evaluated]:", "max_steps"),
+          "                return\n            if is_late or progress.window == marks[progress.evaluated]:",
+          "max_steps"),
+    Break("a small part of a pass stands for it", ESTIMATE, "        run(rows)\n", "        run(rows[:1])\n",
+          "as_large", "test_clock"),
+    Break("a run's own columns are forgotten", "commands/finished.py", 'options = options_in(run.home)', "options = {}",
+          "columns", "test_own_data"),
     Break("save_every is ignored", TRAINER, "if self.config.save_every and", "if False and", "save_every"),
     Break("detect_anomaly is ignored", DEVICE, "set_detect_anomaly(config.detect_anomaly)",
           "set_detect_anomaly(False)", "anomaly"),
