@@ -327,4 +327,4 @@ def test_the_service_answers_as_predict_does_and_ends_on_a_signal(inputs, tmp_pa
         process.send_signal(signal.SIGTERM)
         out, err = process.communicate(timeout=60)
     if sys.platform != "win32":
-        assert process.returncode == 143 and "stopped; " in err and "Traceback" not in err and out == ""
+        assert process.returncode == 143 and "stopped\n" in err and "Traceback" not in err and out == ""
