@@ -6,6 +6,7 @@ import re
 import socket
 import sys
 import time
+from contextlib import suppress
 
 from commands import http_service
 from commands.batcher import Batcher
@@ -17,7 +18,6 @@ from training.signals import SIGNALS
 
 AT_ONCE, CHARACTERS_AT_ONCE = 128, 20_000  # texts that are computed together, where so many wait
 MOST_WAITING, MOST_CHARACTERS = 2048, 200_000  # texts in the queue, and their characters; beyond, it is 503
-
 FILES_BESIDE = 64  # open files that are no connections
 
 
