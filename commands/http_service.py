@@ -11,6 +11,7 @@ import socketserver
 import sys
 import threading
 import time
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -18,8 +19,10 @@ from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from commands import answers
-from commands.batcher import Batcher, QueueFull
+from commands.batcher import Batcher, QueueFull, Stopped
 from minllama import lone_surrogate
 from training import logs
 
@@ -32,6 +35,7 @@ IDLE_SECONDS = 30.0  # between two requests of a connection
 REQUEST_SECONDS = 10.0  # from a request's first byte to its last, and for an answer to be taken
 LINGER_SECONDS = 2.0  # for what a refused client still sends, so that it reads why
 STOP_SECONDS = 20.0  # for the requests in flight when the service stops
+LOOK_SECONDS = 0.5  # between two looks whether a client that waits is still there
 
 PAGE = Path(__file__).with_name("serve.html")
 
@@ -119,6 +123,7 @@ class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     server_version, sys_version = "minllama", ""
     server: "Server"
+    is_lingering = True
     is_idle = True  # until a request is there as a whole: what is still being sent may be closed for others
 
     def setup(self) -> None:
@@ -141,23 +146,31 @@ class Handler(BaseHTTPRequestHandler):
         if not self.server.wait(self):
             self.command = self.requestline = ""
             self.request_version = self.protocol_version
-            return self.send_error(503, "too many connections; try again in a second")
+            return self.refuse_connection()
         with suppress(TimeoutError):
-            if not self.rfile.peek(1):
+            if not (first := self.rfile.peek(1)[:1]):
                 return
-        if not self.server.begin(self):
-            return
-        self.reader.deadline = time.monotonic() + REQUEST_SECONDS
-        super().handle_one_request()
+            self.reader.deadline = time.monotonic() + REQUEST_SECONDS
+            if first in b"\r\n":  # an empty line before a request
+                self.rfile.readline(2)
+            super().handle_one_request()
+
+    def refuse_connection(self) -> None:
+        """Without lingering: where so many come, that would hold a thread for each. What is there already is taken."""
+        self.is_lingering = False
+        self.close_connection = True
+        self.say_busy("too many connections; try again in a second")
+        with suppress(OSError):
+            self.connection.settimeout(0)
+            self.connection.recv(1 << 16)
 
     # ----------------------------------------------------------------------- what is asked
 
     def do_GET(self) -> None:
-        self.is_idle = False
+        if not self.is_for_us() or not self.has_no_body() or not self.server.begin(self):
+            return
         path = self.path.partition("?")[0]
         about = self.server.about
-        if not self.is_for_us() or not self.has_no_body():
-            return
         if path == "/health":
             self.send_json(200, {"status": "ok", "run": about.run, "classes": about.names, "version": about.version})
         elif path == "/":
@@ -176,7 +189,8 @@ class Handler(BaseHTTPRequestHandler):
             return
         try:
             body = self.read_body()
-            self.is_idle = False
+            if not self.server.begin(self):
+                return
             path = self.path.partition("?")[0]
             if path in ("/", "/health"):
                 return self.say_error(405, "GET this", {"Allow": "GET, HEAD"})
@@ -186,11 +200,11 @@ class Handler(BaseHTTPRequestHandler):
             if self.headers.get_content_type() != "application/json":
                 return self.say_error(415, "expected Content-Type: application/json")
             texts, top_k = read_request(body)
-            rows = self.server.batcher.submit(texts).result().tolist() if texts else []
+            rows = self.wait_for(self.server.batcher.submit(texts)).tolist() if texts else []
         except Refused as refused:
             return self.say_error(refused.status, refused.message)
-        except QueueFull:
-            return self.say_error(503, "too many texts are waiting; try again in a second", {"Retry-After": "1"})
+        except (QueueFull, Stopped):
+            return self.say_busy("too many texts are waiting; try again in a second")
         except OSError:
             raise
         except Exception:  # of the model; the batcher has said it
@@ -198,11 +212,27 @@ class Handler(BaseHTTPRequestHandler):
         found = [answers.answer(row, self.server.about.names, top_k).values() for row in rows]
         self.send_json(200, {"answers": found})
 
-    def do_other(self) -> None:
-        if self.is_for_us() and self.has_no_body():
-            self.say_error(405, "there are GET /, GET /health and POST /predict", {"Allow": "GET, HEAD, POST"})
+    def wait_for(self, future: "Future[np.ndarray]") -> np.ndarray:
+        """Raises ConnectionAbortedError where the client has left: what it asked needs no answer."""
+        while True:
+            try:
+                return future.result(LOOK_SECONDS)
+            except TimeoutError:
+                if future.done():
+                    return future.result()
+            if self.has_left():
+                future.cancel()
+                self.close_connection = True
+                raise ConnectionAbortedError
 
-    do_PUT = do_DELETE = do_PATCH = do_OPTIONS = do_other
+    def has_left(self) -> bool:
+        try:
+            self.connection.settimeout(0)
+            return not self.connection.recv(1, socket.MSG_PEEK)
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
 
     # ----------------------------------------------------------------------- what is read
 
@@ -212,7 +242,10 @@ class Handler(BaseHTTPRequestHandler):
         if self.headers.defects or len(self.headers.get_all("Host", [])) > 1:
             self.send_error(400, "a header is malformed, or there are two Hosts")
             return False
-        host = re.sub(r":\d*$", "", self.headers.get("Host", "")).strip("[]").lower()
+        host = self.headers.get("Host", "")
+        if absolute := re.fullmatch("https?://([^/?#]*)(.*)", self.path, re.IGNORECASE):  # it counts before the Host
+            host, self.path = absolute[1], "/" + absolute[2].lstrip("/")
+        host = re.sub(r":\d*$", "", host).strip("[]").lower()
         if self.server.is_local and host not in ("localhost", "127.0.0.1", "::1", "", self.server.host.lower()):
             self.send_error(421, f"the service is not called {host[:60]}; ask it at localhost, or start it with --host")
             return False
@@ -282,7 +315,8 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(body)
-        if self.close_connection:
+        if self.close_connection and self.is_lingering:
+            self.is_idle = True  # it may be closed for others
             self.linger()
 
     def send_json(self, status: int, value: dict[str, Any], headers: dict[str, str] | None = None) -> None:
@@ -295,7 +329,12 @@ class Handler(BaseHTTPRequestHandler):
         """An error after which nothing that the client sends on this connection can be trusted. The library calls it
         for what is no HTTP."""
         self.close_connection = True
+        if code == 501:  # the library's word for a method that has no do_ here
+            return self.say_error(405, "there are GET /, GET /health and POST /predict", {"Allow": "GET, HEAD, POST"})
         self.say_error(code, message or self.responses[HTTPStatus(code)][0])
+
+    def say_busy(self, message: str) -> None:
+        self.say_error(503, "the service is stopping" if self.server.is_stopping else message, {"Retry-After": "1"})
 
     def linger(self) -> None:
         """Take what the client still sends for a moment: where it is closed with unread bytes, the system resets the
@@ -321,7 +360,7 @@ class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
     allow_reuse_address = os.name == "posix"  # on Windows it would let two services have one port
     request_queue_size = 1024
 
-    def __init__(self, host: str, port: int, batcher: Batcher, about: About):
+    def __init__(self, host: str, port: int, batcher: Batcher, about: About, most_connections: int | None = None):
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         self.address_family = found[0]
         self.host, self.batcher, self.about = host, batcher, about
@@ -329,6 +368,7 @@ class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
         self.policy = security_policy(self.page)
         self.is_local = str(found[4][0]).startswith("127.") or found[4][0] == "::1"
         self.is_stopping = False
+        self.most_connections = most_connections or MOST_CONNECTIONS
         self._lock = threading.Lock()
         self._connections: dict[Handler, None] = {}  # in the order in which they became idle
         super().__init__((str(found[4][0]), port), Handler)
@@ -348,15 +388,21 @@ class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
             for handler in self._connections:
                 if handler.is_idle:
                     _close(handler)
-        end = time.monotonic() + STOP_SECONDS
-        while time.monotonic() < end:
+        left = self._wait_for_answers(STOP_SECONDS)
+        if left:
+            self.batcher.stop(0.0)
+            self._wait_for_answers(1.0)  # those that had to wait are told
+        return len(in_flight) - left, left
+
+    def _wait_for_answers(self, seconds: float) -> int:
+        """How many requests are in flight after so many seconds, or 0 as soon as there is none."""
+        end = time.monotonic() + seconds
+        while True:
             with self._lock:
-                if not any(not handler.is_idle for handler in self._connections):
-                    break
+                left = sum(not handler.is_idle for handler in self._connections)
+            if not left or time.monotonic() >= end:
+                return left
             time.sleep(0.02)
-        with self._lock:
-            left = sum(not handler.is_idle for handler in self._connections)
-        return max(0, len(in_flight) - left), left
 
     # ----------------------------------------------------------------------- the connections
 
@@ -368,7 +414,7 @@ class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
                 return False
             handler.is_idle = True
             self._connections[handler] = None
-            if len(self._connections) > MOST_CONNECTIONS:
+            if len(self._connections) > self.most_connections:
                 oldest = next(one for one in self._connections if one.is_idle)
                 del self._connections[oldest]
                 if oldest is handler:  # all the others are busy
@@ -377,9 +423,13 @@ class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
             return True
 
     def begin(self, handler: Handler) -> bool:
-        """A request has begun. False where its connection has just been closed."""
+        """A request is there as a whole. False where its connection has just been closed."""
         with self._lock:
-            return handler in self._connections and not self.is_stopping
+            if handler not in self._connections or self.is_stopping:
+                handler.close_connection = True
+                return False
+            handler.is_idle = False
+            return True
 
     def forget(self, handler: Handler) -> None:
         with self._lock:

@@ -18,7 +18,7 @@ from conftest import ROOT, tiny_sentences
 import run_llama
 from commands import http_service
 from commands import serve as serving
-from commands.batcher import Batcher, QueueFull
+from commands.batcher import Batcher, QueueFull, Stopped
 from commands.http_service import About, Server
 from config import InputError, RunConfig
 
@@ -114,6 +114,8 @@ def test_health_and_the_page(server):
     (400, "GET", "/health", b"x", {}),
     (404, "GET", "/nothing", None, {}), (404, "POST", "/nothing", {"text": "a"}, {}),
     (404, "GET", "/../commands/serve.py", None, {}),
+    (405, "FOO", "/predict", None, {}), (405, "PUT", "/predict", {"text": "a"}, {}),
+    (421, "GET", "http://evil.example/health", None, {}),
     (405, "GET", "/predict", None, {}), (405, "POST", "/", {"text": "a"}, {}), (405, "DELETE", "/predict", None, {}),
     (411, "POST", "/predict", None, {"Transfer_Encoding": "chunked"}),
     (413, "POST", "/predict", {"texts": ["a"] * 257}, {}), (413, "POST", "/predict", {"text": "a" * 20_001}, {}),
@@ -159,6 +161,83 @@ def test_long_texts_are_limited_together(server):
     goes_on.set()
     assert len(first.result(30)) == len(waiting.result(30)) == 1
     batcher.stop()
+
+
+def test_an_absolute_target_and_an_empty_line_before_it_are_answered(server):
+    assert ask(server, "GET", "http://localhost:8000/health")[0] == 200
+    assert raw(server, b"\r\nGET /health HTTP/1.1\r\nHost: localhost\r\n\r\n").split()[1] == b"200"
+
+
+def held(most=100, **limits):
+    """A batcher that computes one text, "0", until the event is set; and the sizes of what it has computed."""
+    goes_on, began, sizes = threading.Event(), threading.Event(), []
+
+    def slow(texts):
+        sizes.append(len(texts))
+        began.set()
+        goes_on.wait(30)
+        return np.zeros((len(texts), 1))
+
+    batcher = Batcher(slow, 8, most, **limits)
+    batcher.submit(["0"])
+    assert began.wait(30)
+    return batcher, goes_on, sizes
+
+
+def test_what_is_cancelled_is_not_computed_and_makes_room():
+    batcher, goes_on, sizes = held(4)
+    left = batcher.submit(["a"] * 4)
+    left.cancel()
+    taken = batcher.submit(["b"] * 3)
+    batcher.submit(["c"]).cancel()
+    goes_on.set()
+    assert batcher.stop() and sizes == [1, 3] and len(taken.result()) == 3
+
+
+def test_a_batch_has_a_limit_of_characters():
+    batcher, goes_on, sizes = held(characters_at_once=10)
+    for text in ("a" * 6, "b" * 4, "c" * 50, "d"):
+        batcher.submit([text])
+    goes_on.set()
+    assert batcher.stop() and sizes == [1, 2, 1, 1]
+
+
+def test_a_stop_with_an_end_fails_what_still_waits():
+    batcher, goes_on, _ = held()
+    waiting = batcher.submit(["a"])
+    assert not batcher.stop(0.01)
+    with pytest.raises(Stopped):
+        waiting.result(30)
+    with pytest.raises(Stopped):
+        batcher.submit(["b"])
+    goes_on.set()
+
+
+def test_what_a_client_that_has_left_asked_is_not_computed(monkeypatch):
+    monkeypatch.setattr(http_service, "LOOK_SECONDS", 0.02)
+    batcher, goes_on, sizes = held()
+    running = Server("127.0.0.1", 0, batcher, About("runs/x", NAMES, "abc"))
+    running.start()
+    body = b'{"text": "a"}'
+    with socket.create_connection(("127.0.0.1", running.server_port), timeout=30) as client:
+        client.sendall(b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+                       b"Content-Length: %d\r\n\r\n" % len(body) + body)
+        while not batcher._n_waiting:
+            time.sleep(0.01)
+    while running._connections:
+        time.sleep(0.01)
+    goes_on.set()
+    assert running.stop() == (0, 0) and batcher.stop() and sizes == [1]
+
+
+def test_the_soft_limit_of_open_files_is_raised_or_kept_to(monkeypatch):
+    resource = pytest.importorskip("resource")
+    soft_and_hard = [(256, 4096)]
+    monkeypatch.setattr(resource, "getrlimit", lambda _: soft_and_hard[0])
+    monkeypatch.setattr(resource, "setrlimit", lambda _, pair: soft_and_hard.append(pair))
+    assert serving.connections_allowed() == 512 and soft_and_hard.pop() == (576, 4096)
+    soft_and_hard[0] = (256, 256)
+    assert serving.connections_allowed() == 192
 
 
 def test_rubbish_behind_a_request_is_no_request(server):
@@ -294,7 +373,8 @@ def test_a_stop_answers_what_is_in_flight_and_takes_nothing_new():
 
 def test_a_port_in_use_and_a_host_that_is_none_are_one_message(server):
     for config, words in ((RunConfig(option="serve", port=server.server_port), f"--port {server.server_port}: "),
-                          (RunConfig(option="serve", host="no such host", port=0), "--host no such host: ")):
+                          (RunConfig(option="serve", host="no such host", port=0), "--host no such host: "),
+                          (RunConfig(option="serve", host="a..b", port=0), "--host a..b: ")):
         with pytest.raises(InputError, match=words):
             serving.listen(config, server.batcher, server.about)
 
@@ -327,4 +407,4 @@ def test_the_service_answers_as_predict_does_and_ends_on_a_signal(inputs, tmp_pa
         process.send_signal(signal.SIGTERM)
         out, err = process.communicate(timeout=60)
     if sys.platform != "win32":
-        assert process.returncode == 143 and "stopped; " in err and "Traceback" not in err and out == ""
+        assert process.returncode == 143 and "stopped\n" in err and "Traceback" not in err and out == ""
