@@ -23,11 +23,18 @@ def with_defaults(config: RunConfig, inputs: Inputs) -> RunConfig:
     typed = config.given
     config = start.with_learned(config, inputs)
     is_classic = inputs.files.name == "sst" and inputs.weights.path.stem == "stories42M"
-    if config.resume or is_classic or typed & {*SETTINGS}:
+    if config.resume or is_classic:
         return config
     n_layers = config.n_layers or inputs.weights.config.n_layers
     chosen: dict[str, Any] = {"attention": "bidirectional", "pooling": "mean", "batch_size": 32,
                               "hidden_dropout_prob": 0.1, "lr": rate_for(n_layers)}
+    if typed & {*SETTINGS}:
+        classic = {name: getattr(config, name) for name in chosen if name not in config.given}
+        if classic:
+            some = ", ".join(f"--{name}" for name in SETTINGS if name in typed)
+            logs.notice(f"settings :: {in_words(classic)} (the classic defaults, since {some} was typed; without it: "
+                        f"{in_words({name: chosen[name] for name in classic})})")
+        return config
     chosen = {name: value for name, value in chosen.items() if name not in config.given}
     logs.notice(f"settings :: {in_words(chosen)} (chosen, since none of these was typed; the rate is that for "
                 f"{counted(n_layers, 'layer')}. Type all of them to change one: beside one that is typed alone, the "

@@ -43,6 +43,7 @@ def run(config: RunConfig) -> int:
             raise InputError(f"{found[numbered[0]].path} has numbers for labels, in the order of {used.label_names} "
                              f"({own_names}); the run has them in another order ({names}): write the names instead")
     splits = run_splits.tokenise(config, found, classes, saved.tokenizer, saved.model.llama.config.max_seq_len)
+    run_splits.say_without_test(splits)
     if not splits:
         raise InputError("there is neither a --dev nor a --test file to evaluate")
     train = used.train if used.train and used.train.is_file() else None

@@ -226,6 +226,7 @@ def load(config: RunConfig, need: tuple[str, ...]) -> Inputs:
         if "dev" not in splits and not config.folds:
             held_out = run_splits.hold_out(splits["train"])
             splits = {**splits, **held_out}
+    run_splits.say_without_test(splits)
     return Inputs(found, splits, classes.names, tokenizer, read, held_out)
 
 

@@ -80,7 +80,8 @@ def train(config: RunConfig, inputs: Inputs, device: Device, series_folder: RunF
             logs.say(f"diagnosis :: {line}")
         progress = loop.progress
         stopped = progress.stopped or "finished"
-        logs.say(f"best :: epoch {best['epoch']} of {config.epochs} (chosen by {config.monitor}), stopped: {stopped}")
+        logs.say(f"best :: epoch {best['epoch']}, counted from 0, of {config.epochs} (chosen by {config.monitor}), "
+                 f"stopped: {stopped}")
         default_out = {name: folder.predictions(name) for name in outputs}
         scores = results.report_splits(config, inputs.splits, outputs, default_out, inputs.names, baselines)
         result = {

@@ -61,6 +61,9 @@ def same_run(config: RunConfig, folder: RunFolder, described: dict[str, Any]) ->
         needed.add("dev")
     if missing := needed - used.keys():
         raise InputError(f"{folder.args}: no run is described here (its files lack {', '.join(sorted(missing))})")
+    if "max_minutes" in config.given and config.max_minutes != options["max_minutes"]:
+        raise InputError(f"--resume {folder}: --max_minutes is laid out when a run begins, and cannot be changed; "
+                         "--epochs N or --max_steps N says how far it goes on")
     asked = {n: getattr(config, n) for n in sorted(config.given - {"resume", "option"})}
     changed: dict[str, Any] = {"dataset": None, "resume": str(folder)}
     if not asks_for_series(options):

@@ -36,6 +36,9 @@ def read_tables(config: RunConfig, paths: Mapping[str, Path | None], usual: Usua
             continue
         with logs.doing(f"reading {path}"):
             found[name] = table = tables.read_table(path, *columns_of(config, path), usual=usual)
+        typed = [f"--{option}" for option in ("text_column", "label_column") if getattr(config, option)]
+        if table.is_plain and typed and path.name not in SPLITS:
+            logs.warn(f"{path} has {table.description}, and no columns: {' and '.join(typed)} has no effect there")
         if not table.is_plain or table.encoding != "utf-8":
             logs.notice(f"{path}: {table.description}")
         if n := sum("\ufffd" in text for text in table.texts):
@@ -57,9 +60,12 @@ def tokenise(config: RunConfig, found: Mapping[str, Table], classes: Mapping[str
             logs.warn(f"{table.path}: {split.n_cut} of {counted(len(split), 'sentence')} cut to "
                       f"{counted(config.max_sentence_len or context, 'token')} ({in_words})")
         logs.say(f"load {len(split)} data from {table.path}")
+    return splits
+
+
+def say_without_test(splits: Mapping[str, Split]) -> None:
     if "test" not in splits:
         logs.notice("there is no test file: only dev is evaluated")
-    return splits
 
 
 def read_like(config: RunConfig, path: Path, split: Split) -> tuple[list[int], list[str]]:
@@ -92,13 +98,14 @@ def check_training(splits: Mapping[str, Split], train: Table, classes: Classes) 
         if name != "train":
             dataset.check_labels(split, splits["train"])
     labels = splits["train"].labels.tolist()
-    logs.notice(class_labels.summary(classes, labels, train))
+    logs.notice(class_labels.summary(classes, labels))
     n = len(set(labels))
     if not classes.is_learned and len(classes.names) >= 10 * n:
         logs.warn(f"{classes.source} has {len(classes.names)} names, of which {train.path} has only {n}; is it the "
                   "right file?")
-    if strange := class_labels.stray(classes, labels, train):
-        logs.warn(strange)
+    for strange in (class_labels.stray(classes, labels, train), class_labels.same_but_for_case(classes)):
+        if strange:
+            logs.warn(strange)
 
 
 def warn_of_copies(splits: Mapping[str, Split], has_folds: bool) -> None:

@@ -58,6 +58,14 @@ def find(path: Path, rows: Rows, text_column: str | None, label_column: str | No
         text = by_name if len(by_name) == 1 else _texts_by_content(rows, by_name or _others(rows, [label]))
     if label is None and labelled and text:
         label = _label_by_content(rows, _named(rows, LABEL, text) or _others(rows, text))
+    for i in [*text, *([] if label is None else [label])]:
+        if rows.has_header and rows.columns[i] and rows.columns.count(rows.columns[i]) > 1:
+            same = [str(k + 1) for k, name in enumerate(rows.columns) if name == rows.columns[i]]
+            if not {text_column, label_column} & {*same}:
+                raise InputError(f"{path}: the columns {' and '.join(same)} are both called {_shown(rows, i)}; say "
+                                 "which one is meant by its number: --text_column N or --label_column N")
+    if not rows.columns:
+        raise InputError(f"{path}: there is no column of plain values; lists and objects are neither text nor label")
     if not text or labelled and label is None:
         what = "texts" if not text else "labels"
         listed = "\n".join(f"  {_shown(rows, i)}, for example {_example(rows, i)}" for i in range(len(rows.columns)))

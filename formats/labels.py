@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from config import InputError
+from config import InputError, counted
 from formats.rows import refuse
 from formats.tables import SEPARATOR, Table
 
@@ -39,11 +39,16 @@ class Classes:
     why: str = ""
 
     def numbers(self, table: Table) -> list[int]:
-        """The class of each label of a table. Raises InputError that lists the first ten labels that are none."""
+        """The class of each label of a table. Raises InputError that lists the first ten that are none."""
         number_of = {label: i for i, label in enumerate(self.written)}
         labels = [canonical(label) for label in table.labels or []]
-        unknown = [pair for pair in zip(table.lines, labels, strict=True) if pair[1] not in number_of]
-        refuse([f"{table.path}:{line}: {self.fault(label)}" for line, label in unknown[:10]], len(unknown))
+        unknown: dict[str, list[int]] = {}
+        for line, label in zip(table.lines, labels, strict=True):
+            if label not in number_of:
+                unknown.setdefault(label, []).append(line)
+        refuse([f"{table.path}:{lines[0]}: {self.fault(label)}"
+                + (f" (and {counted(len(lines) - 1, 'more line')} with it)" if len(lines) > 1 else "")
+                for label, lines in list(unknown.items())[:10]], len(unknown))
         return [number_of[label] for label in labels]
 
     def fault(self, label: str) -> str:
@@ -51,7 +56,8 @@ class Classes:
         near = near_name(label, self.names)
         hint = f"; did you mean {near}?" if near else ""
         if self.is_learned:
-            return f"the label {label} is not in {self.source}, so no model can learn it; check both files{hint}"
+            return (f"the label {label} is not in {self.source}, so no model can learn it; there it is one of "
+                    f"{listed(self.names)}{hint}")
         if self.are_numbers and is_whole(label):
             return f"the label {label} is out of range; labels are 0 to {len(self.names) - 1}, {self.why} {self.source}"
         if self.are_numbers:
@@ -137,17 +143,23 @@ def _is_classic(counts: Counter[str], table: Table) -> bool:
 # --------------------------------------------------------------------------- what is said of them
 
 
-def summary(classes: Classes, numbers: Sequence[int], table: Table) -> str:
-    """`labels :: negative 120, positive 130`; of more than 20 classes their number, the largest and the rarest. "" for
-    `label ||| sentence` lines with the labels 0, 1, 2, ..., all of which occur or have a name."""
-    if table.is_plain and classes.are_numbers:
-        return ""
+def summary(classes: Classes, numbers: Sequence[int]) -> str:
+    """`labels :: negative 120, positive 130`; of more than 20 classes their number, the largest and the rarest."""
     counts = Counter(numbers)
     if len(classes.names) <= 20:
         return "labels :: " + ", ".join(f"{name} {counts[i]}" for i, name in enumerate(classes.names))
     most, rarest = counts.most_common(1)[0], min(counts.items(), key=lambda item: item[1])
     return (f"labels :: {len(classes.names)} classes, the largest {classes.names[most[0]]} with {most[1]}, the rarest "
             f"{classes.names[rarest[0]]} with {rarest[1]}")
+
+
+def same_but_for_case(classes: Classes) -> str:
+    """A line on labels such as `pos` and `Pos`. "" where there are none."""
+    folded: dict[str, list[str]] = {}
+    for name in classes.names:
+        folded.setdefault(name.casefold(), []).append(name)
+    same = [" and ".join(names) for names in folded.values() if len(names) > 1]
+    return f"labels that differ in capital letters only are classes of their own: {', '.join(same[:5])}" if same else ""
 
 
 def stray(classes: Classes, numbers: Sequence[int], table: Table) -> str:

@@ -56,10 +56,10 @@ def cell_of(value: Any) -> str | None:
 
 
 def read_jsonl(path: Path, content: str) -> Rows:
-    """One JSON object a line; its keys are the columns, those of all lines together. Raises InputError, with the lines,
-    for what is no JSON object."""
+    """One JSON object a line, or one list of objects; their keys are the columns, those of all together. Raises
+    InputError, with the lines, for what is no JSON object."""
     records, lines, faults = [], [], []
-    for number, line in text.numbered_lines(content):
+    for number, line in _of_list(content) or text.numbered_lines(content):
         try:
             value = json.loads(line)
         except (ValueError, RecursionError) as error:
@@ -75,6 +75,18 @@ def read_jsonl(path: Path, content: str) -> Rows:
     refuse(faults)
     columns = list(dict.fromkeys(key for record in records for key in record))
     return _rows_of(columns, [[record.get(name) for name in columns] for record in records], lines, "JSON lines")
+
+
+def _of_list(content: str) -> list[tuple[int, str]]:
+    """The objects of a JSON list as lines, each with its number from 1; [] where the content is no such list."""
+    if not content.lstrip().startswith("["):
+        return []
+    try:
+        values = json.loads(content)
+    except (ValueError, RecursionError):
+        return []
+    is_list = isinstance(values, list) and all(isinstance(value, dict) for value in values)
+    return [(i, json.dumps(value)) for i, value in enumerate(values, 1)] if is_list else []
 
 
 def _rows_of(columns: list[str], values: list[list[Any]], lines: list[int], description: str) -> Rows:

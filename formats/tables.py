@@ -15,7 +15,10 @@ __all__ = ["SEPARATOR", "Table", "decode", "read_label_names", "read_table", "re
 
 SEPARATOR = " ||| "
 FORMAT = "expected `label ||| sentence`, for example `3 ||| a charming film`"
-KINDS = {".csv": "csv", ".tsv": "tsv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet", ".txt": "plain"}
+KINDS = {".csv": "csv", ".tsv": "tsv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".parquet": "parquet",
+         ".txt": "plain"}
+
+SPREADSHEETS = (b"PK\x03\x04", b"\xd0\xcf\x11\xe0")  # how .xlsx, .ods and .zip begin, and .xls
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,8 @@ def read_table(path: str | Path, text_column: str | None = None, label_column: s
     """
     path = Path(path)
     raw = read_bytes(path)
+    if raw.startswith(SPREADSHEETS):
+        raise InputError(f"{path}: this looks like a spreadsheet or an archive; save the sheet as CSV (UTF-8)")
     typed = [name for words in (text_column, label_column, *usual) for name in columns.typed_names(words)]
     if raw.startswith(b"PAR1") or kind_by_name(path) == "parquet":
         encoding, found = "utf-8", rows.read_parquet(path, raw)
@@ -77,14 +82,14 @@ def kind_of(path: Path, content: str, typed: list[str], labelled: bool) -> str:
     start = [line for line in split_lines(content[:20_000]) if line.strip()][:20]
     if any(SEPARATOR in line for line in start):
         return "plain"
-    if not kind and start and start[0].lstrip().startswith("{"):
+    if not kind and re.match(r"\s*(\{|\[\s*\{)", content):
         return "jsonl"
     if typed:
         return "csv"
     delimiter = delimited.find_delimiter(content, typed)
     names = columns.known_names(start[0].split(delimiter)) if delimiter else 0
     # Commas alone make no table of a person's sentences.
-    needed = 0 if labelled and not kind else 1 if not kind else 2
+    needed = 0 if labelled and not kind else 1 if labelled or not kind else 2
     return "csv" if delimiter and names >= needed else "plain"
 
 
@@ -113,6 +118,8 @@ def _plain(path: Path, content: str, encoding: str, labelled: bool) -> Table:
             faults.append(f"{path}:{number}: the label is empty; {FORMAT}")
         elif not sentence:
             faults.append(f"{path}:{number}: the sentence is empty; {FORMAT}")
+    if faults and not any(SEPARATOR in line for _, line in lines) and (mark := delimited.find_delimiter(content, [])):
+        faults[0] += f" (if this is a table cut by `{mark}`, name it {path.stem}.csv)"
     refuse(faults)
     if not sentences:
         raise InputError(f"{path}: there is no sentence in the file; {FORMAT}")

@@ -25,14 +25,14 @@ def read_text(path: str | Path) -> str:
     return decode(Path(path).read_bytes(), path)
 
 
-def decode(raw: bytes, path: str | Path) -> str:
-    """`read_text` of bytes that are already here; `path` is for the message."""
+def decode(raw: bytes, path: str | Path, tried: str = "") -> str:
+    """`read_text` of bytes that are already here; `path` and `tried`, other encodings, are for the message."""
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = len(split_lines(raw[: error.start].decode("utf-8-sig")))
-        raise InputError(f"{path}:{line}: the bytes {raw[error.start:error.end]!r} are not UTF-8; save the file as "
-                         "UTF-8") from None
+        raise InputError(f"{path}:{line}: the bytes {raw[error.start:error.end]!r} are not UTF-8{tried}; save the "
+                         "file as UTF-8") from None
 
 
 def decode_any(raw: bytes, path: str | Path) -> tuple[str, str]:
@@ -61,6 +61,7 @@ def decode_any(raw: bytes, path: str | Path) -> tuple[str, str]:
         else:
             if looks_chinese(text):
                 return text, "gb18030"
+        return decode(raw, path, ", and the file is neither UTF-16 nor GB18030"), "utf-8"  # which raises
     return decode(raw, path), "utf-8"  # which says what is wrong with it
 
 

@@ -169,6 +169,8 @@ def test_what_cannot_go_on_longer_is_refused_by_name(ran, inputs, capsys):
     assert "has done 12 steps already" in refused(capsys, "--resume", run, "--max_steps", "5")
     assert "with --patience 7 there is nothing more to train" in refused(capsys, "--resume", run, "--patience", "7")
     assert "--lr is 0.003 in the run" in refused(capsys, "--resume", run, "--epochs", "3", "--lr", "0.1")
+    assert "--max_minutes is laid out when a run begins" in refused(
+        capsys, "--resume", run, "--epochs", "3", "--max_minutes", "5")
     assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}, "and nothing was changed"
 
     args = args_of(run)

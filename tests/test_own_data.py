@@ -79,7 +79,7 @@ def test_every_format_is_the_same_run(model, capsys):
                     *(["--label_names", "names.json"] if kind == "txt" else []))
         assert (weights(kind), losses(kind)) == (weights("txt"), losses("txt")), kind
         assert in_json(f"{kind}/best/config.json")["label_names"] == NAMES
-        assert ("labels :: bad 32, fine 32, good 32" in said.err) == (kind != "txt")
+        assert "labels :: bad 32, fine 32, good 32" in said.err
         assert ("delimiter `;`, utf-8-sig, text in text, label in label" in said.err) == (kind == "csv")
         number = {str(i): name for i, name in enumerate(NAMES)}
         predicted = [line.split(" ||| ") for line in read(f"{kind}/dev-predictions.txt")]
@@ -297,6 +297,13 @@ def test_what_is_silently_wrong_is_said_once_with_a_count(model, capsys):
     write_split(Path("stray.txt"), [*((NAMES[label], text) for label, text in found), ("gooood", "a film")])
     (line,) = warnings(capsys, model, "--train", "stray.txt", "--dev", "clean.csv")
     assert "gooood (once, stray.txt:61, a misspelling of good?)" in line
+    write_split(Path("case.txt"), [(NAMES[label] if i % 2 else NAMES[label].title(), text)
+                                   for i, (label, text) in enumerate(found)])
+    (line,) = warnings(capsys, model, "--train", "case.txt")
+    assert "differ in capital letters only" in line and "Bad and bad" in line
+    write_split(Path("plain.txt"), [(NAMES[label], text) for label, text in found])
+    (line,) = warnings(capsys, model, "--train", "plain.txt", "--text_column", "review")
+    assert line.endswith("and no columns: --text_column has no effect there")
     (line, other) = warnings(capsys, model, "--train", "train.csv", "--dev", "clean.csv", "--max_sentence_len", "9")
     for said, name in ((line, "train"), (other, "clean")):
         match = re.fullmatch(rf"warning: {name}\.csv: (\d+) of (\d+) sentences cut to 9 tokens \((.*)%\)", said)

@@ -274,6 +274,7 @@ def test_typed_columns_go_before_names_and_two_are_joined(tmp_path):
     ("text,text,label\na,b,1\n", {"text_column": "text"}, ["2 columns are called so"]),
     ("1,what a film\n0,what a dull film\n1,another\n", {"text_column": "text"}, ["the file has no header"]),
     ("text\na\nb\n", {}, ["which column has the labels?"]),
+    ("text,text,label\na long text,b,1\nanother long one,c,0\n", {}, ["the columns 1 and 2 are both called text"]),
 ])
 def test_a_doubt_about_columns_is_an_error_that_shows_them(tmp_path, content, more, words):
     with pytest.raises(ValueError, match=r"a\.csv: ") as error:
@@ -295,7 +296,10 @@ def test_a_doubt_about_columns_is_an_error_that_shows_them(tmp_path, content, mo
     ("a.jsonl", '{"text": "a", "label": 1}\n{"text": "b", \n', ["a.jsonl:2: not JSON"]),
     ("a.jsonl", '{"text": "a", "label": 1}\n["b", 1]\n', ["a.jsonl:2: a JSON list; expected one object a line"]),
     ("a.jsonl", '{"text": "a", "label": 1}\n{"text": null, "label": 1}\n', ["a.jsonl:2: there is no 'text'"]),
+    ("a.jsonl", '{"text": ["a"], "label": {"name": 1}}\n', ["a.jsonl: there is no column of plain values"]),
     ("a.parquet", "no parquet", ["a.parquet: "]),
+    ("a.xlsx", b"PK\x03\x04 and so on", ["a.xlsx: this looks like a spreadsheet", "save the sheet as CSV"]),
+    ("a.txt", "a fine film,1\na dull one,0\n", ["a.txt:1: no ` ||| `", "name it a.csv"]),
     ("a.csv.gz", b"\x1f\x8bdamaged", ["a.csv.gz: it begins like a gzip file"]),
 ])
 def test_a_bad_row_is_named_with_its_line(tmp_path, name, content, words):
@@ -303,6 +307,30 @@ def test_a_bad_row_is_named_with_its_line(tmp_path, name, content, words):
         read(tmp_path / name, content)
     for word in words:
         assert word in str(error.value)
+
+
+def test_a_json_list_of_objects_is_a_table(tmp_path):
+    for name in ("a.json", "a.jsonl", "a"):
+        table = read(tmp_path / name, '[\n {"text": "a", "label": 1},\n {"label": "x", "text": "b"}\n]\n')
+        assert (found(table), table.lines) == ((["a", "b"], ["1", "x"]), [1, 2])
+    with pytest.raises(ValueError, match=r"b\.json:1: .*expected one object a line"):
+        read(tmp_path / "b.json", '[{"text": "a"}, 5]')
+
+
+def test_one_usual_name_makes_a_table_of_a_txt(tmp_path):
+    assert found(read(tmp_path / "a.txt", "title,label\nhello there,1\nbye there,0\n")) == (
+        ["hello there", "bye there"], ["1", "0"])
+
+
+def test_lines_with_the_same_unknown_label_are_one_fault(tmp_path):
+    classes = labels.learned(read(tmp_path / "train.txt", "bad ||| a\ngood ||| b\n"))
+    table = read(tmp_path / "dev.txt", "bad ||| c\n" + "goood ||| d\n" * 12 + "ugly ||| e\n")
+    with pytest.raises(ValueError) as error:
+        classes.numbers(table)
+    first, second = str(error.value).splitlines()
+    assert first.startswith(f"{table.path}:2: the label goood") and "(and 11 more lines with it)" in first
+    assert "bad, good" in first and "did you mean good?" in first
+    assert second.startswith(f"{table.path}:14: the label ugly")
 
 
 def test_parquet_without_pyarrow_says_what_to_install(tmp_path, monkeypatch):
@@ -353,7 +381,7 @@ def test_two_encodings_in_one_file_are_one_message_with_the_line(tmp_path):
     with pytest.raises(ValueError, match=r"a\.txt:10: the bytes .* are not UTF-8; save the file as UTF-8") as error:
         read(tmp_path / "a.txt", first + later)
     assert "\n" not in str(error.value)
-    with pytest.raises(ValueError, match=r"a\.txt:2: the bytes .* not UTF-8"):  # Latin-1, which GB18030 would take
+    with pytest.raises(ValueError, match=r"a\.txt:2: the bytes .* not UTF-8.* GB18030"):  # Latin-1, which it would take
         read(tmp_path / "a.txt", "1 ||| ein Film\n0 ||| für alle schöne Bücher\n".encode("latin-1"))
     with pytest.raises(ValueError, match=r"a\.txt:1: the file begins as UTF-16"):
         read(tmp_path / "a.txt", b"\xff\xfe1\x00 \x00|")
