@@ -41,6 +41,10 @@ def read_tables(config: RunConfig, paths: Mapping[str, Path | None], usual: Usua
             logs.warn(f"{path} has {table.description}, and no columns: {' and '.join(typed)} has no effect there")
         if not table.is_plain or table.encoding != "utf-8":
             logs.notice(f"{path}: {table.description}")
+        long = [text.count("\n") + 1 for text in table.texts if "\n" in text]
+        if long and table.description.startswith("CSV"):
+            logs.notice(f"{path}: {len(long)} of {counted(len(table.texts), 'text')} have several lines, up to "
+                        f"{max(long)}; if that is not meant, a double quote in the file has no partner")
         if n := sum("\ufffd" in text for text in table.texts):
             logs.warn(f"{path}: {n} of {counted(len(table.texts), 'sentence')} with the replacement character U+FFFD: "
                       "they were once read in a wrong encoding, and what stood there is lost")

@@ -297,6 +297,10 @@ def test_what_is_silently_wrong_is_said_once_with_a_count(model, capsys):
     write_split(Path("stray.txt"), [*((NAMES[label], text) for label, text in found), ("gooood", "a film")])
     (line,) = warnings(capsys, model, "--train", "stray.txt", "--dev", "clean.csv")
     assert "gooood (once, stray.txt:61, a misspelling of good?)" in line
+    with open("train.csv", encoding="utf-8") as file:
+        Path("quotes.csv").write_text(file.read() + '"so to say,bad\none more,good\nanother",bad\n', encoding="utf-8")
+    err = call(capsys, "--option", "finetune", *model, "--train", "quotes.csv", "--dev", "clean.csv").err
+    assert "quotes.csv: 1 of 61 texts have several lines, up to 3; if that is not meant" in err
     write_split(Path("case.txt"), [(NAMES[label] if i % 2 else NAMES[label].title(), text)
                                    for i, (label, text) in enumerate(found)])
     (line,) = warnings(capsys, model, "--train", "case.txt")
