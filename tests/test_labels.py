@@ -92,17 +92,14 @@ def test_a_column_of_many_values_is_no_column_of_labels():
             labels.learned(table("x", bad))
 
 
-def test_how_many_of_each_are_said_but_for_plain_lines_with_numbers():
-    found = table("b", "a", "b", is_plain=False)
-    classes = labels.learned(found)
-    assert labels.summary(classes, classes.numbers(found), found) == "labels :: a 1, b 2"
-    for plain, said in ((table("0", "1"), ""), (table("1", "2"), "labels :: 1 1, 2 1"), (table("0", "2"),
-                                                                                 "labels :: 0 1, 2 1")):
-        classes = labels.learned(plain)
-        assert labels.summary(classes, classes.numbers(plain), plain) == said
+def test_how_many_of_each_are_said():
+    for found, said in ((table("b", "a", "b", is_plain=False), "a 1, b 2"), (table("0", "1"), "0 1, 1 1"),
+                        (table("1", "2", "1"), "1 2, 2 1")):
+        classes = labels.learned(found)
+        assert labels.summary(classes, classes.numbers(found)) == f"labels :: {said}"
     many = table(*(f"L{i:02}" for i in range(25)), *["L07"] * 30, *(f"L{i:02}" for i in range(24)), is_plain=False)
     classes = labels.learned(many)
-    assert labels.summary(classes, classes.numbers(many), many) == (
+    assert labels.summary(classes, classes.numbers(many)) == (
         "labels :: 25 classes, the largest L07 with 32, the rarest L24 with 1")
 
 
