@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from formats.past_run import FLAGS, NAMES, NUMBER, Claim, Epoch, option_name, plain
 
 LONGEST = 20_000  # characters of a line that are looked at for a command, a heading or a summary
+SERIES_LEVEL = 7  # the rank of `seed-1337:`, below every heading of Markdown
 
 
 @dataclass(frozen=True)
@@ -25,9 +26,10 @@ class Heading:
 
 @dataclass(frozen=True)
 class Command:
+    """python run_llama.py --lr 1e-5 ..."""
+
     line: int
     options: dict[str, str]
-    name: str
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,8 @@ FINAL = re.compile(rf"(?<![\w ])(?:^|(?<=\]))\s*(dev|test) acc\s{{0,3}}::\s{{0,3
 ENDED = re.compile(r"best :: epoch ([\d.]{1,20}) of (\d{1,9}) \(chosen by (\w{1,20})\), stopped: ([\w -]{1,60})")
 MAJORITY = re.compile(rf"dev baselines :: majority ({NUMBER})")
 SERIES = re.compile(r"(seed|fold)-(\d{1,19}):")
-IN_HEADING = re.compile(r"(?<![\w-])(?:--)?([A-Za-z][\w-]{0,40})(?:\s?=\s?|\s)([^\s,;()|`*]{1,80})")
+IN_HEADING = re.compile(r"(?:--([A-Za-z][\w-]{0,40})(?:\s?=\s?|\s)|(?<![\w-])([A-Za-z][\w-]{0,40})\s?=\s?)"
+                        r"([^\s,;()|`*]{1,80})")
 # What a summary says: `best dev accuracy: 0.435`, `test acc = 40.8%`, `best epoch 7`.
 CLAIM = re.compile(
     r"(?<![\w/-])(?:(best|peak|highest|max)\s)?(dev|test)\s(?:set\s)?acc(?:uracy)?(?![a-z])[\s:=*|`]{1,8}"
@@ -88,6 +91,8 @@ def lines_of(text: str) -> Iterator[tuple[int, str]]:
     """The lines of a text with their numbers from 1, each part of one that a progress bar has written over on its own;
     a command that goes on with \\, ^ or ` is one line."""
     joined, first = "", 0
+    if "\x1b" in text:
+        text = re.sub(r"\x1b\[[0-9;]{0,20}[A-Za-z]", "", text)  # colours, and the cursor moves of a progress bar
     for number, whole in enumerate(text.replace("\r\n", "\n").replace("\r\r", "\r").split("\n"), 1):
         for part in whole.split("\r"):
             line = part.replace("\ufeff", "").rstrip()
@@ -144,7 +149,7 @@ def _measured(number: int, line: str) -> Iterator[Said]:
 def _program_at(line: str) -> int | None:
     """Where the arguments of a command line begin: behind the `.py` of a program that nothing but a prompt, an
     interpreter and settings stand in front of. None where the line is prose."""
-    found = re.search(r"(?:^|[\s`/\\\"'])([\w.-]{1,80}\.py)(?![\w.])", line[:2000])
+    found = ".py" in line and re.search(r"(?:^|[\s`/\\\"'])([\w.-]{1,80}\.py)(?![\w.])", line[:2000])
     if not found:
         return None
     for word in line[: found.start(1)].split():
@@ -178,14 +183,12 @@ def command_of(number: int, line: str) -> Command | None:
         typed, equals, value = word.partition("=")
         name = option_name(typed)
         if not equals:
-            if name in FLAGS or i == len(words) or words[i].startswith("--"):
-                value = "on"
-            else:
-                values = [words[i]]
+            value = "on"
+            if name not in FLAGS and i < len(words) and not words[i].startswith("--"):
+                value = words[i]
                 i += 1
-                value = values[0]
         found[name] = plain(value)
-    return Command(number, found, "") if found else None
+    return Command(number, found) if found else None
 
 
 def heading_of(number: int, line: str) -> Heading | None:
@@ -195,26 +198,21 @@ def heading_of(number: int, line: str) -> Heading | None:
         return Heading(number, len(found[1]), text[:200], options_in(text[:1000]))
     if found := SERIES.fullmatch(line.strip()):
         own = {"seed": plain(found[2])} if found[1] == "seed" else {"fold": plain(found[2])}
-        return Heading(number, 7, f"{found[1]}-{found[2]}", own)
+        return Heading(number, SERIES_LEVEL, f"{found[1]}-{found[2]}", own)
     return None
 
 
 def options_in(text: str) -> dict[str, str]:
     """The options that a heading names: `lr=1e-5`, `--lr 1e-5`, `lr = 1e-5`. A number alone says nothing."""
-    found = {}
-    for match in re.finditer(r"(--)?(?<![\w-]--)(?<![\w])([A-Za-z][\w-]{0,40})(\s?=\s?|\s)([^\s,;()|`*]{1,80})", text):
-        dashes, typed, between, value = match.groups()
-        name = option_name(typed)
-        if name in NAMES.values() and (dashes or "=" in between):
-            found[name] = plain(value)
-    return found
+    pairs = [(option_name(dashed or typed), value) for dashed, typed, value in IN_HEADING.findall(text)]
+    return {name: plain(value) for name, value in pairs if name in NAMES.values()}
 
 
 # --------------------------------------------------------------------------- summaries
 
 
 def _claims(number: int, line: str) -> Iterator[Claim]:
-    if is_row(line):
+    if is_row(line) or "+-" in line or "±" in line:  # a mean over several runs
         return
     for found in CLAIM.finditer(line):
         if claim := accuracy_claim(number, found[2], found[3] + (found[4] or ""), bool(found[1])):
