@@ -71,7 +71,7 @@ EPOCH = re.compile(
     rf"epoch\s{{0,3}}(\d{{1,9}}(?:\.\d{{1,9}})?)\s{{0,3}}:\s{{0,3}}train loss\s{{0,3}}::\s{{0,3}}({NUMBER}),\s{{0,3}}"
     rf"train acc\s{{0,3}}::\s{{0,3}}({NUMBER}),\s{{0,3}}dev acc\s{{0,3}}::\s{{0,3}}({NUMBER})"
     rf"(?:,\s{{0,3}}lr\s{{0,3}}::\s{{0,3}}({NUMBER}))?(, collapsed: )?", re.IGNORECASE)
-FINAL = re.compile(rf"(?<![\w ])(?:^|(?<=\]))\s*(dev|test) acc\s{{0,3}}::\s{{0,3}}({NUMBER})(?![\d.]*\s*(?:\+-|±|\+/-))",
+FINAL = re.compile(rf"(?:^|(?<=\]))\s*(dev|test) acc\s{{0,3}}::\s{{0,3}}({NUMBER})(?![\d.]*\s*(?:\+-|±|\+/-))",
                    re.IGNORECASE)
 ENDED = re.compile(r"best :: epoch ([\d.]{1,20}) of (\d{1,9}) \(chosen by (\w{1,20})\), stopped: ([\w -]{1,60})")
 MAJORITY = re.compile(rf"dev baselines :: majority ({NUMBER})")
@@ -81,9 +81,9 @@ IN_HEADING = re.compile(r"(?:--([A-Za-z][\w-]{0,40})(?:\s?=\s?|\s)|(?<![\w-])([A
 # What a summary says: `best dev accuracy: 0.435`, `test acc = 40.8%`, `best epoch 7`.
 CLAIM = re.compile(
     r"(?<![\w/-])(?:(best|peak|highest|max)\s)?(dev|test)\s(?:set\s)?acc(?:uracy)?(?![a-z])[\s:=*|`]{1,8}"
-    rf"(?:(?:is|was|of)[\s*`]{{1,4}})?(\d{{0,3}}\.?\d{{1,9}}(?!\d))(\s?%)?", re.IGNORECASE)
-CLAIMED_EPOCH = re.compile(r"(?<![\w-])best\sepoch[\s:=*|`]{1,8}(?:(?:is|was)[\s*`]{1,4})?(\d{1,6}(?:\.\d{1,4})?)(?!\d)",
-                           re.IGNORECASE)
+    r"(?:(?:is|was|of)[\s*`]{1,4})?(\d{0,3}\.?\d{1,9}(?!\d))(\s?%)?", re.IGNORECASE)
+CLAIMED_EPOCH = re.compile(
+    r"(?<![\w-])best\sepoch[\s:=*|`]{1,8}(?:(?:is|was)[\s*`]{1,4})?(\d{1,6}(?:\.\d{1,4})?)(?!\d)", re.IGNORECASE)
 PROMPT_WORDS = {"nohup", "time", "srun", "sudo", "torchrun", "exec", "-m", "then", "do"}
 
 
@@ -96,7 +96,8 @@ def lines_of(text: str) -> Iterator[tuple[int, str]]:
     for number, whole in enumerate(text.replace("\r\n", "\n").replace("\r\r", "\r").split("\n"), 1):
         for part in whole.split("\r"):
             line = part.replace("\ufeff", "").rstrip()
-            if line.endswith(("\\", " ^", " `")) and len(joined) < LONGEST and (joined or _program_at(line) is not None):
+            goes_on = line.endswith(("\\", " ^", " `")) and len(joined) < LONGEST
+            if goes_on and (joined or _program_at(line) is not None):
                 first, joined = first or number, f"{joined}{line[:-1]} "
                 continue
             if joined:
@@ -131,16 +132,16 @@ def _measured(number: int, line: str) -> Iterator[Said]:
         yield NumberedEpoch(Epoch(float(at), float(loss), float(train), float(dev), float(lr) if lr else None,
                                   bool(collapsed), number))
     rest = line[end:]
-    if found := ENDED.search(rest):
-        at, planned, monitor, stopped = found.groups()
+    if ended := ENDED.search(rest):
+        at, planned, monitor, stopped = ended.groups()
         if at.count(".") <= 1 and at.strip("."):
             yield Ended(number, float(at), int(planned), monitor, stopped.strip())
-    if found := MAJORITY.search(rest):
-        yield Majority(number, float(found[1]))
-    for found in FINAL.finditer(rest):
-        value = float(found[2])
+    if share := MAJORITY.search(rest):
+        yield Majority(number, float(share[1]))
+    for final in FINAL.finditer(rest):
+        value = float(final[2])
         if 0 <= value <= 1:
-            yield Final(number, found[1].lower(), value)
+            yield Final(number, final[1].lower(), value)
 
 
 # --------------------------------------------------------------------------- commands and headings

@@ -1,4 +1,4 @@
-"""A run that has ended, as a report sees it, whatever it was read from: its folder, a log, or a table of experiments."""
+"""A run that has ended, as a report sees it, whatever it was read from: its folder, a log, a table of experiments."""
 
 import math
 import re
@@ -121,6 +121,7 @@ def name_of_column(header: str) -> str:
 def decode(raw: bytes, path: Path) -> str:
     """The text of a log or a table: UTF-8 or UTF-16, with or without a byte order mark, else Latin-1, which every text
     of an old Windows can be read as. Raises InputError for a binary file."""
+    is_binary = InputError(f"{path}: this is a binary file; expected a log, a table, or the folder of a run")
     if raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
         return raw.decode("utf-16", errors="replace")
     head = raw[:4096]
@@ -128,11 +129,11 @@ def decode(raw: bytes, path: Path) -> str:
         for name, zeros in (("utf-16-le", head[1::2]), ("utf-16-be", head[::2])):
             if zeros.count(0) > 0.4 * len(zeros):
                 return raw.decode(name, errors="replace")
-        raise InputError(f"{path}: this is a binary file; expected a log, a table, or the folder of a run")
+            raise is_binary
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError:
         controls = sum(byte < 32 and byte not in b"\t\n\r\x08\x0c\x1b" for byte in head)
         if controls > 0.02 * len(head):
-            raise InputError(f"{path}: this is a binary file; expected a log, a table, or the folder of a run") from None
+            raise is_binary from None
         return raw.decode("latin-1")

@@ -16,7 +16,9 @@ class _Draft:
 
     line: int
     epochs: dict[float, Epoch] = field(default_factory=dict)
-    last: float = -1.0  # the epoch that was read last
+    first: float = math.inf  # the lowest epoch, the highest, and the one that was read last
+    top: float = -1.0
+    last: float = -1.0
     finals: dict[str, list[float]] = field(default_factory=lambda: {"dev": [], "test": []})
     ended: Ended | None = None
     majority: float | None = None
@@ -29,9 +31,9 @@ class _Draft:
     def is_begun_anew_by(self, epoch: Epoch) -> bool:
         """Does the count of the epochs start again? Not when a line is doubled, when two stand the wrong way round, or
         when a resumed run prints an epoch again."""
-        if not self.epochs or epoch.number > max(self.epochs):
+        if epoch.number > self.top:
             return False
-        first, same = min(self.epochs), self.epochs.get(epoch.number)
+        first, same = self.first, self.epochs.get(epoch.number)
         if same is None:
             return epoch.number < first and self.last - epoch.number > 2
         is_doubled = same.scores() == epoch.scores()
@@ -51,6 +53,7 @@ class _Draft:
             self.notes.append(f"epoch {epoch.number:g} stands there twice: dev acc {old.dev_acc:g} in line {old.line}, "
                               f"{epoch.dev_acc:g} in line {epoch.line}; the later one counts")
         self.epochs[epoch.number] = epoch
+        self.first, self.top = min(self.first, epoch.number), max(self.top, epoch.number)
         self.last = epoch.number
 
 
@@ -142,8 +145,9 @@ def _name_of(section: _Section, above: _Section | None) -> str:
     """What its heading calls it: `seed-1337` of a series with the series' own in front."""
     if section.heading is None:
         return ""
-    is_of_series = section.heading.level == log_lines.SERIES_LEVEL and above and above.heading
-    return f"{above.heading.text}/{section.heading.text}" if is_of_series else section.heading.text
+    if section.heading.level == log_lines.SERIES_LEVEL and above and above.heading:
+        return f"{above.heading.text}/{section.heading.text}"
+    return section.heading.text
 
 
 def _commands_of_runs(section: _Section, inherited: Command | None) -> list[Command | None]:
@@ -177,8 +181,8 @@ def _finished(draft: _Draft, command: Command | None, name: str, heading: Headin
             notes.append(f"{missing} of the epochs up to {last} {'is' if missing == 1 else 'are'} not in the log")
     for split, values in draft.finals.items():
         if len(set(values)) > 1:
-            notes.append(f"{split} acc stands there {len(values)} times: {', '.join(f'{v:g}' for v in values)}; the last "
-                         "one counts")
+            said = ", ".join(f"{value:g}" for value in values[:5])
+            notes.append(f"{split} acc stands there {len(values)} times: {said}; the last one counts")
     ended = draft.ended
     typed_epochs = options.get("epochs", "")
     planned = ended.planned if ended else int(typed_epochs) if typed_epochs.isdecimal() and (

@@ -5,15 +5,19 @@ sqrt(p (1 - p) / n): what lies within it is chance, and says nothing.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from formats.past_run import Epoch, PastRun
 
 ERRORS = 3.0  # standard errors by which something must change before it counts as real
 JUMP = 2.5  # standard errors of a fall that may be a jump; two that are made good again are no chance
 FAR_JUMP = 5.0  # one of these is enough
+TREND = 2.5  # standard errors of a slope at the end, where the best evaluation is among the last ones too
+TAIL = 0.6  # the part of the evaluations in which that slope is looked for
 DIVERGED = 1.1  # the training loss at the end, as a multiple of the first epoch's
+UNEVEN = 1.25  # one class for all has a loss of -ln(its accuracy), up to a quarter more with uneven classes
 FITTED = 0.25  # of the way from guessing to 1: training accuracy below it is no fit
 MEMORISED = 0.2  # training accuracy above dev at the end, without a gain on dev for it
 STANDS_STILL = 3  # evaluations with the very same accuracies: the predictions are constant
@@ -23,7 +27,7 @@ SHORTEST = 3  # evaluations below which nothing is said of a trend
 @dataclass(frozen=True)
 class Verdict:
     """`name`: underfitting, good, overfitting, unstable, diverged, collapsed, still improving, or "none" where there is
-    too little to judge. `epoch`: from which on, of overfitting and collapsed. `evidence`: the numbers, as a sentence."""
+    too little to judge. `epoch`: from which on, of overfitting and collapsed. `evidence`: the numbers, in words."""
 
     name: str
     evidence: str
@@ -96,7 +100,8 @@ def _diverged(run: PastRun, n: int) -> Verdict | None:
             return Verdict("diverged", f"the training loss of epoch {epoch.number:g} is {epoch.train_loss:g}")
     if run.stopped == "diverged":
         return Verdict("diverged", f"the run says so itself; its last training loss is {last.train_loss:.3f}")
-    if len(run.epochs) > 1 and last.train_loss > DIVERGED * first.train_loss:
+    of_one_class = -UNEVEN * math.log(max(last.dev_acc, 1e-9))  # a loss that a collapsed run has as well
+    if len(run.epochs) > 1 and last.train_loss > DIVERGED * max(first.train_loss, of_one_class):
         return Verdict("diverged", f"the training loss rose from {first.train_loss:.3f} (epoch {first.number:g}) to "
                                    f"{last.train_loss:.3f} (epoch {last.number:g})")
     return None
@@ -113,17 +118,20 @@ def _collapsed(run: PastRun, n: int) -> Verdict | None:
         return None
     same = _since(epochs, lambda e: (e.dev_acc, e.train_acc) == (last.dev_acc, last.train_acc))
     if sum(e.number >= same for e in epochs) >= STANDS_STILL:
-        return Verdict("collapsed", f"dev stays {last.dev_acc:.3f} and training {last.train_acc:.3f} to the last digit: "
-                                    "the predictions do not change", same)
+        return Verdict("collapsed", f"dev stays {last.dev_acc:.3f} and training {last.train_acc:.3f} to the last digit:"
+                                    " the predictions do not change", same)
     if run.majority is not None and len(epochs) >= 2 and all(
             abs(e.dev_acc - run.majority) < 0.0015 for e in epochs[-2:]):
         return Verdict("collapsed", f"dev is {last.dev_acc:.3f}, the share of the most frequent class", _since(
             epochs, lambda e: abs(e.dev_acc - run.majority) < 0.0015))  # type: ignore[operator]
     best, top = max(e.dev_acc for e in epochs), max(e.train_acc for e in epochs)
     far_dev, far_train = (ERRORS * math.sqrt(2) * error_of(acc, n) for acc in (best, top))
-    has_fallen = [best - e.dev_acc > far_dev and top - e.train_acc > far_train for e in epochs]
-    if has_fallen[-1] and (len(epochs) < 2 * SHORTEST or has_fallen[-2]):
-        start = _since(epochs, lambda e: has_fallen[epochs.index(e)])
+
+    def has_fallen(epoch: Epoch) -> bool:
+        return best - epoch.dev_acc > far_dev and top - epoch.train_acc > far_train
+
+    if has_fallen(last) and (len(epochs) < 2 * SHORTEST or has_fallen(epochs[-2])):
+        start = _since(epochs, has_fallen)
         return Verdict("collapsed", f"dev fell from {best:.3f} to {last.dev_acc:.3f} and training from {top:.3f} to "
                                     f"{last.train_acc:.3f}, and neither came back", start)
     return None
@@ -133,12 +141,14 @@ def _unstable(run: PastRun, n: int) -> Verdict | None:
     """Falls beyond chance that are made good again: of dev accuracy, or of the training loss (a rise of a tenth)."""
     epochs = run.epochs
     falls, far = [], 0
+    later_dev = _from_behind(max, [e.dev_acc for e in epochs])
+    later_loss = _from_behind(min, [e.train_loss for e in epochs])
     for i in range(1, len(epochs) - 1):
         error = math.sqrt(2) * error_of(epochs[i - 1].dev_acc, n)
         fall = epochs[i - 1].dev_acc - epochs[i].dev_acc
-        again = max(e.dev_acc for e in epochs[i + 1:]) - epochs[i].dev_acc
+        again = later_dev[i + 1] - epochs[i].dev_acc
         loss_rose = epochs[i].train_loss > DIVERGED * epochs[i - 1].train_loss + 0.02
-        loss_fell = min(e.train_loss for e in epochs[i + 1:]) < epochs[i].train_loss / DIVERGED
+        loss_fell = later_loss[i + 1] < epochs[i].train_loss / DIVERGED
         if fall > JUMP * error and again > JUMP * error or loss_rose and loss_fell:
             falls.append(epochs[i])
             far += fall > FAR_JUMP * error and again > FAR_JUMP * error
@@ -153,14 +163,14 @@ def _unstable(run: PastRun, n: int) -> Verdict | None:
 
 
 def _overfits(run: PastRun, n: int) -> Verdict | None:
-    """Dev falls by more than chance while training does not; or training goes far ahead, and dev gains nothing by it."""
+    """Dev falls by more than chance while training does not; or training goes far ahead, and dev gains nothing."""
     epochs, last = run.epochs, run.epochs[-1]
     if len(epochs) < SHORTEST:
         return None
     k = max(1, round(len(epochs) / 4))
     devs = [e.dev_acc for e in epochs]
-    starts = range(len(epochs) - 2 * k + 1)
-    means = [sum(devs[i: i + k]) / k for i in starts]
+    starts, sums = range(len(epochs) - 2 * k + 1), [0.0, *accumulate(devs)]
+    means = [(sums[i + k] - sums[i]) / k for i in starts]
     at = max(starts, key=lambda i: means[i])
     top, end = means[at], sum(devs[-k:]) / k
     error = error_of(top, n)
@@ -187,8 +197,8 @@ def _still_improving(run: PastRun, n: int) -> Verdict | None:
         return None
     best = run.best()
     assert best is not None
-    half = _half(devs)
-    return Verdict("still improving", f"dev rose from {devs[-half]:.3f} to {devs[-1]:.3f} over the last {half} "
+    k = _tail(devs)
+    return Verdict("still improving", f"dev rose from {devs[-k]:.3f} to {devs[-1]:.3f} over the last {k} "
                    f"evaluations, and was best ({best.dev_acc:.3f}) at epoch {best.number:g}, the last being epoch "
                    f"{run.epochs[-1].number:g}")
 
@@ -206,12 +216,12 @@ def _underfits(run: PastRun, n: int) -> Verdict | None:
 
 
 def guessing(run: PastRun) -> float:
-    """The accuracy of guessing: the most frequent class's share where it is known, else exp(-loss) of the epoch with
-    the largest training loss, which is 1/C for one that has learned nothing."""
+    """The accuracy of guessing: the most frequent class's share where it is known, else 1/C for the smallest number of
+    classes C with which the largest training loss would be that of guessing, ln(C), but for a twentieth."""
     if run.majority is not None:
         return run.majority
-    losses = [e.train_loss for e in run.epochs if math.isfinite(e.train_loss)]
-    return min(0.5, math.exp(-max(losses, default=math.log(2))))
+    loss = max((e.train_loss for e in run.epochs if math.isfinite(e.train_loss)), default=0.0)
+    return 1 / max(2, math.ceil(math.exp(min(0.95 * loss, 20))))
 
 
 def fitted_from(run: PastRun) -> float:
@@ -219,25 +229,30 @@ def fitted_from(run: PastRun) -> float:
     return guessing(run) + FITTED * (1 - guessing(run))
 
 
-def _half(devs: Sequence[float]) -> int:
+def _tail(devs: Sequence[float]) -> int:
     """How many evaluations at the end a trend is looked for in."""
-    return min(len(devs), max(SHORTEST, (len(devs) + 1) // 2))
+    return min(len(devs), max(SHORTEST, math.ceil(TAIL * len(devs))))
 
 
 def _rises(devs: Sequence[float], n: int) -> bool:
-    """Does dev rise at the end, by more than chance? The slope of a straight line through the second half, against its
-    standard error; and the last third holds the best one."""
+    """Does dev rise at the end, by more than chance? The slope of a straight line through the last evaluations,
+    against its standard error; and the last third holds the best one."""
     if len(devs) < 2:
         return False
-    k = _half(devs)
+    k = _tail(devs)
     tail, middle = devs[-k:], (k - 1) / 2
     spread = sum((i - middle) ** 2 for i in range(k))
     slope = sum((i - middle) * acc for i, acc in enumerate(tail)) / spread
     is_last = devs.index(max(devs)) >= len(devs) - max(1, -(-len(devs) // 3))
-    return is_last and slope > ERRORS * error_of(max(devs), n) / math.sqrt(spread)
+    return is_last and slope > TREND * error_of(max(devs), n) / math.sqrt(spread)
 
 
-def _since(epochs: Sequence[Epoch], holds) -> float:  # type: ignore[no-untyped-def]
+def _from_behind(choose: Callable[[float, float], float], values: Sequence[float]) -> list[float]:
+    """For each place the largest (or smallest) value from there to the end."""
+    return list(accumulate(reversed(values), choose))[::-1]
+
+
+def _since(epochs: Sequence[Epoch], holds: Callable[[Epoch], bool]) -> float:
     """The first epoch from which on it holds for all; the last epoch where it does not hold there."""
     i = len(epochs)
     while i and holds(epochs[i - 1]):
