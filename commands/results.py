@@ -35,7 +35,8 @@ def check_outputs(config: RunConfig) -> None:
         path = Path(getattr(config, name)).resolve()
         if path in taken:
             raise InputError(f"--{name} {path}: that is --{taken[path]} too; name another file")
-        if own := own_file(path, [Path(folder) for folder in (config.output_dir, config.run, config.resume) if folder]):
+        if own := own_file(path, [
+                Path(folder) for folder in (config.output_dir, *(config.run or ()), config.resume) if folder]):
             raise InputError(f"--{name} {path}: {own}; name another file")
         taken[path] = name
         files.check_writable(path, f"--{name}")

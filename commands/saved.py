@@ -11,7 +11,7 @@ from torch import nn
 
 import tokenizer as tokenizers
 from classifier import ClassifierConfig, LlamaEmbeddingClassifier, empty_classifier
-from config import InputError, RunConfig
+from config import InputError, RunConfig, only_run
 from formats import files, weights
 from tokenizer import Tokenizer
 from training import best as best_folder
@@ -62,9 +62,7 @@ class SavedRun:
 
 def load_run(config: RunConfig) -> SavedRun:
     """The classifier of --run, checked. Raises InputError or FileNotFoundError with what to do."""
-    if not config.run:
-        raise InputError(f"--option {config.option} needs --run RUN, the folder of a finished fine-tuning run")
-    folder = Path(config.run)
+    folder = Path(only_run(config))
     RunFolder(folder).check()
     best = best_of(folder)
     if not (best / "config.json").is_file():
