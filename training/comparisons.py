@@ -1,7 +1,7 @@
 """What can be said between two runs, and between many: differences with their intervals, and which are no chance.
 
 Sources: McNemar 1947 (paired, exact); Agresti and Min 2005 (its interval); Agresti and Caffo 2000 (two independent
-accuracies); Student and Welch (seeds); Holm 1979 (many comparisons at once).
+accuracies); Student and Welch (seeds); Holm 1979 (many comparisons at once); Tukey 1953 (the best of many against another).
 """
 
 import math
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 ALPHA = 0.05
 Z = 1.959964  # of a 95% interval
+ROUNDED = 0.0005  # what three decimals leave out
 
 
 @dataclass(frozen=True)
@@ -69,8 +70,7 @@ def over_seeds(first: dict[str, float], second: dict[str, float]) -> Difference:
         below = sum(part**2 / (n - 1) for part, n in parts)
         df = error**4 / below if below else float(sum(n for _, n in parts) - 2)
         how = f"over {len(first)} and {len(second)} seeds"
-    if error == 0:
-        return Difference(value, value, value, 1.0 if value == 0 else 0.0, how)
+    error = max(error, ROUNDED)  # two seeds that gave the same three decimals prove nothing
     reach = float(t.ppf(1 - ALPHA / 2, df)) * error
     return Difference(value, value - reach, value + reach, 2 * float(t.sf(abs(value) / error, df)), how)
 
@@ -94,3 +94,16 @@ def holm(p_values: Sequence[float]) -> list[float]:
         highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[i]))
         corrected[i] = highest
     return corrected
+
+
+def tukey(p: float, n: int) -> float:
+    """The p of a comparison with the leader, as it counts where the leader is the best of n: how likely the best and
+    the worst of n equal ones are so far apart by chance. (The range of n standard normal numbers, integrated.)"""
+    if p <= 1e-15:
+        return 0.0
+    normal = statistics.NormalDist()
+    apart = math.sqrt(2) * normal.inv_cdf(1 - min(p, 1.0) / 2)
+    step = 0.05
+    places = [-8 + step * i for i in range(round((16 + apart) / step) + 1)]
+    inside = n * step * sum(normal.pdf(x) * (normal.cdf(x) - normal.cdf(x - apart)) ** (n - 1) for x in places)
+    return min(1.0, max(p, 1 - inside))
