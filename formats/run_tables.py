@@ -117,7 +117,7 @@ def _score_column(header: Sequence[str], rows: Sequence[tuple[int, list[str]]], 
     titles = [title.casefold().strip() for title in header]
     if score is not None:
         if score.casefold().strip() not in titles:
-            raise InputError(f"{name}: there is no column {score!r}; the columns are {', '.join(header[:30])} (--score)")
+            raise InputError(f"{name}: there is no column {score!r}; there are {', '.join(header[:30])} (--score)")
         at = titles.index(score.casefold().strip())
     else:
         numeric = [i for i in range(len(header))

@@ -1,7 +1,7 @@
 """What can be said between two runs, and between many: differences with their intervals, and which are no chance.
 
 Sources: McNemar 1947 (paired, exact); Agresti and Min 2005 (its interval); Agresti and Caffo 2000 (two independent
-accuracies); Student and Welch (seeds); Holm 1979 (many comparisons at once); Tukey 1953 (the best of many against another).
+accuracies); Student and Welch (seeds); Holm 1979 (many comparisons at once); Tukey 1953 (the best of many).
 """
 
 import math
