@@ -107,3 +107,12 @@ def tukey(p: float, n: int) -> float:
     places = [-8 + step * i for i in range(round((16 + apart) / step) + 1)]
     inside = n * step * sum(normal.pdf(x) * (normal.cdf(x) - normal.cdf(x - apart)) ** (n - 1) for x in places)
     return min(1.0, max(p, 1 - inside))
+
+
+def critical_p(n: int) -> float:
+    """The p below which a setting is told from the best of n: the one that `tukey` makes 0.05."""
+    low, high = 1e-14, ALPHA
+    for _ in range(40 if n > 2 else 0):
+        middle = math.sqrt(low * high)
+        low, high = (low, middle) if tukey(middle, n) > ALPHA else (middle, high)
+    return high

@@ -1,7 +1,7 @@
 """Which runs belong together and which are compared: repeated seeds, pairs that differ in one option, the leader."""
 
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import combinations
@@ -12,12 +12,13 @@ from training import comparisons
 from training.comparisons import ALPHA, Difference
 
 # Options that change where things are, what is said and what is kept, and not what is learned.
-WITHOUT_EFFECT = {"option", "run", "resume", "output_dir", "overwrite", "dev_out", "test_out", "keep_state", "save_every",
-                  "use_gpu", "device", "kernels", "deterministic", "plan", "check_gradients", "overfit_batch", "seeds",
-                  "detect_anomaly", "save_dtype", "plots", "logger", "auto_batch", "grad_checkpoint", "input"}
+WITHOUT_EFFECT = {
+    "option", "run", "resume", "output_dir", "overwrite", "dev_out", "test_out", "keep_state", "save_every", "use_gpu",
+    "device", "kernels", "deterministic", "plan", "check_gradients", "overfit_batch", "detect_anomaly", "save_dtype",
+    "plots", "logger", "auto_batch", "grad_checkpoint", "input", "seeds"}
 NOT_GIVEN = "not given"
 ASSUMED_N = 1101  # sentences in the dev set of SST-5, where neither a run nor --n_dev says it
-MOST_PAIRS = 2000  # pairs that are compared, at most
+MOST_PAIRS = 2000  # pairs of runs that are compared, at most
 
 
 @dataclass(frozen=True)
@@ -114,28 +115,20 @@ def _kind(run: PastRun) -> str:
 # --------------------------------------------------------------------------- pairs
 
 
-def pairs(found: Sequence[Setting], n_dev: int | None) -> tuple[list[Pair], int]:
-    """What each option did: every pair of settings that differ in it alone, those with the smallest p first; and how
-    many there are in all, of which at most MOST_PAIRS are compared."""
-    raw = _differ_in_one(found)
-    n_all = len(raw)
-    compared = []
-    for option, old, new, first, second in raw[:MOST_PAIRS]:
-        compared.append((option, old, new, first, second, compare(first, second, n_dev)))
-    corrected = comparisons.holm([d.p for *_, d in compared if d is not None])
-    result, at = [], 0
-    for option, old, new, first, second, difference in compared:
-        p = 1.0
-        if difference is not None:
-            p, at = corrected[at], at + 1
-        result.append(Pair(option, old, new, first, second, difference, p))
-    return sorted(result, key=lambda pair: (pair.p, pair.option, pair.old)), n_all
+def pairs(found: Sequence[Setting], n_dev: int | None) -> list[Pair]:
+    """What each option did: the pairs of settings that differ in it alone, at most MOST_PAIRS of them, those with the
+    smallest p first."""
+    compared = [(*pair, compare(pair[3], pair[4], n_dev)) for pair in _differ_in_one(found)]
+    corrected = iter(comparisons.holm([difference.p for *_, difference in compared if difference]))
+    result = [Pair(*pair, p=next(corrected) if pair[-1] else 1.0) for pair in compared]
+    return sorted(result, key=lambda pair: (pair.p, pair.option, pair.old))
 
 
 def _differ_in_one(found: Sequence[Setting]) -> list[tuple[str, str, str, Setting, Setting]]:
     """(option, one value, the other, the setting with the one, that with the other). Runs from folders are compared by
     every option, with a log's by those that were typed."""
-    result, seen = [], set()
+    result: list[tuple[str, str, str, Setting, Setting]] = []
+    seen: set[tuple[int, int]] = set()
     for group in _comparable(found):
         names = sorted({name for _, options in group for name in options})
         varying = [name for name in names if len({options.get(name) for _, options in group}) > 1]
@@ -146,9 +139,11 @@ def _differ_in_one(found: Sequence[Setting]) -> list[tuple[str, str, str, Settin
                 alike.setdefault(tuple(options.get(name) for name in rest), []).append((setting, options.get(option)))
             for members in alike.values():
                 for (a, old), (b, new) in combinations(members, 2):
-                    if old == new or (key := (option, *sorted((id(a), id(b))))) in seen or len(result) > 10 * MOST_PAIRS:
+                    if len(result) == MOST_PAIRS:
+                        return result
+                    if old == new or (id(a), id(b)) in seen:
                         continue
-                    seen.add(key)
+                    seen |= {(id(a), id(b)), (id(b), id(a))}
                     if _place(new) < _place(old):
                         a, b, old, new = b, a, new, old
                     result.append((option, old or NOT_GIVEN, new or NOT_GIVEN, a, b))
@@ -251,24 +246,24 @@ def _labels(path: Path) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Leader:
-    """The best setting, those that cannot be told from it, and how many others can."""
+    """The best setting, those that cannot be told from it, the best first, and how many others can."""
 
     setting: Setting
     alike: tuple[Setting, ...]
     n_behind: int
 
 
-def leader(found: Sequence[Setting], n_dev: int | None, corrected: Callable[[float, int], float] = comparisons.tukey,
-           ) -> Leader | None:
+def leader(found: Sequence[Setting], n_dev: int | None) -> Leader | None:
     """The setting with the best score, and which ones cannot be told from it. The best of many is best by chance too:
     Tukey's range test takes that into account."""
     if not found:
         return None
     best = max(found, key=lambda setting: setting.mean())
-    alike = []
+    limit = comparisons.critical_p(len(found))
+    alike, n_behind = [], 0
     for other in found:
-        if other is not best:
-            difference = compare(other, best, n_dev)
-            if difference is not None and corrected(difference.p, len(found)) > ALPHA:
-                alike.append(other)
-    return Leader(best, tuple(sorted(alike, key=lambda setting: -setting.mean())), len(found) - 1 - len(alike))
+        difference = compare(other, best, n_dev) if other is not best else None
+        if difference is not None and difference.p > limit:
+            alike.append(other)
+        n_behind += difference is not None and difference.p <= limit
+    return Leader(best, tuple(sorted(alike, key=lambda setting: -setting.mean())), n_behind)
