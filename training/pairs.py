@@ -7,17 +7,20 @@ from functools import cache
 from itertools import combinations
 from pathlib import Path
 
+from config import options
 from formats.past_run import PastRun
 from training import comparisons
 from training.comparisons import ALPHA, Difference
 
-# Options that change where things are, what is said and what is kept, and not what is learned.
+# Options that change where things are, what is said and what is kept, and not what is learned; and those of others.
 WITHOUT_EFFECT = {
     "option", "run", "resume", "output_dir", "overwrite", "dev_out", "test_out", "keep_state", "save_every", "use_gpu",
     "device", "kernels", "deterministic", "plan", "check_gradients", "overfit_batch", "detect_anomaly", "save_dtype",
-    "plots", "logger", "auto_batch", "grad_checkpoint", "input", "seeds"}
+    "plots", "logger", "auto_batch", "grad_checkpoint", "seeds",
+    *(f.name for f in options() if "finetune" not in f.metadata["only"])}
 NOT_GIVEN = "not given"
 ASSUMED_N = 1101  # sentences in the dev set of SST-5, where neither a run nor --n_dev says it
+NO_DIFFERENCE = "these are no accuracies, or not on the same dev sentences"
 MOST_PAIRS = 2000  # pairs of runs that are compared, at most
 
 
@@ -62,7 +65,7 @@ class Pair:
     def words(self, n_pairs: int) -> str:
         change = f"{self.option} {self.old} -> {self.new}: "
         if self.difference is None:
-            return f"{change}{self.second.mean() - self.first.mean():+.4g}: no accuracies, so nothing is said of chance"
+            return f"{change}{self.second.mean() - self.first.mean():+.4g}; nothing is said of chance: {NO_DIFFERENCE}"
         found = self.difference
         corrected = f" after Holm's correction for {n_pairs} pairs" if n_pairs > 1 else ""
         verdict = f"more than chance (p = {self.p:.2g}{corrected})" if self.is_told_apart() else (
@@ -87,7 +90,7 @@ def shown_value(run: PastRun, option: str) -> str:
     """The value of an option in a run, for a person; an option that was not typed, and one that is not known."""
     if option in run.options:
         return run.options[option]
-    return NOT_GIVEN if run.known_by == "command" else "unknown"
+    return {"command": NOT_GIVEN, "folder": "not set"}.get(run.known_by, "unknown")
 
 
 def settings(runs: Sequence[PastRun]) -> list[Setting]:
@@ -194,7 +197,10 @@ def size_of(run: PastRun, n_dev: int | None) -> int:
 
 def compare(first: Setting, second: Setting, n_dev: int | None) -> Difference | None:
     """By their seeds where both have several, sentence by sentence where both have left predictions for the same file,
-    else by the two accuracies alone. None where a score is no accuracy."""
+    else by the two accuracies alone. None where a score is no accuracy, and where it is known that the dev files are
+    different ones."""
+    if len(dev_files([first, second])) > 1:
+        return None
     if not all(0 <= score <= 1 for score in first.scores() + second.scores()):
         return None
     if len(first.scores()) > 1 and len(second.scores()) > 1:
@@ -207,6 +213,11 @@ def compare(first: Setting, second: Setting, n_dev: int | None) -> Difference | 
             only_b = sum(y and not x for x, y in zip(is_right, other, strict=True))
             return comparisons.paired(only_a, only_b, len(is_right))
     return comparisons.independent(a.peak() or 0.0, b.peak() or 0.0, size_of(a, n_dev), size_of(b, n_dev))
+
+
+def dev_files(found: Iterable[Setting]) -> set[str]:
+    """The checksums of the dev files, as far as they are known."""
+    return {run.dev_sha256 for setting in found for run in setting.runs if run.dev_sha256}
 
 
 def _same_seed(first: Setting, second: Setting) -> tuple[PastRun, PastRun]:
@@ -251,6 +262,16 @@ class Leader:
     setting: Setting
     alike: tuple[Setting, ...]
     n_behind: int
+
+
+def on_the_same_sentences(found: Sequence[Setting]) -> list[list[Setting]]:
+    """The settings by their dev file, the largest group first; in one group where at most one file is known."""
+    if len(dev_files(found)) <= 1:
+        return [list(found)] if found else []
+    groups: dict[str, list[Setting]] = {}
+    for setting in found:
+        groups.setdefault(setting.runs[0].dev_sha256, []).append(setting)
+    return sorted(groups.values(), key=len, reverse=True)
 
 
 def leader(found: Sequence[Setting], n_dev: int | None) -> Leader | None:

@@ -208,7 +208,7 @@ def _underfits(run: PastRun, n: int) -> Verdict | None:
     if last.train_acc >= limit:
         return None
     return Verdict("underfitting", f"training accuracy is {last.train_acc:.3f} at the end, and guessing gives about "
-                                   f"{guessing(run):.3f}: it has hardly fitted the training sentences (dev "
+                                   f"{guessing(run):.3f}: it has learned little of its training sentences (dev "
                                    f"{last.dev_acc:.3f})")
 
 
