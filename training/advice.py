@@ -1,11 +1,11 @@
-"""What to try next: at most three things, each with its reason and its command, and none that the runs speak against."""
+"""What to try next: at most three things, each with its reason and its command; none that the runs speak against."""
 
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from formats.past_run import PastRun
-from training import pairs, verdicts
+from training import verdicts
 from training.pairs import Leader, Pair
 from training.verdicts import Verdict
 
@@ -65,22 +65,22 @@ def _on_the_best(run: PastRun, found: Verdict, compared: Sequence[Pair]) -> list
     planned = run.planned or len(run.epochs)
     rate, dropout = (_number(run.options.get(name)) for name in ("lr", "hidden_dropout_prob"))
     if found.name == "still improving" and not _was_worse(compared, "epochs", rises=True):
-        more = max(planned + 5, round(1.5 * planned))
+        longer = max(planned + 5, round(1.5 * planned))
         return [Advice(f"{run.name}: dev peaked at epoch {best.number:g}, its last is {last.number:g}, and it was "
-                       "rising: train longer", command(run, epochs=str(more)))]
+                       "rising: train longer", command(run, epochs=str(longer)))]
     if found.name == "overfitting":
         said = f"{run.name}: training accuracy {last.train_acc:.3f} against {last.dev_acc:.3f} on dev at the end"
-        if dropout is not None and dropout < 0.7 and not _was_worse(compared, "hidden_dropout_prob", rises=True):
-            more = f"{min(0.8, dropout + 0.2):.2g}"
-            return [Advice(f"{said}: raise --hidden_dropout_prob ({dropout:g} now), or stop at epoch {best.number:g}",
-                           command(run, hidden_dropout_prob=more))]
-        saved = next((p for p in (verdicts.patience(run, n) for n in (3, 5)) if p.saved and not p.missed), None)
-        if saved:
-            return [Advice(f"{said}: stop at epoch {best.number:g}; --patience {saved.n} would have saved {saved.saved} "
-                           f"of {len(run.epochs)} evaluations and missed nothing", command(run, patience=str(saved.n)))]
-        return [Advice(f"{said}: a fifth of --label_smoothing costs nothing to try",
-                       command(run, label_smoothing="0.1"))] if not _was_worse(
-            compared, "label_smoothing", rises=True) else []
+        if not _was_worse(compared, "hidden_dropout_prob", rises=True) and (dropout is None or dropout < 0.7):
+            now = "its value is not known here" if dropout is None else f"{dropout:g} now"
+            raised = f"{min(0.8, (0.3 if dropout is None else dropout) + 0.2):.2g}"
+            return [Advice(f"{said}: raise --hidden_dropout_prob ({now}), or stop at epoch {best.number:g}",
+                           command(run, hidden_dropout_prob=raised))]
+        for saved in (verdicts.patience(run, n) for n in (3, 5)):
+            if saved.saved and not saved.missed:
+                return [Advice(f"{said}: stop at epoch {best.number:g}; --patience {saved.n} would have saved "
+                               f"{saved.saved} of {len(run.epochs)} evaluations and missed nothing",
+                               command(run, patience=str(saved.n)))]
+        return []
     if found.name in ("diverged", "unstable") and rate and not _was_worse(compared, "lr", rises=False):
         return [Advice(f"{run.name} is {found.name} ({found.evidence}): lower --lr ({rate:g} now)",
                        command(run, lr=f"{rate / 3:.1e}"))]
@@ -122,7 +122,3 @@ def _number(value: str | None) -> float | None:
     except ValueError:
         return None
 
-
-def choices(found: Sequence[pairs.Setting]) -> list[pairs.Setting]:
-    """The settings with several seeds."""
-    return [setting for setting in found if len(setting.scores()) > 1]

@@ -133,13 +133,13 @@ def _differ_in_one(found: Sequence[Setting]) -> list[tuple[str, str, str, Settin
     result: list[tuple[str, str, str, Setting, Setting]] = []
     seen: set[tuple[int, int]] = set()
     for group in _comparable(found):
-        names = sorted({name for _, options in group for name in options})
-        varying = [name for name in names if len({options.get(name) for _, options in group}) > 1]
+        names = sorted({name for _, own in group for name in own})
+        varying = [name for name in names if len({own.get(name) for _, own in group}) > 1]
         for option in varying:
             rest = [name for name in varying if name != option]
             alike: dict[tuple[str | None, ...], list[tuple[Setting, str | None]]] = {}
-            for setting, options in group:
-                alike.setdefault(tuple(options.get(name) for name in rest), []).append((setting, options.get(option)))
+            for setting, own in group:
+                alike.setdefault(tuple(own.get(name) for name in rest), []).append((setting, own.get(option)))
             for members in alike.values():
                 for (a, old), (b, new) in combinations(members, 2):
                     if len(result) == MOST_PAIRS:
