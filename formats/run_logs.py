@@ -75,10 +75,14 @@ def read_runs(text: str, name: str) -> list[PastRun]:
     """The runs of a log in their order; [] where there is none. `name`: of the file, for what has no other name."""
     sections, rows = _sections(text)
     runs: list[PastRun] = []
+    have_passed_on: set[int] = set()  # the sections whose command belongs to a run below a heading of a lower rank
     for section, above in zip(sections, _sections_above(sections), strict=True):
         inherited = None
-        if above and above.commands() and not above.runs():
+        is_of_series = section.heading is not None and section.heading.level == log_lines.SERIES_LEVEL
+        if above and section.runs() and above.commands() and not above.runs() and (
+                is_of_series or id(above) not in have_passed_on):
             inherited = above.commands()[-1]
+            have_passed_on.add(id(above))
         for draft, command in zip(section.runs(), _commands_of_runs(section, inherited), strict=True):
             runs.append(_finished(draft, command, _name_of(section, above), section.heading, name))
     return _with_tables(_with_names(runs, name), rows)

@@ -70,17 +70,13 @@ def _on_the_best(run: PastRun, found: Verdict, compared: Sequence[Pair]) -> list
                        "rising: train longer", command(run, epochs=str(longer)))]
     if found.name == "overfitting":
         said = f"{run.name}: training accuracy {last.train_acc:.3f} against {last.dev_acc:.3f} on dev at the end"
-        if not _was_worse(compared, "hidden_dropout_prob", rises=True) and (dropout is None or dropout < 0.7):
-            now = "its value is not known here" if dropout is None else f"{dropout:g} now"
-            raised = f"{min(0.8, (0.3 if dropout is None else dropout) + 0.2):.2g}"
-            return [Advice(f"{said}: raise --hidden_dropout_prob ({now}), or stop at epoch {best.number:g}",
-                           command(run, hidden_dropout_prob=raised))]
-        for saved in (verdicts.patience(run, n) for n in (3, 5)):
-            if saved.saved and not saved.missed:
-                return [Advice(f"{said}: stop at epoch {best.number:g}; --patience {saved.n} would have saved "
-                               f"{saved.saved} of {len(run.epochs)} evaluations and missed nothing",
-                               command(run, patience=str(saved.n)))]
-        return []
+        stop = next((p for p in (verdicts.patience(run, n) for n in (3, 5)) if p.saved and not p.missed), None)
+        by = f" (--patience {stop.n}, which would have saved {stop.saved} evaluations)" if stop else ""
+        if dropout is not None and dropout < 0.7 and not _was_worse(compared, "hidden_dropout_prob", rises=True):
+            return [Advice(f"{said}: raise --hidden_dropout_prob ({dropout:g} now), or stop at epoch "
+                           f"{best.number:g}{by}", command(run, hidden_dropout_prob=f"{dropout + 0.2:.2g}"))]
+        return [Advice(f"{said}: stop at epoch {best.number:g}{by}", command(run, patience=str(stop.n)) if stop else
+                       command(run, epochs=f"{int(best.number) + 1}"))]
     if found.name in ("diverged", "unstable") and rate and not _was_worse(compared, "lr", rises=False):
         return [Advice(f"{run.name} is {found.name} ({found.evidence}): lower --lr ({rate:g} now)",
                        command(run, lr=f"{rate / 3:.1e}"))]
