@@ -129,7 +129,7 @@ def decode(raw: bytes, path: Path) -> str:
         for name, zeros in (("utf-16-le", head[1::2]), ("utf-16-be", head[::2])):
             if zeros.count(0) > 0.4 * len(zeros):
                 return raw.decode(name, errors="replace")
-            raise is_binary
+        raise is_binary
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError:

@@ -84,7 +84,8 @@ def read_runs(text: str, name: str) -> list[PastRun]:
             inherited = above.commands()[-1]
             have_passed_on.add(id(above))
         for draft, command in zip(section.runs(), _commands_of_runs(section, inherited), strict=True):
-            runs.append(_finished(draft, command, _name_of(section, above), section.heading, name))
+            if draft.epochs:
+                runs.append(_finished(draft, command, _name_of(section, above), section.heading, name))
     return _with_tables(_with_names(runs, name), rows)
 
 

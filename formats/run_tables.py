@@ -120,10 +120,11 @@ def _score_column(header: Sequence[str], rows: Sequence[tuple[int, list[str]]], 
             raise InputError(f"{name}: there is no column {score!r}; there are {', '.join(header[:30])} (--score)")
         at = titles.index(score.casefold().strip())
     else:
-        numeric = [i for i in range(len(header))
-                   if any(i < len(cells) and _number(cells[i]) is not None for _, cells in rows)
-                   and all(i >= len(cells) or not cells[i].strip(" -–—") or _number(cells[i]) is not None
-                           for _, cells in rows)]
+        numeric = []
+        for i in range(len(header)):
+            filled = [cells[i] for _, cells in rows if i < len(cells) and cells[i].strip(" -–—")]
+            if 2 * sum(_number(cell) is not None for cell in filled) >= max(1, len(filled)):
+                numeric.append(i)
         if not numeric:
             raise InputError(f"{name}: there is no column with numbers in the table; expected one row a run, with its "
                              "score (--score NAME)")
