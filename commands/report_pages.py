@@ -96,8 +96,9 @@ def details(card: Card) -> list[tuple[str, str]]:
 
 def header(cards: Sequence[Card]) -> list[str]:
     """The columns of the leaderboard: those in which something is known."""
-    names = list(dict.fromkeys(name for card in cards for name in row(card)))
-    return [name for name in names if any(row(card).get(name) for card in cards)]
+    rows = [row(card) for card in cards]
+    names = list(dict.fromkeys(name for cells in rows for name in cells))
+    return [name for name in names if any(cells.get(name) for cells in rows)]
 
 
 # --------------------------------------------------------------------------- CSV
@@ -105,13 +106,14 @@ def header(cards: Sequence[Card]) -> list[str]:
 
 def csv_text(report: Report) -> str:
     """A row for each run: what is measured, the options that differ, where it comes from."""
-    columns = list(dict.fromkeys(name for card in report.cards for name in row(card)))
+    rows = [row(card) for card in report.cards]
+    columns = list(dict.fromkeys(name for cells in rows for name in cells))
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(["rank", "run", *columns, "n dev", *(f"--{name}" for name in report.differing), "evidence",
                      "from"])
-    for card in report.cards:
-        cells, run = row(card), card.run
+    for card, cells in zip(report.cards, rows, strict=True):
+        run = card.run
         options = [pairs.shown_value(run, name) for name in report.differing]
         writer.writerow([card.rank, _inert(run.name), *(cells.get(name, "") for name in columns), card.n,
                          *map(_inert, options), _inert(card.verdict.evidence), _inert(run.source)])

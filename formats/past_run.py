@@ -3,6 +3,7 @@
 import math
 import re
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 from config import InputError, options
@@ -76,6 +77,10 @@ class PastRun:
 
     def best(self) -> Epoch | None:
         """The epoch with the highest dev accuracy: of equal ones the one that the run says it chose, else the first."""
+        return self._best
+
+    @cached_property
+    def _best(self) -> Epoch | None:
         finite = [e for e in self.epochs if math.isfinite(e.dev_acc)]
         if not finite:
             return None

@@ -14,7 +14,7 @@ from conftest import ROOT
 FLOORS = [
     ["run_llama"],
     [f"commands.{name}" for name in (
-        "finetune", "evaluate", "predict", "prompt", "generate", "lr_find", "verify_resume", "confirm", "series",
+        "finetune", "evaluate", "predict", "prompt", "generate", "lr_find", "verify_resume", "report", "confirm", "series",
         "one_run", "resume", "plan", "plot", "job", "results", "scores", "classification", "saved", "defaults",
         "inputs")],
     [f"training.{name}" for name in (

@@ -118,8 +118,8 @@ def test_a_binary_file_is_refused():
 
 PIECES = st.lists(st.one_of(st.text(max_size=30), st.sampled_from([
     "epoch 0: train loss :: 1.6, train acc :: 0.3, dev acc :: 0.31", "dev acc :: 0.4", "test acc :: 0.5", "\r", "\n",
-    "epoch 3: train loss :: nan, train acc :: nan, dev acc :: nan", "### lr=1e-5", "#", "python x.py --lr \\", "seed-1:",
-    "epoch 999999999: train loss :: 1e999, train acc :: 7, dev acc :: -3", "python run_llama.py --lr 'x --a", "|",
+    "epoch 3: train loss :: nan, train acc :: nan, dev acc :: nan", "### lr=1e-5", "#", "seed-1:",
+    "epoch 999999999: train loss :: 1e999, train acc :: 7, dev acc :: -3", "python x.py --lr 'x \\", "|",
     "| a | b |", "|---|---|", "| 1e-5 | **0.4** |", "best epoch: 3", "a,b", "1,2", "\0", "\x1b[A", "\ufeff", "epoch 1",
     "best :: epoch . of 1 (chosen by x), stopped: y", "best dev acc = 99%"])), max_size=40)
 

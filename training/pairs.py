@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
 
 from config import options
@@ -137,19 +137,18 @@ def _differ_in_one(found: Sequence[Setting]) -> list[tuple[str, str, str, Settin
         varying = [name for name in names if len({own.get(name) for _, own in group}) > 1]
         for option in varying:
             rest = [name for name in varying if name != option]
-            alike: dict[tuple[str | None, ...], list[tuple[Setting, str | None]]] = {}
+            alike: dict[tuple[str | None, ...], dict[str | None, list[Setting]]] = {}
             for setting, own in group:
-                alike.setdefault(tuple(own.get(name) for name in rest), []).append((setting, own.get(option)))
-            for members in alike.values():
-                for (a, old), (b, new) in combinations(members, 2):
-                    if len(result) == MOST_PAIRS:
-                        return result
-                    if old == new or (id(a), id(b)) in seen:
-                        continue
-                    seen |= {(id(a), id(b)), (id(b), id(a))}
-                    if _place(new) < _place(old):
-                        a, b, old, new = b, a, new, old
-                    result.append((option, old or NOT_GIVEN, new or NOT_GIVEN, a, b))
+                by_value = alike.setdefault(tuple(own.get(name) for name in rest), {})
+                by_value.setdefault(own.get(option), []).append(setting)
+            for by_value in alike.values():
+                for old, new in combinations(sorted(by_value, key=_place), 2):
+                    for a, b in product(by_value[old], by_value[new]):
+                        if len(result) == MOST_PAIRS:
+                            return result
+                        if (id(a), id(b)) not in seen:
+                            seen |= {(id(a), id(b)), (id(b), id(a))}
+                            result.append((option, old or NOT_GIVEN, new or NOT_GIVEN, a, b))
     return result
 
 
