@@ -169,6 +169,27 @@ BREAKS = [
           "        setattr(cls, name, _schedule(**vars(option)))",
           "        setattr(cls, name, None)", "reaches", "test_config"),
 
+    # The report
+    Break("n_dev is ignored", "training/pairs.py", "return run.n_dev or n_dev or ASSUMED_N",
+          "return run.n_dev or ASSUMED_N", "n_dev", "test_report"),
+    Break("score is ignored", "formats/run_tables.py", "    if score is not None:", "    if False:", "score",
+          "test_report"),
+    Break("of several runs one is read", "commands/past_runs.py", "for typed in paths:", "for typed in paths[:1]:",
+          "several", "test_report"),
+    Break("a drop within chance is overfitting", "training/verdicts.py",
+          "if top - end > ERRORS * error * math.sqrt(2 / k) and", "if top - end > 0 and", "flat", "test_verdicts"),
+    Break("pairs are not corrected", "training/pairs.py", "corrected = iter(comparisons.holm([",
+          "corrected = iter(list([", "seldom", "test_comparisons"),
+    Break("the leader is judged as if it were one of two", "training/pairs.py",
+          "limit = comparisons.critical_p(len(found))", "limit = ALPHA", "seldom", "test_comparisons"),
+    Break("a wrongly copied number is not named", "training/contradictions.py",
+          "if run.test is None or _agree(claim, run.test):", "if True:", "copied", "test_run_logs"),
+    Break("advice against the evidence", "training/advice.py",
+          "        if pair.option == option and pair.is_told_apart()", "        if False and pair.is_told_apart()", "evidence",
+          "test_report"),
+    Break("the page does not escape", "commands/report_pages.py", "Environment(autoescape=True,",
+          "Environment(autoescape=False,", "hostile", "test_report"),
+
     # Stopping and checks
     Break("the monitor is always dev_acc", TRAINER, "value = scores[monitor] if monitor in MORE_IS_BETTER else "
           "-scores[monitor]", 'value = scores["dev_acc"]', "monitor"),

@@ -14,15 +14,16 @@ from conftest import ROOT
 FLOORS = [
     ["run_llama"],
     [f"commands.{name}" for name in (
-        "finetune", "evaluate", "predict", "prompt", "generate", "lr_find", "verify_resume", "report", "confirm", "series",
-        "one_run", "resume", "plan", "plot", "job", "results", "scores", "classification", "saved", "defaults",
+        "finetune", "evaluate", "predict", "prompt", "generate", "lr_find", "verify_resume", "report", "confirm",
+        "series", "report_pages", "past_runs", "one_run", "resume", "plan", "plot", "job", "results", "scores", "classification", "saved", "defaults",
         "inputs")],
     [f"training.{name}" for name in (
-        "checks", "trainer", "task", "gradients", "diagnosis", "guards", "metrics", "best", "state", "course",
+        "advice", "contradictions", "pairs", "comparisons", "verdicts", "checks", "trainer", "task", "gradients", "diagnosis", "guards", "metrics", "best", "state", "course",
         "device", "signals", "streams", "run_folder", "logs")],
     ["dataset", "classifier"],
     ["llama", "tokenizer"],
-    ["formats.weights", "formats.gguf", "formats.tables", "formats.files", "formats.memory"],
+    ["formats.run_tables", "formats.run_logs", "formats.log_lines", "formats.past_run", "formats.weights",
+     "formats.gguf", "formats.tables", "formats.files", "formats.memory"],
     ["config.parser", "config.run", "config.model", "config.words", "optimizer"],
     ["schedule", "fused", "data.prepare", "data.download"],
 ]
@@ -31,10 +32,10 @@ PLACE = {room: (floor, i) for floor, rooms in enumerate(FLOORS) for i, room in e
 WITHOUT_TORCH = [
     "run_llama", "config.parser", "schedule", "tokenizer", "formats.memory", "formats.files", "formats.tables",
     "formats.gguf", "data.prepare", "data.download", "training.logs", "training.run_folder", "training.streams",
-    "training.signals", "training.course"]
+    "training.signals", "training.course", "commands.report"]
 # What a room may import inside a function: a library that takes over 0.2 s, or one that only some systems have.
 LATE = {"sklearn", "scipy", "matplotlib", "safetensors", "tokenizers", "sentencepiece", "gguf", "tqdm", "importlib",
-        "fcntl", "msvcrt", "resource"}
+        "jinja2", "markupsafe", "fcntl", "msvcrt", "resource"}
 
 
 def path_of(room: str) -> Path:

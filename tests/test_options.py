@@ -1031,6 +1031,8 @@ TESTED = {
     "test_resume::test_a_signal_saves_and_says_how_to_go_on": "resume",
     "test_plan::test_a_plan_says_what_a_run_does": "plan",
     "test_lr_find::test_repeats_give_an_interval_and_confirm_ranks_by_dev_loss": "confirm",
+    "test_report::test_n_dev_says_how_much_is_chance": "n_dev",
+    "test_report::test_score_names_the_column_of_a_table": "score",
 }
 
 
