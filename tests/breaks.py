@@ -185,8 +185,8 @@ BREAKS = [
     Break("a wrongly copied number is not named", "training/contradictions.py",
           "if run.test is None or _agree(claim, run.test):", "if True:", "copied", "test_run_logs"),
     Break("advice against the evidence", "training/advice.py",
-          "        if pair.option == option and pair.is_told_apart()", "        if False and pair.is_told_apart()", "evidence",
-          "test_report"),
+          "        if pair.option == option and pair.is_told_apart()", "        if False and pair.is_told_apart()",
+          "evidence", "test_report"),
     Break("the page does not escape", "commands/report_pages.py", "Environment(autoescape=True,",
           "Environment(autoescape=False,", "hostile", "test_report"),
 

@@ -108,7 +108,7 @@ def test_a_thousand_pairs_of_equal_runs():
     for _ in range(DRAWS):
         found = pairs.settings([run(lr, rng.binomial(N, .42) / N, lr=lr) for lr in ("1e-05", "3e-05")])
         wrong += any(pair.is_told_apart() for pair in pairs.pairs(found, None))
-    assert wrong <= .05 * DRAWS + 14
+    assert .02 * DRAWS < wrong <= .05 * DRAWS  # and not because it never says anything
 
 
 def test_a_real_difference_is_found():

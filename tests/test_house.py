@@ -15,10 +15,12 @@ FLOORS = [
     ["run_llama"],
     [f"commands.{name}" for name in (
         "finetune", "evaluate", "predict", "prompt", "generate", "lr_find", "verify_resume", "report", "confirm",
-        "series", "report_pages", "past_runs", "one_run", "resume", "plan", "plot", "job", "results", "scores", "classification", "saved", "defaults",
+        "series", "report_pages", "past_runs",
+        "one_run", "resume", "plan", "plot", "job", "results", "scores", "classification", "saved", "defaults",
         "inputs")],
     [f"training.{name}" for name in (
-        "advice", "contradictions", "pairs", "comparisons", "verdicts", "checks", "trainer", "task", "gradients", "diagnosis", "guards", "metrics", "best", "state", "course",
+        "advice", "contradictions", "pairs", "comparisons", "verdicts",
+        "checks", "trainer", "task", "gradients", "diagnosis", "guards", "metrics", "best", "state", "course",
         "device", "signals", "streams", "run_folder", "logs")],
     ["dataset", "classifier"],
     ["llama", "tokenizer"],
