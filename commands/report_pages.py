@@ -95,10 +95,12 @@ def details(card: Card) -> list[tuple[str, str]]:
 
 
 def header(cards: Sequence[Card]) -> list[str]:
-    """The columns of the leaderboard: those in which something is known."""
+    """The columns of the leaderboard: those in which something is known, and of patience where it saves something."""
     rows = [row(card) for card in cards]
     names = list(dict.fromkeys(name for cells in rows for name in cells))
-    return [name for name in names if any(cells.get(name) for cells in rows)]
+    nothing = ("", "0", "0.000")
+    return [name for name in names if any(
+        cells.get(name, "") not in (nothing if name.startswith("patience") else ("",)) for cells in rows)]
 
 
 # --------------------------------------------------------------------------- CSV
