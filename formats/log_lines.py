@@ -6,6 +6,7 @@ Everything takes time linear in the text. Nothing is guessed: what does not look
 import re
 import shlex
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 
 from formats.past_run import FLAGS, NAMES, NUMBER, Claim, Epoch, option_name, plain
@@ -170,10 +171,10 @@ def command_of(number: int, line: str) -> Command | None:
     if at is None or "--" not in line[at:]:
         return None
     rest = re.split(r"\s(?:\||>|>>|2>|&>|&&|&|;)|`|;\s|\s#\s", line[at:], maxsplit=1)[0]
-    try:
-        words = shlex.split(rest)
-    except ValueError:  # a quote that is not closed
-        words = rest.split()
+    words = rest.split()
+    if re.search(r"[\"'\\]", rest):
+        with suppress(ValueError):  # a quote that is not closed
+            words = shlex.split(rest)
     found: dict[str, str] = {}
     i = 0
     while i < len(words):
@@ -194,6 +195,8 @@ def command_of(number: int, line: str) -> Command | None:
 
 def heading_of(number: int, line: str) -> Heading | None:
     """A Markdown heading, or the line `seed-1337:` with which a series announces a run."""
+    if "#" not in line[:10] and not line.endswith(":"):
+        return None
     if found := re.match(r"\s{0,3}(#{1,6})\s+(\S.*)", line):
         text = found[2].strip().rstrip("#").strip(" *_`") or found[2].strip()
         return Heading(number, len(found[1]), text[:200], options_in(text[:1000]))
@@ -213,7 +216,8 @@ def options_in(text: str) -> dict[str, str]:
 
 
 def _claims(number: int, line: str) -> Iterator[Claim]:
-    if is_row(line) or "+-" in line or "±" in line:  # a mean over several runs
+    lower = line.lower()
+    if "acc" not in lower and "best" not in lower or is_row(line) or "+-" in line or "±" in line:  # a mean of several
         return
     for found in CLAIM.finditer(line):
         if claim := accuracy_claim(number, found[2], found[3] + (found[4] or ""), bool(found[1])):

@@ -106,7 +106,7 @@ def _on_patience(runs: Sequence[PastRun]) -> list[Advice]:
         found = [verdicts.patience(run, n) for run in trained]
         saved, missed = sum(p.saved for p in found), max((p.missed for p in found), default=0.0)
         if total and saved >= WASTED * total and missed <= 0.0005:
-            first = max(trained, key=lambda run: verdicts.patience(run, n).saved)
+            first = trained[max(range(len(found)), key=lambda i: found[i].saved)]
             return [Advice(f"--patience {n} would have saved {saved} of {total} evaluations over all runs, and no run "
                            "would have missed its peak", command(first, patience=str(n)))]
     return []
