@@ -55,7 +55,7 @@ def paired(only_first: int, only_second: int, n: int) -> Difference:
 def over_seeds(first: dict[str, float], second: dict[str, float]) -> Difference:
     """Two settings with several seeds each, by their seeds: where they share two or more, the differences of these
     (Student), else the two groups (Welch)."""
-    from scipy.stats import t
+    from scipy.special import stdtr, stdtrit
 
     shared = sorted(first.keys() & second.keys())
     if len(shared) >= 2:
@@ -71,17 +71,17 @@ def over_seeds(first: dict[str, float], second: dict[str, float]) -> Difference:
         df = error**4 / below if below else float(sum(n for _, n in parts) - 2)
         how = f"over {len(first)} and {len(second)} seeds"
     error = max(error, ROUNDED)  # two seeds that gave the same three decimals prove nothing
-    reach = float(t.ppf(1 - ALPHA / 2, df)) * error
-    return Difference(value, value - reach, value + reach, 2 * float(t.sf(abs(value) / error, df)), how)
+    reach = float(stdtrit(df, 1 - ALPHA / 2)) * error
+    return Difference(value, value - reach, value + reach, 2 * float(stdtr(df, -abs(value) / error)), how)
 
 
 def smallest_shown(values: Sequence[float]) -> float:
     """How large a difference between two settings so many seeds each could have shown: the least one that a test at
     0.05 finds in four of five cases, from the standard deviation of these seeds (the normal approximation by t)."""
-    from scipy.stats import t
+    from scipy.special import stdtrit
 
     n, df = len(values), 2 * (len(values) - 1)
-    reach = float(t.ppf(1 - ALPHA / 2, df)) + float(t.ppf(0.8, df))
+    reach = float(stdtrit(df, 1 - ALPHA / 2)) + float(stdtrit(df, 0.8))
     return reach * statistics.stdev(values) * math.sqrt(2 / n)
 
 

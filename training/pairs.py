@@ -40,7 +40,7 @@ class Setting:
         return [score for run in self.runs if (score := run.peak()) is not None]
 
     def mean(self) -> float:
-        return statistics.mean(self.scores())
+        return statistics.fmean(self.scores())
 
     def by_seed(self) -> dict[str, float]:
         return {run.options.get("seed", run.name): score for run in self.runs if (score := run.peak()) is not None}
