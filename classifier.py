@@ -38,9 +38,9 @@ class ClassifierConfig:
         if not isinstance(names, list) or not all(isinstance(n, str) and n.isprintable() for n in names) or (
                 len(names) < 2 or values.get("num_labels") != len(names)
                 or not (longest is None or type(longest) is int and longest > 0)
-                or values.get("pooling") not in POOLINGS):
-            raise InputError(f"{path}: not a saved classifier (label_names, num_labels, pooling or max_sentence_len is "
-                             "odd)")
+                or values.get("pooling") not in POOLINGS or values.get("loss", "ce") not in ("ce", "ordinal")):
+            raise InputError(f"{path}: not a saved classifier (label_names, num_labels, pooling, loss or "
+                             "max_sentence_len is odd)")
         try:
             if not 0 < values["llama"]["n_layers"] < 1000:
                 raise ValueError(f"n_layers is {values['llama']['n_layers']}")

@@ -1,5 +1,6 @@
-"""`label ||| sentence` files to tokens to length-bucketed batches; augmentation and class balance."""
+"""Labelled sentences to tokens to length-bucketed batches; augmentation and class balance."""
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -8,19 +9,29 @@ import numpy as np
 import torch
 
 from config import InputError
-from formats import tables
+from formats import labels as class_labels
+from formats.labels import Classes
+from formats.tables import Table, read_table
 from tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
 class Split:
-    """One tokenised file. `tokens[i]` is a 1-d int32 array, never empty; `labels` (N,) int64; file order."""
+    """One tokenised file. `tokens[i]` is a 1-d int32 array, never empty; `labels` (N,) int64; file order. `lines`:
+    where each sentence begins in the file; `classes`: what the labels are, None where it has none."""
 
     path: Path
     sentences: list[str]
     tokens: list[np.ndarray]
     labels: np.ndarray
     n_cut: int  # how many sentences were longer than the limit
+    lines: Sequence[int] = ()
+    classes: Classes | None = None
+
+    @property
+    def written(self) -> list[str]:
+        """How the file writes each class."""
+        return self.classes.written if self.classes else [str(i) for i in range(int(self.labels.max()) + 1)]
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -33,7 +44,7 @@ class Split:
     def take(self, rows: np.ndarray) -> "Split":
         """The split of these rows, in their order."""
         return replace(self, sentences=[self.sentences[i] for i in rows], tokens=[self.tokens[i] for i in rows],
-                       labels=self.labels[rows])
+                       labels=self.labels[rows], lines=[self.lines[i] for i in rows] if self.lines else ())
 
 
 def tokenize(
@@ -51,45 +62,39 @@ def tokenize(
     return [np.asarray(row[:limit] or [stand_in], dtype=np.int32) for row in rows], sum(len(r) > limit for r in rows)
 
 
-def load_split(
-    path: Path, tokenizer: Tokenizer, context: int, max_sentence_len: int | None = None,
-    n_labels: int | None = None, labels_file: Path | None = None,
-) -> Split:
-    """A `label ||| sentence` file, read, checked (see `tables.read_examples`) and tokenised once."""
-    labels, sentences = tables.read_examples(path, n_labels, labels_file)
-    tokens, n_cut = tokenize(sentences, tokenizer, context, max_sentence_len)
-    return Split(path, sentences, tokens, np.asarray(labels, dtype=np.int64), n_cut)
+def load_split(path: Path, tokenizer: Tokenizer, context: int, max_sentence_len: int | None = None,
+               classes: Classes | None = None) -> Split:
+    """A file of labelled sentences (see `tables.read_table`), tokenised once. `classes`: None for those of the file
+    itself."""
+    table = read_table(path)
+    return split_of(table, classes or class_labels.learned(table), tokenizer, context, max_sentence_len)
+
+
+def split_of(table: Table, classes: Classes, tokenizer: Tokenizer, context: int,
+             max_sentence_len: int | None = None) -> Split:
+    """A table that has been read, tokenised. Raises InputError, with the lines, for labels of no class."""
+    labels = np.asarray(classes.numbers(table), dtype=np.int64)
+    tokens, n_cut = tokenize(table.texts, tokenizer, context, max_sentence_len)
+    return Split(table.path, table.texts, tokens, labels, n_cut, table.lines, classes)
+
+
+def as_jsonl(split: Split) -> str:
+    """A split as JSON lines, which `tables.read_table` reads again: {"label": "good", "text": "a fine film"}."""
+    rows = zip(split.labels.tolist(), split.sentences, strict=True)
+    return "".join(json.dumps({"label": split.written[label], "text": text}, ensure_ascii=False) + "\n"
+                   for label, text in rows)
 
 
 def check_labels(split: Split, train: Split) -> None:
     """Raises InputError, with the line, for a label that the training sentences do not have."""
     unknown = ~np.isin(split.labels, train.labels)
     if unknown.any():
-        label = int(split.labels[unknown.argmax()])
-        line = next(n for n, text in tables.read_lines(split.path) if int(text.partition(tables.SEPARATOR)[0]) == label)
-        raise InputError(f"{split.path}:{line}: the label {label} is not in {train.path}, so no model can learn it; "
-                         "check both files")
-
-
-def check_names(split: Split, n: int, source: Split) -> None:
-    """Raises InputError, with the line, for a label that is none of the n numbers that `number_names(source)` gave."""
-    if split.labels.max() >= n:
-        line, label = next((number, label) for number, text in tables.read_lines(split.path)
-                           if (label := int(text.partition(tables.SEPARATOR)[0])) >= n)
-        raise InputError(f"{split.path}:{line}: the label {label} is out of range; without --label_names the labels "
-                         f"are those of {source.path}, 0 to {n - 1}")
-
-
-def number_names(split: Split) -> list[str]:
-    """Names for labels that have none: "0", "1", ... up to the largest label. Raises InputError for labels that are
-    not numbered like that, and for one class alone."""
-    classes, top = len(np.unique(split.labels)), int(split.labels.max())
-    if classes < 2:
-        raise InputError(f"{split.path}: all labels are {top}; a classifier needs two classes or more")
-    if top >= 10 * classes:
-        raise InputError(f"{split.path}: the largest label is {top}, of {classes} different ones; labels are 0, 1, 2, "
-                         "..., one for each class")
-    return [str(i) for i in range(top + 1)]
+        at = int(unknown.argmax())
+        known = [split.written[i] for i in np.unique(train.labels)]
+        label = split.written[split.labels[at]]
+        near = class_labels.near_name(label, known)
+        raise InputError(f"{split.path}:{split.lines[at]}: the label {label} is not in {train.path}, so no model can "
+                         f"learn it; check both files{f'; did you mean {near}?' if near else ''}")
 
 
 def limit(split: Split, n: int, seed: int) -> Split:
@@ -99,11 +104,13 @@ def limit(split: Split, n: int, seed: int) -> Split:
 
 
 def fold(splits: dict[str, Split], n: int, i: int, seed: int) -> dict[str, Split]:
-    """Train and dev together, cut into n parts with their share of every class: part i is dev, the others are train."""
-    both = replace(splits["train"], sentences=splits["train"].sentences + splits["dev"].sentences,
-                   tokens=splits["train"].tokens + splits["dev"].tokens,
-                   labels=np.concatenate((splits["train"].labels, splits["dev"].labels)))
-    parts = folds(both.labels, n, seed)
+    """Train and dev (where there is one) together, cut into n parts with their share of every class: part i is dev, the
+    others are train."""
+    parts_of = [splits[name] for name in ("train", "dev") if name in splits]
+    both = replace(splits["train"], sentences=[s for split in parts_of for s in split.sentences],
+                   tokens=[t for split in parts_of for t in split.tokens], lines=(),
+                   labels=np.concatenate([split.labels for split in parts_of]))
+    parts = folds(both.labels, n, seed, "--train and --dev together have" if "dev" in splits else "--train has")
     others = np.sort(np.concatenate([part for k, part in enumerate(parts) if k != i]))
     return {**splits, "train": both.take(others), "dev": both.take(parts[i])}
 
@@ -166,17 +173,18 @@ def class_weights(labels: np.ndarray) -> np.ndarray:
     return np.divide(len(labels), (counts > 0).sum() * counts, out=np.zeros(len(counts)), where=counts > 0)
 
 
-def folds(labels: np.ndarray, n: int, seed: int) -> list[np.ndarray]:
+def folds(labels: np.ndarray, n: int, seed: int, source: str = "there are") -> list[np.ndarray]:
     """The rows 0 .. N - 1 cut at random into n parts of one size, each with its share of every class.
 
-    Raises InputError for a class that has fewer rows than there are parts: some of them would go without it."""
+    Raises InputError for a class that has fewer rows than there are parts: some of them would go without it. `source`:
+    what has the rows, for the message."""
     from sklearn.model_selection import StratifiedKFold
 
     counts = np.bincount(labels)
     rare = min(np.flatnonzero(counts), key=lambda label: counts[label])
     if counts[rare] < n:
-        raise InputError(f"--folds {n}: each needs a sentence of every class, and --train and --dev together have "
-                         f"{counts[rare]} of class {rare}")
+        raise InputError(f"--folds {n}: each needs a sentence of every class, and {source} {counts[rare]} of class "
+                         f"{rare}")
     if seed >= 2**32:  # scikit-learn takes no larger one
         seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
     cut = StratifiedKFold(n, shuffle=True, random_state=seed)
@@ -232,11 +240,13 @@ def near_neighbours(embedding: torch.Tensor, tokens: np.ndarray, k: int = 5) -> 
 EVAL_TOKENS = 4096  # padded tokens in an evaluation batch: no gradients are kept, so it can be large
 
 
-def length_order(lengths: np.ndarray, max_tokens: int = EVAL_TOKENS) -> Iterator[np.ndarray]:
-    """Rows for evaluation, longest first, in batches of at most max_tokens padded tokens (one row at least)."""
+def length_order(lengths: np.ndarray, max_tokens: int = EVAL_TOKENS, max_rows: int | None = None
+                 ) -> Iterator[np.ndarray]:
+    """Rows for evaluation, longest first, in batches of at most max_tokens padded tokens (one row at least) and, where
+    it is given, max_rows rows."""
     rows = np.argsort(-lengths, kind="stable")
     start = 0
     while start < len(rows):
-        size = max(1, max_tokens // int(lengths[rows[start]]))
+        size = max(1, min(max_rows or len(rows), max_tokens // int(lengths[rows[start]])))
         yield rows[start : start + size]
         start += size

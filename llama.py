@@ -325,17 +325,23 @@ class Llama(nn.Module):
 
 
 def load_pretrained(path: str | Path | Weights, n_layers: int | None = None, dropout: float = 0.0,
-                    attention: str = "causal") -> Llama:
+                    attention: str = "causal", has_output: bool = True) -> Llama:
     """A Llama in float32, in evaluation mode, with the weights of a file or folder of any format.
 
-    `n_layers`: the first K layers of the stack only (the others are not read). Raises FileNotFoundError, or
-    InputError for a file that is damaged, of another architecture, or that holds other shapes than it says.
+    `n_layers`: the first K layers of the stack only (the others are not read). `has_output`: with the layer that gives
+    the logits of words, which a classifier has no use for. Raises FileNotFoundError, or InputError for a file that is
+    damaged, of another architecture, that holds other shapes than it says, or that lacks the output layer.
     """
     weights = path if isinstance(path, Weights) else read_weights(path)
     check_n_layers(weights, n_layers)
     config = replace(weights.config, n_layers=n_layers or weights.config.n_layers, dropout=dropout, attention=attention)
     with torch.device("meta"):
         model = Llama(config)
+    if not has_output:
+        model.output = nn.Identity()  # type: ignore[assignment]
+    elif weights.head and not config.tie_embeddings:
+        raise InputError(f"{weights.path}: a finished run of this model has no output layer, without which there are "
+                         "no words; take the pretrained weights")
     for name, parameter in model.named_parameters():
         if weights.shapes.get(name) != tuple(parameter.shape):
             raise InputError(f"{weights.path}: {name} has the shape {weights.shapes.get(name)}, the model it describes "
@@ -344,7 +350,7 @@ def load_pretrained(path: str | Path | Weights, n_layers: int | None = None, dro
     with ThreadPoolExecutor(min(4, torch.get_num_threads())) as pool:
         state = dict(zip(names, pool.map(lambda name: weights.readers[name]().contiguous(), names), strict=True))
     model.load_state_dict(state, assign=True, strict=False)
-    if config.tie_embeddings:
+    if has_output and config.tie_embeddings:
         model.output.weight = model.tok_embeddings.weight
     model.requires_grad_(True)
     return model.eval()

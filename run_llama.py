@@ -11,7 +11,7 @@ from importlib import import_module
 
 from config import InputError, parse_args
 from formats.memory import is_out_of_memory
-from training import logs, streams
+from training import clock, logs, streams
 
 # A command is imported when it is asked for: torch alone takes two seconds, and --help answers at once.
 
@@ -38,13 +38,16 @@ def main(argv: list[str] | None = None) -> int:
 
 def answer(argv: list[str] | None) -> int:
     """`main` without its streams: errors that a person can do something about are one message, and code 2."""
+    words = sys.argv[1:] if argv is None else argv
     try:
-        config = parse_args(argv)
+        config = parse_args(words or ["--help"], needs_command=True)
     except SystemExit:  # of --help, or of a bad option, which has been said
         streams.flush_stdout()  # argparse keeps an error of it to itself
         raise
+    clock.begin_command()
     try:
-        command = import_module(f"commands.{'finetune' if config.resume else config.option}")
+        with logs.doing("loading the program"):
+            command = import_module(f"commands.{'finetune' if config.resume else config.option}")
         return command.run(config)
     except BrokenPipeError:
         raise

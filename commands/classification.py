@@ -9,11 +9,10 @@ from torch import Tensor
 
 import dataset
 from classifier import ClassifierConfig, LlamaEmbeddingClassifier, classification_loss
-from commands import saved
 from config import RunConfig
 from dataset import Split
 from tokenizer import Tokenizer
-from training import metrics
+from training import metrics, saved
 from training.device import Device
 from training.task import Evaluation
 
@@ -74,7 +73,8 @@ class ClassificationTask:
         return Evaluation({"train_acc": on_train["acc"], **{f"dev_{k}": v for k, v in on_dev.items()}}, collapsed)
 
     def save_best(self, folder: Path) -> str:
-        return saved.save_classifier(folder, self.model, self.tokenizer, self.settings)
+        return saved.save_classifier(folder, self.model, self.tokenizer, self.settings,
+                                     getattr(torch, self.config.save_dtype))
 
 
 def is_ordinal(config: RunConfig) -> bool:

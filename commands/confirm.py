@@ -86,11 +86,11 @@ def short_run(make_job: Callable[[RunConfig], Job[ClassificationTask]], config: 
     steps = min(config.lr_steps, total)
     batches = [rows for epoch in range(-(-steps // job.steps_per_epoch)) for rows in job.task.order(epoch)][:steps]
     squeezed = Job(job.model, InOneEpoch(job.task, batches), job.optimizer,
-                   lambda step, history: job.schedule(step * total // steps, history), steps)
+                   lambda step, history: job.schedule(step * total // steps, history), steps, job.is_trained)
     loop = trainer.fit(squeezed, config, device, max_steps=steps, evaluate=False)
     if loop.progress.stopped == "diverged":
         return None, job.task.dev.labels, steps
-    with loop.averaged(), stoppable():
+    with loop.average.in_place(), stoppable():
         log_probs = job.task.predict(job.task.dev, "dev").double().numpy()
     return log_probs if np.isfinite(log_probs).all() else None, job.task.dev.labels, steps
 

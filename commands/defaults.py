@@ -1,12 +1,12 @@
 """The settings of a run for which none was typed: those of the README's first command, with a rate that fits the number
 of layers."""
 
-import math
 from dataclasses import replace
 from typing import Any
 
+from commands import start
 from commands.inputs import Inputs
-from config import RunConfig
+from config import RunConfig, counted
 from training import logs, run_folder
 
 # Whoever types one of these has the classic defaults for the others: the commands of old shell loops do what they did.
@@ -14,20 +14,24 @@ SETTINGS = ("attention", "pooling", "batch_size", "grad_accum", "hidden_dropout_
             "lr_scaling")
 
 
-def settle(config: RunConfig, inputs: Inputs) -> RunConfig:
+def with_defaults(config: RunConfig, inputs: Inputs) -> RunConfig:
     """The options of a training run, with the settings that are chosen where none was typed; a line says which.
 
-    The classic pair, SST with stories42M, keeps the classic defaults, and a resumed run has its own.
+    The classic pair, SST with stories42M, keeps the classic defaults, and a resumed run has its own. What the head of a
+    finished run has learned with comes first.
     """
+    typed = config.given
+    config = start.with_learned(config, inputs)
     is_classic = inputs.files.name == "sst" and inputs.weights.path.stem == "stories42M"
-    if config.resume or is_classic or config.given & {*SETTINGS}:
+    if config.resume or is_classic or typed & {*SETTINGS}:
         return config
     n_layers = config.n_layers or inputs.weights.config.n_layers
     chosen: dict[str, Any] = {"attention": "bidirectional", "pooling": "mean", "batch_size": 32,
                               "hidden_dropout_prob": 0.1, "lr": rate_for(n_layers)}
-    logs.notice(f"settings :: {in_words(chosen)} (nothing of this was typed, so it is chosen, the rate for {n_layers} "
-                "layers; to change a part, type all of it: one of these alone brings the classic defaults of the "
-                "others)")
+    chosen = {name: value for name, value in chosen.items() if name not in config.given}
+    logs.notice(f"settings :: {in_words(chosen)} (chosen, since none of these was typed; the rate is that for "
+                f"{counted(n_layers, 'layer')}. Type all of them to change one: beside one that is typed alone, the "
+                "others have their classic defaults)")
     return replace(config, **chosen, given=config.given | chosen.keys())
 
 
@@ -37,6 +41,6 @@ def in_words(chosen: dict[str, Any]) -> str:
 
 
 def rate_for(n_layers: int) -> float:
-    """The learning rate for the first `n_layers` layers of a pretrained stack: 1e-3 / sqrt(n_layers), which a deeper
-    one wants lower. Measured on movies with SmolLM2-135M, see docs/tuning.md."""
-    return float(f"{1e-3 / math.sqrt(n_layers):.1e}")
+    """The learning rate for the first `n_layers` layers of a pretrained stack: 1e-3 over their cube root, since a
+    deeper one wants a lower rate. Measured on movies with SmolLM2-135M, see docs/tuning.md."""
+    return float(f"{1e-3 / n_layers ** (1 / 3):.1e}")

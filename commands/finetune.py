@@ -4,8 +4,8 @@ from commands import defaults, one_run, plan, results, resume, series
 from commands import inputs as run_inputs
 from commands import job as jobs
 from config import RunConfig, no_effect
+from training import clock, logs, run_folder
 from training import device as devices
-from training import logs, run_folder
 from training.streams import without_readers
 
 
@@ -18,7 +18,7 @@ def run(config: RunConfig) -> int:
         config = resume.resumed(config)
         results.check_outputs(config)
     inputs = run_inputs.load(config, need=("train", "dev"))
-    config = defaults.settle(config, inputs)
+    config = defaults.with_defaults(config, inputs)
     if config.pooling == "first" and config.attention == "causal":
         logs.warn("--pooling first with causal attention: the first token sees no other; add --attention "
                   "bidirectional, or pool the last")
@@ -33,4 +33,4 @@ def run(config: RunConfig) -> int:
             logs.warn(f"no effect: {line}")
     if run_folder.asks_for_series(vars(config)):
         return series.repeat(config, inputs, runs, device)
-    return series.exit_code(one_run.train(runs[0].config, runs[0].inputs, device))
+    return series.exit_code(one_run.train(runs[0].config, runs[0].inputs, device, deadline=clock.deadline_of(config)))

@@ -6,6 +6,7 @@ import torch
 
 import tokenizer as tokenizers
 from commands import inputs, results
+from commands.start import warn_of_classifier
 from config import InputError, RunConfig
 from formats import files, weights
 from llama import load_pretrained
@@ -24,6 +25,7 @@ def run(config: RunConfig) -> int:
     tokenizer = Tokenizer(max_len=config.max_sentence_len, tokenizer_model=found.tokenizer)
     read = weights.read_weights(found.weights)
     tokenizers.check_vocabulary(tokenizer, read.config)
+    warn_of_classifier(read)
     # In the device's precision once, and not by autocast at each token: reading the weights is what takes the time.
     llama = load_pretrained(read, config.n_layers).to(device.where, device.dtype)
     devices.accelerate(config, llama, device)

@@ -4,19 +4,20 @@ import math
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import dataset
 import fused
 import tokenizer as tokenizers
-from config import InputError, RunConfig, counted
+from commands import splits as run_splits
+from config import InputError, RunConfig
 from data import prepare
 from dataset import Split
 from formats import files, tables, weights
 from formats.weights import Weights
 from tokenizer import TOKENIZER_MODEL, Tokenizer
-from training import logs
+from training import logs, saved
 from training.device import wants_fused
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -86,7 +87,7 @@ def _typed_files(typed: dict[str, str | None], splits: list[str]) -> DataFiles:
             fetch = f"`python data/prepare.py {guess}` fetches it" if guess in prepare.DATASETS else "check --" + split
             raise FileNotFoundError(f"{typed[split]}: there is no such file; {fetch}")
     first = Path(typed[splits[0]] or "")
-    name = first.stem.removesuffix("-" + splits[0])
+    name = Path(first.name.removesuffix(".gz")).stem.removesuffix("-" + splits[0])
     labels = given["label_names"]
     if labels and not labels.is_file():
         raise FileNotFoundError(f"{typed['label_names']}: there is no such file; check --label_names")
@@ -118,6 +119,8 @@ def find_model(config: RunConfig) -> ModelFiles:
     typed, notice = config.pretrained_model_path, ""
     if typed:
         found = _typed_weights(typed, [Path(), ROOT, models])
+        if saved.is_run(found):
+            found = saved.checked_best(found, "--pretrained_model_path")
     else:
         places = [place / "stories42M.pt" for place in (Path(), ROOT, models)]
         stories = next((p for p in places if p.is_file() and _tokenizer_beside(p, config)), None)
@@ -148,7 +151,7 @@ def _typed_weights(typed: str, places: list[Path]) -> Path:
     name = Path(typed).stem
     known = {n.lower(): n for n in prepare.WEIGHTS}.get(name.lower())
     hint = f"`python data/prepare.py {known}` fetches it" if known else (
-        f"weights that can be fetched: {', '.join(prepare.WEIGHTS)}")
+        f"weights that can be fetched: {', '.join(prepare.WEIGHTS)}{saved.near_run(Path(typed))}")
     raise FileNotFoundError(f"{typed}: there is no such file or folder; {hint}")
 
 
@@ -170,13 +173,15 @@ def _tokenizer_beside(found: Path, config: RunConfig) -> Path | None:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a run reads. `splits`: by the names train, dev and test, those that there are; `names`: of the labels."""
+    """What a run reads. `splits`: by the names train, dev and test, those that there are; `names`: of the labels;
+    `held_out`: train and dev, whole, where dev was held out of the training file."""
 
     files: DataFiles
     splits: dict[str, Split]
     names: list[str]
     tokenizer: Tokenizer
     weights: Weights
+    held_out: dict[str, Split] = field(default_factory=dict)
 
     def steps_per_epoch(self, config: RunConfig) -> int:
         """Optimizer steps in one pass over the training sentences; a last, short one counts."""
@@ -191,63 +196,37 @@ class Inputs:
 
 
 def load(config: RunConfig, need: tuple[str, ...]) -> Inputs:
-    """What a run reads, all checked. `need`: the splits that the command cannot do without."""
+    """What a run reads, all checked. `need`: the splits that the command cannot do without; dev is held out of train
+    where no file was named for it."""
     found = find_files(config)
     for split in need:
-        if getattr(found, split) is None:
+        if getattr(found, split) is None and not (split == "dev" and "train" in need):
             raise InputError(f"--{split} is missing: {config.option} needs it beside the files that were given")
     model = find_model(config)
     logs.notice(found.notice)
     logs.notice(model.notice)
     names = tables.read_label_names(found.label_names)
     tokenizer = Tokenizer(tokenizer_model=model.tokenizer)
-    read = weights.read_weights(model.weights)
+    with logs.doing(f"reading {model.weights}"):
+        read = weights.read_weights(model.weights)
     tokenizers.check_vocabulary(tokenizer, read.config)
     weights.check_n_layers(read, config.n_layers)
     where = config.device or ("cuda" if config.use_gpu else "cpu")
     if wants_fused(config, where, sum(map(math.prod, read.shapes.values()))):
         threading.Thread(target=fused.library, daemon=True).start()  # compiled while the rest is read
-    splits = load_splits(config, found, len(names) if names else None, found.label_names, tokenizer,
-                         read.config.max_seq_len)
-    names = check_labels(splits, names, found.label_names)
-    return Inputs(found, splits, names, tokenizer, read)
-
-
-def load_splits(config: RunConfig, found: DataFiles, n_labels: int | None, labels_file: Path | None,
-                tokenizer: Tokenizer, context: int) -> dict[str, Split]:
-    """The splits that there are, by name; train only where something is trained."""
-    splits = {}
-    for name in ("train", "dev", "test"):
-        path = getattr(found, name)
-        if path is None or (name == "train" and config.option in ("prompt", "evaluate")):
-            continue
-        splits[name] = split = dataset.load_split(path, tokenizer, context, config.max_sentence_len, n_labels,
-                                                  labels_file)
-        if split.n_cut:
-            logs.warn(f"{path}: {split.n_cut} of {counted(len(split), 'sentence')} cut to "
-                      f"{counted(config.max_sentence_len or context, 'token')}")
-        logs.say(f"load {len(split)} data from {path}")
-    if "test" not in splits:
-        logs.notice("there is no test file: only dev is evaluated")
-    return splits
-
-
-def check_labels(splits: dict[str, Split], names: list[str] | None, labels_file: Path | None) -> list[str]:
-    """The labels' names, which are numbers where they have none. Raises InputError for a held-out label that training
-    does not have."""
-    first = splits["train"] if "train" in splits else splits["dev"]
-    held_out = [split for split in splits.values() if split is not first]
+    prompts = config.option == "prompt"
+    found_tables = run_splits.read_tables(config, {n: getattr(found, n) for n in ("train", "dev", "test")})
+    classes = run_splits.classes_of(config, found_tables, names, found.label_names)
+    wanted = {n: table for n, table in found_tables.items() if not (prompts and n == "train")}
+    splits = run_splits.tokenise(config, wanted, dict.fromkeys(wanted, classes), tokenizer, read.config.max_seq_len)
+    held_out = {}
     if "train" in splits:
-        for split in held_out:
-            dataset.check_labels(split, first)
-    classes = len(set(first.labels.tolist()))
-    if names and len(names) >= 10 * classes:
-        logs.warn(f"{labels_file} has {len(names)} names, of which {first.path} has only {classes}; is it the right "
-                  "file?")
-    names = names or dataset.number_names(first)
-    for split in held_out:
-        dataset.check_names(split, len(names), first)
-    return names
+        run_splits.check_training(splits, found_tables["train"], classes)
+        run_splits.warn_of_copies(splits, bool(config.folds))
+        if "dev" not in splits and not config.folds:
+            held_out = run_splits.hold_out(splits["train"])
+            splits = {**splits, **held_out}
+    return Inputs(found, splits, classes.names, tokenizer, read, held_out)
 
 
 def limit_train(config: RunConfig, inputs: Inputs) -> Inputs:

@@ -9,6 +9,7 @@ import torch
 import fused
 import schedule
 from classifier import ClassifierConfig, LlamaEmbeddingClassifier
+from commands import start
 from commands.classification import ClassificationTask
 from commands.inputs import Inputs, input_errors
 from config import RunConfig
@@ -26,12 +27,19 @@ def build_job(config: RunConfig, inputs: Inputs, device: Device) -> Job[Classifi
     devices.set_switches(config)
     random = np.random.default_rng(config.seed)
     torch.manual_seed(config.seed)
-    llama = load_pretrained(inputs.weights, config.n_layers, config.dropout, config.attention)
+    with logs.doing(f"reading {inputs.weights.path}"):
+        llama = load_pretrained(inputs.weights, config.n_layers, config.dropout, config.attention, has_output=False)
     llama.grad_checkpoint = config.grad_checkpoint
     settings = ClassifierConfig(len(inputs.names), inputs.names, config.pooling, config.loss,
                                 config.hidden_dropout_prob, config.max_sentence_len, llama.config)
-    model = LlamaEmbeddingClassifier(settings, llama).to(device.where)
-    if not devices.accelerate(config, model, device):
+    model = LlamaEmbeddingClassifier(settings, llama)
+    is_trained = start.has_head(config, inputs.weights)
+    if is_trained:
+        start.load_head(model, inputs.weights)
+    model.to(device.where)
+    with logs.doing("compiling fused.c"):
+        is_as_fast_as_asked = devices.accelerate(config, model, device)
+    if not is_as_fast_as_asked:
         logs.warn(f"{fused.fault()}: norms, positions, SwiGLU and AdamW run in PyTorch, which is slower "
                   "(--kernels off stops this warning)")
     # AdamW without decay is the same for a gradient that has only the batch's words in it, and has far less to read.
@@ -40,7 +48,7 @@ def build_job(config: RunConfig, inputs: Inputs, device: Device) -> Job[Classifi
     task = ClassificationTask(config, model, settings, inputs.tokenizer, inputs.splits["train"], inputs.splits["dev"],
                               device, random)
     steps = len(task.order(0))
-    return Job(model, task, build_optimizer(config, model), schedule_of(config, steps), steps)
+    return Job(model, task, build_optimizer(config, model), schedule_of(config, steps), steps, is_trained)
 
 
 def build_optimizer(config: RunConfig, model: LlamaEmbeddingClassifier) -> torch.optim.Optimizer:

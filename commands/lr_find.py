@@ -35,7 +35,7 @@ PICTURES = ("lr_find.csv", "lr_find.png")
 def run(config: RunConfig) -> int:
     results.check_outputs(config)
     found = inputs.limit_train(config, inputs.load(config, need=("train", "dev")))
-    config = defaults.settle(config, found)
+    config = defaults.with_defaults(config, found)
     jobs.schedule_of(config, found.steps_per_epoch(config))  # --confirm and the command that is printed use it
     device = devices.choose_device(config)
     folder = run_folder.open_run(config)

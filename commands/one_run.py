@@ -1,18 +1,22 @@
 """One fine-tuning run, from its folder to its result.json."""
 
+import hashlib
 import time
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
+import dataset
 import fused
+from commands import estimate, results, resume
 from commands import job as jobs
-from commands import results, saved
 from commands.inputs import Inputs
 from config import RunConfig, counted
 from formats import files
 from training import best as best_folder
-from training import checks, diagnosis, logs, metrics, run_folder, state, trainer
+from training import checks, diagnosis, logs, metrics, run_folder, saved, state, trainer
+from training.clock import Clock, Times
 from training.device import Device
 from training.run_folder import RunFolder
 from training.signals import stoppable
@@ -20,37 +24,57 @@ from training.task import Job
 from training.trainer import Loop
 
 
-def train(config: RunConfig, inputs: Inputs, device: Device, series_folder: RunFolder | None = None) -> dict:
+def train(config: RunConfig, inputs: Inputs, device: Device, series_folder: RunFolder | None = None, n_runs: int = 1,
+          deadline: float | None = None) -> dict:
     """One run from its folder to its result.json, which is returned. `series_folder`: that of the --seeds or --folds
-    that it belongs to, if there is one: what to resume when it is stopped."""
+    that it belongs to, if there is one: what to resume when it is stopped. `n_runs`: how many are left, this one among
+    them; 0 where that has been said. `deadline`: when it must be over, on time.monotonic(), see --max_minutes."""
     begin, before_resume = time.perf_counter(), 0.0
     folder = RunFolder(config.resume) if config.resume else run_folder.open_run(config)
     with folder.lock():
         job = jobs.build_job(config, inputs, device)
-        described = describe(config, inputs, device, job, folder)
-        loop = trainer.Loop(job, config, device, folder, series=series_folder, described=described)
+        known, clock = None, Clock(deadline=deadline)
+        if deadline is not None:  # they are part of what takes time
+            known = compute_baselines(inputs)
+        if deadline is not None or n_runs and estimate.may_be_long(job, config, n_runs):
+            clock.estimated = measure(job, config, device, inputs, folder)
+            if deadline is not None and not config.resume:
+                config, job = estimate.fitted(config, job, clock.estimated, deadline)
+        with logs.doing("computing the checksums of the files"):
+            described = describe(config, inputs, device, job, folder)
+        loop = trainer.Loop(job, config, device, folder, series=series_folder, described=described, clock=clock)
         if config.resume:
             files.remove_temporary_files(folder.path)
             loop.resume()
+            loop.look_at_patience()  # a larger one may have been given, now or before a kill
+            described = resume.extend(described, config, folder, loop)
             warn_of_another_machine(described, config, device, job)
             before_resume = loop.progress.seconds
+            if clock.deadline is not None:
+                clock.deadline -= before_resume
             logs.notice(f"resuming {folder} at step {loop.progress.step}")
         n_parameters = sum(p.numel() for p in loop.parameters)
         logs.say(f"model :: {inputs.weights.path}, {counted(job.task.model.llama.config.n_layers, 'layer')}, "
                  f"{n_parameters / 1e6:.1f}M trainable parameters, {len(inputs.names)} classes")
         logs.say(f"run :: {folder}, on {device}")
+        if clock.estimated and n_runs:
+            logs.notice(estimate.long_run(clock.estimated, loop.course, loop.progress.step, config, n_runs,
+                                          job.task.model.llama.config.n_layers, float(np.median(loop.lengths)), device))
         if loop.saved is None:  # a resumed run has had them, and its micro-batch stays
             check_before(config, loop)
         best = loop.run()
 
-        best_folder.check_best(folder.best, best.get("manifest"))
-        saved.load_classifier_state(folder.best, job.model)  # the best weights are what is evaluated
+        with logs.doing(f"reading {folder.best}"):
+            best_folder.check_best(folder.best, best.get("manifest"))
+            saved.load_classifier_state(folder.best, job.model)  # the best weights are what is evaluated
         held_out = {name: split for name, split in inputs.splits.items() if name != "train"}
         with stoppable((series_folder or folder).resume_command(config)):
-            outputs = {name: job.task.predict(split, name) for name, split in held_out.items()}
+            with logs.doing(f"evaluating the best weights on {' and '.join(held_out)}"):
+                outputs = {name: job.task.predict(split, name) for name, split in held_out.items()}
         for name in outputs:
-            results.check_finite(outputs[name], f"{folder}: {name}")
-        baselines = results.print_baselines(inputs.splits["train"], inputs.splits)
+            metrics.check_finite(outputs[name], f"{folder}: {name}")
+        with logs.doing("computing the baselines"):
+            baselines = results.print_baselines(config, inputs.splits["train"], inputs.splits, known)
         found = diagnose(loop, folder, outputs["dev"], inputs, baselines["dev"].majority)
         for line in found:
             logs.say(f"diagnosis :: {line}")
@@ -68,9 +92,26 @@ def train(config: RunConfig, inputs: Inputs, device: Device, series_folder: RunF
             "train_seconds": round(loop.seconds(), 2),
             "seconds": round(before_resume + time.perf_counter() - begin, 2),
         }
-        state.keep_newest_state(folder.last)  # before the result: a finished run is never touched again
+        if config.keep_state:
+            state.keep_newest_state(folder.last)
         folder.save_result(result)
+        if not config.keep_state:  # behind the result: until it is there, the run can be resumed
+            files.remove_folder(folder.last)
     return result
+
+
+def measure(job: Job, config: RunConfig, device: Device, inputs: Inputs, folder: RunFolder) -> Times:
+    """How long the parts of the run take."""
+    with logs.doing("measuring how long a step and an evaluation take"):
+        return estimate.measure(job, config, device, inputs.splits, folder.path).times
+
+
+def compute_baselines(inputs: Inputs) -> dict[str, metrics.Baseline]:
+    """Those of every split but train, before the training."""
+    train = inputs.splits["train"]
+    with logs.doing("computing the baselines"):
+        return metrics.baselines(train.labels, train.sentences,
+                                 {name: split for name, split in inputs.splits.items() if name != "train"})
 
 
 # --------------------------------------------------------------------------- args.json
@@ -83,10 +124,20 @@ def environment(config: RunConfig, inputs: dict[str, Any], device: Device, job: 
 
 
 def describe(config: RunConfig, inputs: Inputs, device: Device, job: Job, folder: RunFolder) -> dict[str, Any]:
-    """The run's args.json: read where the run goes on, else written."""
+    """The run's args.json: read where the run goes on, else written. Where dev was held out, train and dev are written
+    too, as files that --train and --dev read."""
+    texts = {name: dataset.as_jsonl(split) for name, split in inputs.held_out.items()}
     if config.resume:
-        return state.read_description(folder)
-    return folder.describe(environment(config, inputs.checksums(), device, job))
+        described = state.read_description(folder)
+    else:
+        described = environment(config, inputs.checksums(), device, job)
+        if texts:
+            described["splits"] = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
+        described = folder.describe(described)
+    for name, text in texts.items():  # behind args.json: without it, a start that was killed would be in the way
+        if not (config.resume and folder.split(name).is_file()):
+            files.write_text(folder.split(name), text, follow=False)
+    return described
 
 
 def warn_of_another_machine(described: dict[str, Any], config: RunConfig, device: Device, job: Job) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from classifier import LlamaZeroShotClassifier, ask
 from commands import inputs as run_inputs
-from commands import results
+from commands import results, start
 from config import InputError, RunConfig
 from llama import load_pretrained
 from training import device as devices
@@ -17,8 +17,9 @@ from training.streams import without_readers
 def run(config: RunConfig) -> int:
     results.check_outputs(config)
     inputs = run_inputs.load(config, need=("dev",))
-    baselines = results.print_baselines(inputs.files.train, inputs.splits)
+    baselines = results.print_baselines(config, inputs.files.train, inputs.splits)
     device = devices.choose_device(config)
+    start.warn_of_classifier(inputs.weights)
     llama = load_pretrained(inputs.weights, config.n_layers)
     model = LlamaZeroShotClassifier(config, inputs.tokenizer, inputs.names, llama).to(device.where)
     devices.accelerate(config, model, device)

@@ -1,22 +1,25 @@
 """Predictions and scores out, each accuracy beside its baselines."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from commands import scores
+from commands import splits as run_splits
 from commands.classification import is_ordinal
-from config import InputError, RunConfig, counted
+from config import InputError, RunConfig
 from dataset import Split
-from formats import files, tables
+from formats import files
 from training import logs, metrics
 from training.metrics import Baseline
-from training.run_folder import FOLDERS, LOCK, LOGS, RESULT, RUN_FILE, RunFolder
+from training.run_folder import FOLDERS, LOCK, LOGS, RESULT, RUN_FILE, SPLITS, RunFolder
+
+LINE_ENDS = re.compile(r"[\r\n]+")
 
 # --------------------------------------------------------------------------- before the work
 
@@ -29,6 +32,16 @@ def check_outputs(config: RunConfig) -> None:
         names = ["generated_sentence_low_temp_out", "generated_sentence_high_temp_out"]
     taken = {Path(getattr(config, n)).resolve(): n for n in ("train", "dev", "test", "label_names", "input")
              if getattr(config, n) and getattr(config, n) != "-"}
+    read = dict(taken)
+    for option in ("pretrained_model_path", "tokenizer"):
+        if typed := getattr(config, option):
+            read[Path(typed).resolve()] = option
+    for path, name in read.items():  # --overwrite would remove it before it is read
+        folder = Path(config.output_dir or "").resolve()
+        is_start = name == "pretrained_model_path" and folder in (path, *path.parents) and RunFolder(folder).has_run()
+        if config.overwrite and config.output_dir and (is_start or own_file(path, [folder])):
+            raise InputError(f"--{name} {path}: --overwrite would remove it with the run in {config.output_dir}; copy "
+                             "it first, or choose another --output_dir")
     for name in names:
         if not getattr(config, name):
             continue
@@ -51,7 +64,7 @@ def own_file(path: Path, folders: list[Path]) -> str:
             return "that is a folder, which the run is in"
         if folder in path.parents:
             first = path.relative_to(folder).parts[0]
-            if first in (RUN_FILE, *LOGS, RESULT, LOCK, *FOLDERS):
+            if first in (RUN_FILE, *LOGS, RESULT, LOCK, *SPLITS, *FOLDERS):
                 return f"{folder / first} belongs to the run itself"
     return ""
 
@@ -59,7 +72,7 @@ def own_file(path: Path, folders: list[Path]) -> str:
 # --------------------------------------------------------------------------- the baselines
 
 
-def print_baselines(train: Split | Path | None, splits: Mapping[str, Split],
+def print_baselines(config: RunConfig, train: Split | Path | None, splits: Mapping[str, Split],
                     known: Mapping[str, Baseline] | None = None) -> dict[str, Baseline]:
     """The baselines on the test split (on dev where there is no test), as one line; all of them returned.
 
@@ -69,7 +82,7 @@ def print_baselines(train: Split | Path | None, splits: Mapping[str, Split],
     found = {name: known[name] for name in splits if known and name in known}
     missing = {name: split for name, split in splits.items() if name != "train" and name not in found}
     if missing and train is not None:
-        found |= find_baselines(train, missing)
+        found |= find_baselines(config, train, missing)
     if not found:
         return {}
     name = "test" if "test" in found else "dev"
@@ -77,24 +90,14 @@ def print_baselines(train: Split | Path | None, splits: Mapping[str, Split],
     return found
 
 
-def find_baselines(train: Split | Path, splits: Mapping[str, Split]) -> dict[str, Baseline]:
+def find_baselines(config: RunConfig, train: Split | Path, splits: Mapping[str, Split]) -> dict[str, Baseline]:
     """The baselines of each split, learned from a training split or its file."""
-    labels, sentences = tables.read_examples(train, None) if isinstance(train, Path) else (
-        train.labels, train.sentences)
+    labels, sentences = run_splits.read_like(config, train, next(iter(splits.values()))) if isinstance(
+        train, Path) else (train.labels, train.sentences)
     return metrics.baselines(labels, sentences, splits)
 
 
 # --------------------------------------------------------------------------- predictions and scores
-
-
-def check_finite(outputs: Tensor, what: str) -> None:
-    """Raises InputError for log-probabilities (N, C) that a sound model cannot give: a NaN, or a row without a class
-    that is possible."""
-    bad = outputs.isnan().any(1) | ~torch.isfinite(outputs.max(1).values)
-    if bad.any():
-        raise InputError(f"{what}: the output for {int(bad.sum())} of {counted(len(outputs), 'sentence')} is not "
-                         "finite (NaN or infinity): the weights are damaged, or the training has diverged; nothing is "
-                         "written")
 
 
 def report_splits(
@@ -146,7 +149,9 @@ def print_tables(name: str, labels: np.ndarray, predicted: np.ndarray, names: li
 
 
 def write_predictions(path: Path, predicted: list[int], split: Split, is_typed: bool) -> None:
-    """`label ||| sentence` a line, in the file's order. Only where the path was typed a link is followed."""
-    lines = "".join(f"{label} ||| {sentence}\n" for label, sentence in zip(predicted, split.sentences, strict=True))
+    """`label ||| sentence` a line, in the file's order, with the label as the file writes it; line ends inside of a
+    sentence become spaces. Only where the path was typed a link is followed."""
+    lines = "".join(f"{split.written[label]} ||| {LINE_ENDS.sub(' ', sentence)}\n"
+                    for label, sentence in zip(predicted, split.sentences, strict=True))
     path.parent.mkdir(parents=True, exist_ok=True)
     files.write_text(path, lines, is_typed)

@@ -2,6 +2,7 @@
 
 import shlex
 import statistics
+import time
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,7 +11,7 @@ from commands import one_run
 from commands.inputs import Inputs, limit_train
 from config import InputError, RunConfig
 from formats import files
-from training import logs, run_folder, state
+from training import clock, logs, run_folder, state
 from training.device import Device
 from training.run_folder import RunFolder, options_of
 
@@ -65,11 +66,19 @@ def repeat(config: RunConfig, inputs: Inputs, runs: list[Run], device: Device) -
     with folder.lock():
         if not config.resume:
             folder.describe(run_folder.environment(config, str(device), inputs.checksums(), "not used"))
-        results = {}
+        results: dict[str, dict[str, Any]] = {}
+        deadline, n_left = clock.deadline_of(config), sum(not is_finished(one) for one in members)
+        n_to_say = n_left
         try:
             for one in members:
                 logs.say(f"{one.name}:")
-                results[one.name] = finish(one, device, folder)
+                began, is_new = time.monotonic(), not is_finished(one)
+                share = None if deadline is None else began + (deadline - began) / max(1, n_left)
+                results[one.name] = finish(one, device, folder, n_to_say, share)
+                if is_new:
+                    n_left, n_to_say = n_left - 1, 0
+                if deadline is not None:  # another process may have spent some of it
+                    deadline -= max(0.0, results[one.name]["seconds"] - (time.monotonic() - began))
                 if has_diverged(results[one.name]):
                     logs.say(f"{one.name} diverged: its accuracies are those of the weights from before that")
         except KeyboardInterrupt:  # between two runs, or the second ^C in one
@@ -80,18 +89,25 @@ def repeat(config: RunConfig, inputs: Inputs, runs: list[Run], device: Device) -
     return exit_code(*results.values())
 
 
-def finish(one: Run, device: Device, series: RunFolder) -> dict[str, Any]:
-    """The result of one run of a series: read where the run is finished, else it is gone on with, or started.
+def is_finished(one: Run) -> bool:
+    folder = RunFolder(one.config.output_dir or "")
+    return folder.has_run() and folder.is_finished()
+
+
+def finish(one: Run, device: Device, series: RunFolder, n_runs: int, deadline: float | None) -> dict[str, Any]:
+    """The result of one run of a series: read where the run is finished, else it is gone on with, or started; see
+    `one_run.train` for `n_runs` and `deadline`.
 
     Raises InputError when the run in its folder is not the series' own.
     """
     folder = RunFolder(one.config.output_dir or "")
     if not folder.has_run():
-        return one_run.train(one.config, one.inputs, device, series)
+        return one_run.train(one.config, one.inputs, device, series, n_runs, deadline)
     described = state.read_description(folder)
     saved = options_of(described)
     other = [f"--{name} is {saved[name]} there, {getattr(one.config, name)} in {series}" for name in sorted(saved)
-             if name not in PLACES and saved[name] != getattr(one.config, name)]
+             if name not in PLACES and saved[name] != getattr(one.config, name)
+             and not (name == "max_steps" and one.config.max_minutes)]  # which found out how many
     used, own = described["files"], state.read_description(series)["files"]
     other += [f"{used[name]['path'] if name in used else 'nothing'} is its {name} file" for name in own
               if name not in used or used[name].get("sha256") != own[name].get("sha256")]
@@ -101,7 +117,8 @@ def finish(one: Run, device: Device, series: RunFolder) -> dict[str, Any]:
     if folder.is_finished():
         logs.notice(f"{folder} is finished: its result is taken as it is")
         return folder.read_result()
-    return one_run.train(replace(one.config, resume=str(folder)), one.inputs, device, series)
+    config = replace(one.config, resume=str(folder), max_steps=saved["max_steps"])
+    return one_run.train(config, one.inputs, device, series, n_runs, deadline)
 
 
 # --------------------------------------------------------------------------- what they say together

@@ -34,9 +34,9 @@ def verify_resume(config: RunConfig, folder: Path, program: Path, kills: int = 3
     Returns 0 when they are the same to the bit, 1 when not. A signal ends this program and the one that it runs.
     Raises InputError when the run fails by itself, and when it cannot be killed.
     """
-    places = {"option", "output_dir", "resume", "dev_out", "test_out"}  # each of the two runs has its own
+    places = {"option", "output_dir", "resume", "dev_out", "test_out", "keep_state"}  # each of the two runs has its own
     words = [word for name in config.given - places for word in run_folder.option_words(name, getattr(config, name))]
-    base = [sys.executable, str(program)]
+    base, begin = [sys.executable, str(program)], ["--option", "finetune", "--keep_state"]
     straight, stopped = RunFolder(folder / "straight"), RunFolder(folder / "stopped")
 
     def steps_done() -> int:
@@ -64,13 +64,12 @@ def verify_resume(config: RunConfig, folder: Path, program: Path, kills: int = 3
 
     with stoppable():
         logs.say("verify :: the straight run")
-        run("--option", "finetune", *words, "--output_dir", str(straight))
+        run(*begin, *words, "--output_dir", str(straight))
         n_steps = len(_steps(straight))
         killed_at: list[int] = []
         moments = range(1, max(2, n_steps))
         for moment in sorted(random.Random(config.seed).sample(moments, min(kills, len(moments)))):
-            start = ["--resume", str(stopped)] if killed_at else ["--option", "finetune", *words, "--output_dir",
-                                                                  str(stopped)]
+            start = ["--resume", str(stopped)] if killed_at else [*begin, *words, "--output_dir", str(stopped)]
             # A resumed run has the lines of the one before, until it cuts them off: only a later one is its own.
             if not run(*start, kill_after=max(moment, steps_done() + 1)):
                 logs.warn(f"it was finished before it could be killed after step {moment}")

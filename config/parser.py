@@ -4,7 +4,7 @@ import argparse
 import difflib
 import itertools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import Field
 from typing import Any, NoReturn
 
@@ -79,22 +79,46 @@ def _underscores(argument: str) -> str:
     return "--" + ALIASES.get(name, name) + equals + value
 
 
-def _command_in(words: list[str]) -> str | None:
-    """The value of --option, which may stand behind --help; None where there is none that we know."""
+def _commands_in(words: list[str]) -> list[str]:
+    """The values of --option, which may stand behind --help; known ones or not."""
     values = [after for word, after in itertools.pairwise(words) if word == "--option"]
-    values += [word.partition("=")[2] for word in words if word.startswith("--option=")]
-    return next((value for value in values if value in COMMANDS), None)
+    return values + [word.partition("=")[2] for word in words if word.startswith("--option=")]
 
 
-def parse_args(argv: list[str] | None = None) -> RunConfig:
-    """The command line as a `RunConfig`. Bad values print one line to stderr and exit with code 2."""
+def which_command(given: Iterable[str]) -> str:
+    """What to say where options were typed and --option was not: the commands that use all of them."""
+    names = sorted(given)
+    uses = {f.name: f.metadata["only"] for f in options()}
+    commands = [command for command in COMMANDS if all(command in uses[name] for name in names)]
+    typed = _listed([f"--{name}" for name in names], "and")
+    if not commands:
+        return f"no --option uses {typed} together: type --option and the one that you want, see --help"
+    return (f"{typed} {'belongs' if len(names) == 1 else 'belong'} to --option {_listed(commands, 'or')}: type "
+            f"{'it' if len(commands) == 1 else 'one of them'}")
+
+
+def _listed(words: list[str], conjunction: str) -> str:
+    """a, b and c"""
+    return f" {conjunction} ".join(filter(None, (", ".join(words[:-1]), words[-1])))
+
+
+def parse_args(argv: list[str] | None = None, needs_command: bool = False) -> RunConfig:
+    """The command line as a `RunConfig`. Bad values print one line to stderr and exit with code 2; so does a missing
+    --option where `needs_command` (--resume is enough: it says what the run is)."""
     argv = sys.argv[1:] if argv is None else argv
     words = [_underscores(a) for a in argv]
-    parser = make_parser(_command_in(words) if {"-h", "--help"} & {*words} else None)
+    commands = _commands_in(words)
+    asked = next((command for command in commands if command in COMMANDS), None)
+    parser = make_parser(asked if {"-h", "--help"} & {*words} else None)
+    for command in commands:
+        if command not in COMMANDS and (near := difflib.get_close_matches(command, COMMANDS, n=1)):
+            parser.error(f"--option {command}: did you mean --option {near[0]}?")
     namespace, unknown = parser.parse_known_args(words)
     if unknown:
         name = unknown[0].partition("=")[0]
         meant = MEANT.get(name.lstrip("-").replace("-", "_"))
+        if not meant and (near := difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.8)):
+            parser.error(f"unknown option {name}: did you mean --option {near[0]}?")
         known = [*(f.name for f in options()), *ALIASES]
         near = [meant] if meant else difflib.get_close_matches(name.lstrip("-"), known, n=1)
         hint = f"did you mean --{near[0]}?" if near else "see --help"
@@ -118,6 +142,8 @@ def parse_args(argv: list[str] | None = None) -> RunConfig:
             value = given[f.name]
             text = ",".join(map(str, value)) if isinstance(value, tuple) else value
             parser.error(f"--{f.name} {text}: it must be {check.words}")
+    if needs_command and not {"option", "resume"} & given.keys():
+        parser.error(which_command(given))
     config = RunConfig(**given, given=frozenset(given))
     if fault := contradiction(config):
         parser.error(fault)

@@ -230,7 +230,8 @@ class RunConfig:
     use_gpu: bool = _device(False, "short for --device cuda; without a GPU it warns and uses the CPU", common=True,
         needs=[Need(lambda c: not c.device, "--device decides")], also="cuda")
     device: str | None = _device(None, "cpu, cuda, cuda:1, mps (default: cpu)", common=True, also="cpu no_cuda use_cpu")
-    dtype: str = _device("auto", "precision of the matrix products; auto is bfloat16 where the device is fast at it",
+    dtype: str = _device("auto", "precision of the matrix products; auto is bfloat16 where the device is fast at it, "
+        "and float32 for predict and serve",
         choices=("auto", "float32", "bfloat16"), also="bf16 fp16 amp precision")
     kernels: str = _device("auto", "auto: on a CPU the norms, positions, SwiGLU and AdamW of a large model run in C "
         "(fused.c), compiled at the first start; off: all in PyTorch", choices=("auto", "off"))

@@ -1,4 +1,4 @@
-"""Pretrained weights in: llama2.c `.pt`, GGUF and Hugging Face folders.
+"""Weights in: llama2.c `.pt`, GGUF, Hugging Face folders, and what a finished run has left.
 
 Every reader yields `Weights`: a config, and for each parameter of the Llama a shape and a function that reads it.
 Shapes are compared with the model's before anything is allocated, so a file whose header lies costs nothing.
@@ -38,13 +38,24 @@ def check_torch() -> None:
 
 
 @dataclass(frozen=True)
+class TrainedHead:
+    """The head of a finished run: `settings`, the JSON object of its best/config.json, not yet checked; `readers`, by
+    the names of the head's own parameters."""
+
+    settings: dict[str, Any]
+    readers: dict[str, Callable[[], Tensor]]
+
+
+@dataclass(frozen=True)
 class Weights:
-    """A file's model: `shapes` and `readers` share their keys, the names of the Llama's parameters."""
+    """A file's model: `shapes` and `readers` share their keys, the names of the Llama's parameters. `head`: of a
+    finished run."""
 
     path: Path
     config: LlamaConfig
     shapes: dict[str, tuple[int, ...]]
     readers: dict[str, Callable[[], Tensor]]
+    head: TrainedHead | None = None
 
 
 # --------------------------------------------------------------------------- what the formats share
@@ -259,11 +270,15 @@ def read_hf_folder(path: Path) -> Weights:
                 raise InputError(f"{file}: {key} is not part of the Llama that is supported here (a bias, an adapter?)")
             if name is None or (name == "output.weight" and config.tie_embeddings):
                 continue
-            if dtype not in ("F64", "F32", "F16", "BF16"):
-                raise InputError(f"{file}: {key} has the type {dtype}; only floating-point weights are read here")
+            _check_floating(file, key, dtype)
             shapes[name] = tuple(handle.get_slice(key).get_shape())
             readers[name] = partial(_read_hf_tensor, handle, key, name, config.head_dim)
     return Weights(path, config, shapes, readers)
+
+
+def _check_floating(file: Path, key: str, dtype: str) -> None:
+    if dtype not in ("F64", "F32", "F16", "BF16"):
+        raise InputError(f"{file}: {key} has the type {dtype}; only floating-point weights are read here")
 
 
 def _from_hf_name(key: str) -> str | None:
@@ -277,7 +292,7 @@ def _from_hf_name(key: str) -> str | None:
 
 def _read_hf_tensor(handle: Any, key: str, name: str, head_dim: int) -> Tensor:
     """The tensor `key` of an open safetensors file as the parameter `name`: a float32 copy, not the file's memory."""
-    return _to_pairs(handle.get_tensor(key).to(torch.float32, copy=True), name, head_dim)
+    return _to_pairs(_read_float32(handle, key), name, head_dim)
 
 
 def _to_pairs(weight: Tensor, name: str, head_dim: int) -> Tensor:
@@ -316,6 +331,46 @@ def open_safetensors(path: Path) -> Any:
         raise _damaged(path, error) from None
 
 
+# --------------------------------------------------------------------------- a finished run
+
+
+def is_run(path: Path) -> bool:
+    """Is this the best/ of a run? Its config.json has the Llama's shape, and a Hugging Face one a `model_type`."""
+    if not (path / "config.json").is_file():
+        return False
+    settings = read_json(path / "config.json")
+    return "llama" in settings and "model_type" not in settings
+
+
+def read_run(path: Path) -> Weights:
+    """The best/ of a finished run: its Llama under `llama.`, in our own order, and its head under `classifier_head.`.
+
+    A classifier has no output layer: of a Llama whose embeddings are tied it is there all the same, of others not.
+    """
+    settings, file = read_json(path / "config.json"), path / "model.safetensors"
+    llama = settings["llama"]
+    if not isinstance(llama, dict) or not llama.keys() <= {f.name for f in fields(LlamaConfig)}:
+        raise InputError(f"{path / 'config.json'}: `llama` is not the shape of a Llama")
+    shapes: dict[str, tuple[int, ...]] = {}
+    readers: dict[str, dict[str, Callable[[], Tensor]]] = {"llama": {}, "classifier_head": {}}
+    handle = open_safetensors(file)
+    for key in handle.keys():
+        part, _, name = key.partition(".")
+        if part not in readers:
+            raise InputError(f"{file}: {key} is not part of a saved classifier")
+        _check_floating(file, key, handle.get_slice(key).get_dtype())
+        readers[part][name] = partial(_read_float32, handle, key)
+        if part == "llama":
+            shapes[name] = tuple(handle.get_slice(key).get_shape())
+    return Weights(path, _config(path / "config.json", **llama), shapes, readers["llama"],
+                   TrainedHead(settings, readers["classifier_head"]))
+
+
+def _read_float32(handle: Any, key: str) -> Tensor:
+    """A tensor of an open safetensors file: a float32 copy, not the file's memory."""
+    return handle.get_tensor(key).to(torch.float32, copy=True)
+
+
 # --------------------------------------------------------------------------- any format
 
 
@@ -327,6 +382,7 @@ def _is_gguf(path: Path) -> bool:
 # How each format is recognised, and its reader. The first that recognises a path reads it, so the last one, which takes
 # any file, stays last.
 FORMATS: tuple[tuple[Callable[[Path], bool], Callable[[Path], Weights]], ...] = (
+    (is_run, read_run),
     (Path.is_dir, read_hf_folder),
     (_is_gguf, read_gguf_weights),
     (Path.is_file, read_pt),

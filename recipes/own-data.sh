@@ -2,7 +2,8 @@
 # Your own data: look at the plan, look for the learning rate, fine-tune, label new sentences.
 # In the repository's folder, after `pip install -r requirements.txt`:
 #   sh recipes/own-data.sh my-train.txt my-dev.txt sentences.txt
-# The first two files have one `label ||| sentence` a line (UTF-8, labels 0, 1, 2, ...), the third one sentence a line.
+# The first two files are tables (CSV, TSV, JSON lines, Parquet) or have one `label ||| sentence` a line, the third has
+# one sentence a line; docs/data.md says more. Without a file for dev, leave --dev out below: a tenth is held out.
 # Windows PowerShell: type the commands below one after the other, each in one line, with your files in the place of
 # "$train", "$dev", "$sentences" and "$@".
 #

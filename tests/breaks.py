@@ -22,13 +22,17 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG, PARSER, SCHEDULE, DATASET = "config/run.py", "config/parser.py", "schedule.py", "dataset.py"
-COURSE = "training/course.py"
+COURSE, AVERAGE, CLOCK = "training/course.py", "training/average.py", "training/clock.py"
+ESTIMATE = "commands/estimate.py"
 TRAINER, DEVICE, RUN_FOLDER = "training/trainer.py", "training/device.py", "training/run_folder.py"
 JOB, TASK, FINETUNE, SERIES = ("commands/job.py", "commands/classification.py", "commands/finetune.py",
                                "commands/series.py")
 INPUTS, RESULTS, LR_FIND, GENERATE = ("commands/inputs.py", "commands/results.py", "commands/lr_find.py",
                                       "commands/generate.py")
+PREDICT, SERVE, HTTP = "commands/predict.py", "commands/serve.py", "commands/http_service.py"
 STATE, ONE_RUN = "training/state.py", "commands/one_run.py"
+METRICS, SCORES, START = "training/metrics.py", "commands/scores.py", "commands/start.py"
+SPLITS = "commands/splits.py"
 
 
 @dataclass(frozen=True)
@@ -53,24 +57,42 @@ BREAKS = [
     Break("ordinal reports nothing more", TASK, "return config.ordinal or", "return", "ordinal"),
     Break("hidden dropout is 0", JOB, "config.hidden_dropout_prob, config.max_sentence_len",
           "0.0, config.max_sentence_len", "dropout"),
-    Break("dropout never reaches the stack", JOB, "config.n_layers, config.dropout, config.attention)",
-          "config.n_layers, 0.0, config.attention)", "dropout"),
+    Break("dropout never reaches the stack", JOB, "config.n_layers, config.dropout, config.attention,",
+          "config.n_layers, 0.0, config.attention,", "dropout"),
     Break("dropout misses the attention", "llama.py", "dropout_p=self.config.dropout if self.training else 0.0",
           "dropout_p=0.0", "dropout"),
 
     # The model
     Break("n_layers is ignored", JOB, "inputs.weights, config.n_layers, config.dropout",
           "inputs.weights, None, config.dropout", "first_loss"),
-    Break("attention is always causal", JOB, "config.dropout, config.attention)", 'config.dropout, "causal")',
+    Break("attention is always causal", JOB, "config.dropout, config.attention,", 'config.dropout, "causal",',
           "first_loss"),
     Break("pooling is always last", JOB, "inputs.names, config.pooling,", 'inputs.names, "last",', "first_loss"),
+    Break("new_head is ignored", START, "weights.head is not None and not config.new_head",
+          "weights.head is not None", "new_head", "test_start"),
+    Break("the head of a run is not taken", JOB, "        start.load_head(model, inputs.weights)", "        pass",
+          "begins", "test_start"),
+    Break("a run's pooling and attention are forgotten", START, "return replace(config, **kept,",
+          "return replace(config,", "begins", "test_start"),
+    Break("a head of other labels is taken", START, "if run.label_names != inputs.names:", "if False:", "cannot",
+          "test_start"),
+    Break("a damaged run is a start", INPUTS, 'saved.checked_best(found, "--pretrained_model_path")',
+          "saved.best_of(found)", "damaged", "test_start"),
+    Break("a trained head is called untrained", TRAINER, "and not self.job.is_trained and", "and", "begins",
+          "test_start"),
     Break("grad_checkpoint is ignored", JOB, "llama.grad_checkpoint = config.grad_checkpoint",
           "llama.grad_checkpoint = False", "checkpointed"),
     Break("tokenizer is ignored", INPUTS, "    if config.tokenizer:", "    if False:", "tokenizer"),
 
     # The data
-    Break("max_sentence_len is ignored", INPUTS, "tokenizer, context, config.max_sentence_len,",
-          "tokenizer, context, None,", "first_loss"),
+    Break("max_sentence_len is ignored", SPLITS, "tokenizer, context, config.max_sentence_len)",
+          "tokenizer, context, None)", "first_loss"),
+    Break("text_column is ignored", SPLITS, "else (config.text_column, config.label_column)",
+          "else (None, config.label_column)", "columns_that_were_typed", "test_own_data"),
+    Break("label_column is ignored", SPLITS, "else (config.text_column, config.label_column)",
+          "else (config.text_column, None)", "columns_that_were_typed", "test_own_data"),
+    Break("what is held out is drawn anew each time", "formats/holdout.py", "hashlib.sha256(folded(text).encode",
+          "hashlib.sha256(repr(id(text)).encode", "held_out", "test_own_data"),
     Break("test is read from dev", INPUTS, 'given["train"], given["dev"], given["test"]',
           'given["train"], given["dev"], given["dev"]', "each_split"),
     Break("label_names is ignored", INPUTS, 'labels = given["label_names"]', "labels = None", "each_split"),
@@ -89,10 +111,23 @@ BREAKS = [
           "self.augment, (self.config.seed, 0))", "aug"),
     Break("the order is the same each epoch", TASK, "self.config.seed, epoch, balance)",
           "self.config.seed, 0, balance)", "batch_size"),
-    Break("the seed draws no head", JOB, "torch.manual_seed(config.seed)\n    llama", "torch.manual_seed(0)\n    llama",
-          "seed"),
+    Break("the seed draws no head", JOB, "torch.manual_seed(config.seed)", "torch.manual_seed(0)", "seed"),
     Break("the seed draws no order", TASK, "effective_batch, self.config.seed, epoch", "effective_batch, 0, epoch",
           "seed"),
+
+    # What a result says
+    Break("McNemar counts every sentence", METRICS, "(first & ~second).sum()), int(", "first.sum()), int(", "mcnemar",
+          "test_metrics"),
+    Break("McNemar is one-sided", METRICS, "binomtest(only_first, n)",
+          'binomtest(only_first, n, alternative="greater")', "mcnemar", "test_metrics"),
+    Break("precision and recall are exchanged", METRICS, "ClassScores(right / guessed, right / n,",
+          "ClassScores(right / n, right / guessed,", "each_class", "test_metrics"),
+    Break("every character is one column wide", SCORES, '(unicodedata.east_asian_width(c) in "WF")', "False", "width",
+          "test_scores"),
+    Break("a changed training file gives the baseline", "commands/evaluate.py",
+          'if files.sha256(path) != train.get("sha256"):', "if False:", "training_sentences", "test_scores"),
+    Break("a command is guessed", "run_llama.py", "needs_command=True", "needs_command=False", "guessed",
+          "test_run_llama"),
 
     # The batch
     Break("grad_accum is ignored", TASK, "effective_batch = self.config.batch_size * self.config.grad_accum",
@@ -103,7 +138,7 @@ BREAKS = [
           "losses.mean().backward()", "micro_batches", "test_trainer"),
     Break("auto_batch finds a size and drops it", ONE_RUN,
           "loop.progress.micro_batch = checks.find_micro_batch(loop)", "checks.find_micro_batch(loop)", "auto_batch"),
-    Break("epochs is always 1", TRAINER, "self.epochs = config.epochs if", "self.epochs = 1 if", "batch_size"),
+    Break("epochs is always 1", COURSE, "run_length(config.epochs, steps", "run_length(1, steps", "batch_size"),
 
     # The optimizer
     Break("weight_decay is ignored", JOB, "config.lr * scale, config.weight_decay, config.layerwise",
@@ -204,9 +239,14 @@ BREAKS = [
           "total_steps=run_length(options.epochs, steps_per_epoch, options.max_steps)",
           "total_steps=run_length(options.epochs, steps_per_epoch)", "max_steps"),
     Break("max_steps ends without an evaluation", TRAINER,
-          "if progress.window in (marks[progress.evaluated], end):",
+          "if is_late or progress.window in (marks[progress.evaluated], end):",
           "if progress.window == end != marks[-1]:\n                progress.evaluated_at = progress.step\n"
-          "                return\n            if progress.window == marks[progress.evaluated]:", "max_steps"),
+          "                return\n            if is_late or progress.window == marks[progress.evaluated]:",
+          "max_steps"),
+    Break("a small part of a pass stands for it", ESTIMATE, "        run(rows)\n", "        run(rows[:1])\n",
+          "as_large", "test_clock"),
+    Break("a run's own columns are forgotten", "commands/finished.py", 'options = options_in(run.home)', "options = {}",
+          "columns", "test_own_data"),
     Break("save_every is ignored", TRAINER, "if self.config.save_every and", "if False and", "save_every"),
     Break("detect_anomaly is ignored", DEVICE, "set_detect_anomaly(config.detect_anomaly)",
           "set_detect_anomaly(False)", "anomaly"),
@@ -215,6 +255,38 @@ BREAKS = [
     Break("overfit_batch is always content", ONE_RUN, 'if last < 0.5 * first else (', "if True else (", "overfit"),
     Break("check_gradients accepts everything", "training/checks.py", "if difference > 1e-4:", "if False:",
           "check_gradients"),
+
+    # How long a run takes
+    Break("max_minutes is ignored", ESTIMATE, "    if n == course.steps:", "    if True:", "max_minutes", "test_clock"),
+    Break("max_minutes has no clock", CLOCK, "if self.deadline is None or not self.estimated:", "if True:",
+          "slower_machine", "test_clock"),
+    Break("max_minutes forgets the time before a resume", ONE_RUN, "clock.deadline -= before_resume", "pass",
+          "time_before", "test_clock"),
+    Break("each run of a series has all of max_minutes", SERIES, "(deadline - began) / max(1, n_left)",
+          "(deadline - began)", "minutes_of_a_series", "test_clock"),
+    Break("the estimate leaves a trace", ESTIMATE, "    with untouched(job.model, job.optimizer):\n",
+          "    if True:\n", "measuring_leaves", "test_clock"),
+    Break("evaluation is not counted", CLOCK, "course.n_evaluations(done) * self.evaluation", "0",
+          "before_a_long_run", "test_clock"),
+    Break("a long run is not announced", ONE_RUN, "if clock.estimated and n_runs:", "if False:",
+          "before_a_long_run", "test_clock"),
+    Break("no line shows life", "training/bar.py", "if self.bar.disable and", "if False and", "long_run_says",
+          "test_clock"),
+    Break("what takes long is not said", "training/logs.py", "    timer.start()\n", "", "takes_long", "test_clock"),
+
+    # What a finished run keeps, and how it goes on
+    Break("keep_state is ignored", ONE_RUN, "if not config.keep_state:", "if True:", "keeps_its_state", "test_longer"),
+    Break("the state always stays", ONE_RUN, "if not config.keep_state:", "if False:", "keeps_its_state",
+          "test_longer"),
+    Break("save_dtype is ignored", TASK, "getattr(torch, self.config.save_dtype)", "torch.float32", "bfloat16",
+          "test_longer"),
+    Break("a longer run is not written down", "commands/resume.py",
+          "loop.described = folder.extend(described, changes, loop.progress.step)", "pass", "more_epochs",
+          "test_longer"),
+    Break("other rates are not said", "commands/resume.py", "if any(then(step, []) != now(step, [])",
+          "if False and any(0", "other_rates", "test_longer"),
+    Break("more patience does not go on", TRAINER, '            progress.stopped = ""\n', "            pass\n",
+          "more_patience", "test_longer"),
 
     # Several runs, resume
     Break("seeds repeats one seed", SERIES, "replace(config, seed=seed, seeds=None)", "replace(config, seeds=None)",
@@ -254,17 +326,42 @@ BREAKS = [
     Break("question is ignored", "commands/prompt.py", "config.question, inputs.names)", '"Is it", inputs.names)',
           "question"),
 
+    # The answers
+    Break("output_format is ignored", PREDICT, "answers.LINES[config.output_format](", 'answers.LINES["tsv"](',
+          "output_format", "test_predict"),
+    Break("top_k is ignored", PREDICT, "names, config.top_k, config.threshold)", "names, None, config.threshold)",
+          "top_k", "test_predict"),
+    Break("threshold is ignored", PREDICT, "names, config.top_k, config.threshold)", "names, config.top_k)",
+          "threshold", "test_predict"),
+    Break("a label is a part of the sentence", PREDICT, "return sentence if self.add(", "return line if self.add(",
+          "labels", "test_predict"),
+    Break("the host is ignored", SERVE, "http_service.Server(config.host,", 'http_service.Server("127.0.0.1",',
+          "host", "test_serve"),
+    Break("the port is ignored", SERVE, "config.host, config.port, batcher", "config.host, 0, batcher", "signal",
+          "test_serve"),
+    Break("a trickle moves the deadline", HTTP, "self.connection.settimeout(left)",
+          "self.deadline += 1", "trickle", "test_serve"),
+    Break("another site's Host is answered", HTTP, "if self.server.is_local and host", "if False and host",
+          "status", "test_serve"),
+    Break("the queue has no end", "commands/batcher.py", "if self._n_waiting and", "if False and", "queue",
+          "test_serve"),
+    Break("the answers of a batch are mixed up", "commands/batcher.py", "            start += len(texts)\n", "",
+          "together", "test_serve"),
+    Break("auto is bfloat16 in the door", "minllama.py", 'dtype="float32") if config.dtype == "auto"',
+          'dtype="bfloat16") if config.dtype == "auto"', "output_format", "test_predict"),
+
     # The moving average
     Break("best holds the raw weights", TRAINER,
-          "            digest = self.task.save_best(self.folder.best) if self.folder else None\n",
-          "            with self.averaged():\n"
-          "                digest = self.task.save_best(self.folder.best) if self.folder else None\n",
+          "                    digest = self.task.save_best(self.folder.best)\n",
+          "                    with self.average.in_place():\n"
+          "                        digest = self.task.save_best(self.folder.best)\n",
           "moving_average"),
-    Break("the raw weights are evaluated", TRAINER, "with self.averaged():\n            found = ",
+    Break("the raw weights are evaluated", TRAINER, "with self.average.in_place():\n            found = ",
           "with ExitStack():\n            found = ", "moving_average"),
-    Break("the moving average never moves", TRAINER, "        if self.ema:\n", "        if False:\n", "moving_average"),
-    Break("ema's decay is always a half", TRAINER, "min(self.config.ema, (1 + t) / (10 + t))", "0.5", "moving_average"),
-    Break("the moving average does not warm up", TRAINER, "min(self.config.ema, (1 + t) / (10 + t))", "self.config.ema",
+    Break("the moving average never moves", AVERAGE, "        if self.values:\n            decay",
+          "        if False:\n            decay", "moving_average"),
+    Break("ema's decay is always a half", AVERAGE, "min(self.decay, (1 + t) / (10 + t))", "0.5", "moving_average"),
+    Break("the moving average does not warm up", AVERAGE, "min(self.decay, (1 + t) / (10 + t))", "self.decay",
           "moving_average"),
 
     # The guards

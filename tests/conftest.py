@@ -105,7 +105,7 @@ def parts(tiny_model, tiny_data):
     tokenizer = Tokenizer(tokenizer_model=tiny_model)
     llama = load_pretrained(tiny_model)
     model = LlamaEmbeddingClassifier(SETTINGS, llama)
-    splits = {n: dataset.load_split(tiny_data[n], tokenizer, 128, n_labels=3) for n in ("train", "dev")}
+    splits = {n: dataset.load_split(tiny_data[n], tokenizer, 128) for n in ("train", "dev")}
     return model, splits, tokenizer
 
 

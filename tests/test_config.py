@@ -345,7 +345,7 @@ def test_the_short_help_has_what_people_use_most_and_says_how_to_see_the_rest():
     text = help_of()
     assert shown_in(text) == {f.name for f in config.options() if f.metadata["common"]} > {"option", "lr", "epochs"}
     assert "--option COMMAND --help" in " ".join(text.split())
-    assert "predict: a file of sentences" in text, "an option says whose it is where the help is nobody's own"
+    assert "predict: the sentences to label" in text, "an option says whose it is where the help is nobody's own"
     assert len(shown_in(text)) < 40
 
 
@@ -372,6 +372,7 @@ NEEDS = {
     "r_drop": ("1 --hidden_dropout_prob 0", "1 --hidden_dropout_prob 0 --dropout 0.1",
                "without --dropout and --hidden_dropout_prob the two passes are the same"),
     "overwrite": ("", "--output_dir x", "it needs --output_dir"),
+    "new_head": ("", "--pretrained_model_path runs/x", "it needs --pretrained_model_path RUN"),
     "use_gpu": ("--device cpu", "", "--device decides"),
     "dev_out": ("x --seeds 2", "x", "each run has its predictions in its own folder"),
     "test_out": ("x --folds 3", "x --folds 3 --fold 1", "each run has its predictions in its own folder"),
@@ -400,7 +401,7 @@ def test_an_option_does_nothing_without_what_it_needs(f):
 @pytest.mark.parametrize("f", [f for f in config.options() if "finetune" not in f.metadata["only"]],
                          ids=lambda f: f.name)
 def test_an_option_of_another_command_does_nothing(f):
-    value = "" if f.type is bool else "1e-3" if "float" in str(f.type) else "20"
+    value = "" if f.type is bool else "1e-3" if "float" in str(f.type) else (f.metadata.get("choices") or ["20"])[0]
     assert no_effect(f"--{f.name} {value}") == [f"--{f.name}: it belongs to another --option"]
     (its, *_) = f.metadata["only"]
     assert config.no_effect(config.parse_args(["--option", its, *f"--{f.name} {value}".split()])) == []

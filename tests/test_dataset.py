@@ -1,5 +1,7 @@
 """Cutting into tokens and batches, the order of rows, augmentation and class balance."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ from hypothesis import strategies as st
 from sklearn.utils.class_weight import compute_class_weight
 
 import dataset
+from formats.labels import Classes
 from tokenizer import Tokenizer
 
 
@@ -22,9 +25,13 @@ def tokenizer(tiny_model):
 
 def test_a_label_that_train_does_not_have_is_refused_with_its_line(tmp_path, tokenizer):
     train = dataset.load_split(write_split(tmp_path / "t.txt", [(0, "a"), (1, "b")]), tokenizer, 64)
-    dev = dataset.load_split(write_split(tmp_path / "d.txt", [(0, "a"), (2, "b"), (2, "c")]), tokenizer, 64)
-    with pytest.raises(ValueError, match=r"d\.txt:2: the label 2"):
-        dataset.check_labels(dev, train)
+    path = write_split(tmp_path / "d.txt", [(0, "a"), (2, "b"), (2, "c")])
+    with pytest.raises(ValueError, match=r"d\.txt:2: the label 2 is not in .*t\.txt, so no model"):
+        dataset.load_split(path, tokenizer, 64, classes=train.classes)
+    classes = Classes(["x", "y", "z"], ["0", "1", "2"], Path("names.json"), False)
+    dev = dataset.load_split(path, tokenizer, 64, classes=classes)
+    with pytest.raises(ValueError, match=r"d\.txt:2: the label 2 is not in .*t\.txt, so no model"):
+        dataset.check_labels(dev, train)  # with a name, and without a training sentence
 
 
 def test_a_long_sentence_is_cut_and_counted_and_an_empty_one_keeps_a_token(tokenizer):
@@ -145,15 +152,16 @@ def test_a_limit_is_a_random_part_in_the_files_order(tmp_path, tokenizer):
     assert len(numbers[0]) == 10 and len(dataset.limit(split, 99, 0)) == 40
 
 
-@pytest.mark.parametrize("labels, names", [([0, 1], ["0", "1"]), ([0, 3], ["0", "1", "2", "3"]), ([1, 1], None),
-                                           ([0, 1000], None)])
-def test_labels_without_names_get_numbers(tmp_path, tokenizer, labels, names):
-    split = dataset.load_split(write_split(tmp_path / "a.txt", [(i, "x") for i in labels]), tokenizer, 64)
+@pytest.mark.parametrize("labels, names", [([0, 1], ["0", "1"]), ([0, 3], ["0", "3"]), ([2, 1, 10], ["1", "2", "10"]),
+                                           ([1, -1], ["-1", "1"]), ([0, 1000], ["0", "1000"]), ([1, 1], None)])
+def test_without_names_the_classes_are_the_labels_that_occur(tmp_path, tokenizer, labels, names):
+    path = write_split(tmp_path / "a.txt", [(i, "x") for i in labels])
     if names:
-        assert dataset.number_names(split) == names
+        split = dataset.load_split(path, tokenizer, 64)
+        assert split.classes.names == names and [names[i] for i in split.labels] == [str(label) for label in labels]
     else:
-        with pytest.raises(ValueError, match=r"a\.txt: (all labels|the largest)"):
-            dataset.number_names(split)
+        with pytest.raises(ValueError, match=r"a\.txt: all labels are 1"):
+            dataset.load_split(path, tokenizer, 64)
 
 
 # --------------------------------------------------------------------------- augmentation

@@ -75,7 +75,7 @@ sys.path.insert(0, sys.argv[1])
 import run_llama, commands.generate, tokenizers, torch
 pages = int(open("/proc/self/statm").read().split()[0])
 resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 2**26,) * 2)
-sys.exit(run_llama.main(["--pretrained_model_path", "big.pt", "--tokenizer", "any.json"]))
+sys.exit(run_llama.main(["--option", "generate", "--pretrained_model_path", "big.pt", "--tokenizer", "any.json"]))
 """
 
 
@@ -154,7 +154,8 @@ def test_closed_streams(run, tiny_model, closed, words):
             "generate.run = lambda config: open('kept', 'w').close() or print('x') or logs.notice('y') or 0\n"
             "if 'predict' in sys.argv:\n"
             "    from commands import predict\n"
-            "    predict.load_run = lambda config: None\n"
+            "    bag = types.SimpleNamespace\n"
+            "    predict.load_model = lambda config: bag(saved=bag(settings=bag(label_names=['a', 'b'])))\n"
             "sys.exit(run_llama.main())")
     Path("in.txt").write_text("good\n", encoding="utf-8")
     done = subprocess.run(["sh", "-c", f'"$0" -c "$1" "$2" {closed}', sys.executable, code, str(ROOT)], text=True,
@@ -278,7 +279,7 @@ def test_no_code_reaches_the_terminal(arguments, tiny_model, tmp_path, capsys):
     with pytest.raises(SystemExit):
         run_llama.main([f"--{odd}"])
     (tmp_path / f"{odd}.pt").write_bytes(b"nothing")
-    assert run_llama.main(["--pretrained_model_path", f"{odd}.pt", "--tokenizer",
+    assert run_llama.main(["--option", "generate", "--pretrained_model_path", f"{odd}.pt", "--tokenizer",
                            str(tiny_model / "tokenizer.json")]) == 2
     write_split(tmp_path / f"{odd}.txt", [(0, "a"), (1, "b")])
     assert run_llama.main(["--option", "finetune", *arguments, "--dev", f"{odd}.txt", "--output_dir", odd]) == 0
@@ -304,7 +305,8 @@ def test_every_line_end_is_one(tmp_path, ends, run, capsys):
     text = "".join(f"{label} ||| {sentence}{ends[i % len(ends)]}" for i, (label, sentence) in enumerate(rows))
     path = tmp_path / "data.txt"
     path.write_bytes(text.encode())
-    assert tables.read_examples(path, 3) == tuple(map(list, zip(*rows, strict=True)))
+    table = tables.read_table(path)
+    assert list(zip(map(int, table.labels), table.texts, strict=True)) == rows and table.lines == list(range(1, 61))
     assert run_llama.main(["--option", "predict", "--run", "run", "--input", str(path)]) == 0
     assert capsys.readouterr().out.count("\n") == 60
     lines = [f"{label} ||| {sentence}" for label, sentence in rows]
@@ -313,7 +315,7 @@ def test_every_line_end_is_one(tmp_path, ends, run, capsys):
         raw[number - 1] = fault
         path.write_bytes(b"".join(line + ends[i % len(ends)].encode() for i, line in enumerate(raw)))
         with pytest.raises(ValueError, match=f"data.txt:{number}: "):
-            tables.read_examples(path, 3)
+            tables.read_table(path)
 
 
 # --------------------------------------------------------------------------- a tokenizer beside a saved classifier

@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 from loops import CPU, assert_same, made, state_of
+from tokenizers import Tokenizer
 
 import run_llama
-from commands import plan
+from commands import estimate, plan
 from config import no_effect, parse_args
 from training.task import Job
 
@@ -42,6 +43,11 @@ def test_a_plan_says_what_a_run_does(tiny_arguments, capsys):
     million = next(word for word in run.split() if word.endswith("M"))
     assert lines[2].startswith(f"{million} trainable parameters") and "GiB" in lines[2]
     assert " s a step on cpu" in lines[3] and "min an epoch" in lines[3]
+    assert "min in all, evaluation counted (3 of " in lines[3]
+    train = Path(tiny_arguments[tiny_arguments.index("--train") + 1]).read_text(encoding="utf-8").splitlines()
+    backend = Tokenizer.from_file(f"{tiny_arguments[1]}/tokenizer.json")
+    lengths = sorted(len(backend.encode(line.partition(" ||| ")[2], add_special_tokens=False)) for line in train)
+    assert lines[4] == f"sentences have {lengths[48]} tokens (median), {lengths[91]} (95%), {lengths[95]} at most"
     assert not [line for line in lines if line.startswith("no effect")]
 
 
@@ -49,7 +55,7 @@ def test_a_plan_touches_neither_weights_nor_a_run_that_is_there(tiny_arguments, 
     run, config = made(tiny_arguments)
     run.optimizer.zero_grad(set_to_none=True)
     before = state_of(run)
-    plan.try_steps(run, config, CPU)
+    estimate.measure(run, config, CPU, {"dev": run.task.dev}, tmp_path, with_longest=True)
     assert_same(state_of(run), before)
 
     assert main("--option", "finetune", *tiny_arguments, "--output_dir", "run", "--epochs", "1") == 0

@@ -36,7 +36,7 @@ KILLS = int(os.environ.get("MINLLAMA_KILLS", "6"))  # the figure that the README
 # numbers, a schedule that looks back, a sampler, evaluations and accumulation inside an epoch.
 HARD = ["--batch_size", "8", "--grad_accum", "2", "--epochs", "3", "--lr", "3e-3", "--eval_every", "0.5",
         "--ema", "0.5", "--dropout", "0.1", "--aug_delete", "0.1", "--aug_replace", "0.1", "--scheduler", "plateau",
-        "--plateau_patience", "1", "--sampler", "balanced", "--patience", "0"]
+        "--plateau_patience", "1", "--sampler", "balanced", "--patience", "0", "--keep_state"]
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +153,8 @@ def test_with_c_too(inputs, tmp_path, monkeypatch):
 
 @posix
 def test_early_stopping_and_a_regular_save_go_on_counting(inputs, straight, tmp_path, monkeypatch):
-    options = ["--batch_size", "16", "--epochs", "9", "--lr", "1e-6", "--patience", "2", "--save_every", "4",
+    options = ["--keep_state", "--batch_size", "16", "--epochs", "9", "--lr", "1e-6", "--patience", "2",
+               "--save_every", "4",
                "--scheduler", "cosine", "--warmup_steps", "5"]
     expected = straight(*options)
     assert json.loads((expected / "result.json").read_text(encoding="utf-8"))["stopped"] == "patience"
@@ -201,7 +202,7 @@ def poison(monkeypatch, bad: range) -> None:
 def test_a_stop_around_a_rollback_changes_nothing(inputs, tmp_path, monkeypatch, capsys):
     """The states before the rollback know logs that are longer than those behind it; a kill in between must find them
     as long as it needs them, and a signal's state must not become the one that is rolled back to."""
-    options = [*inputs, "--batch_size", "16", "--epochs", "3", "--lr", "3e-3", "--save_every", "2"]
+    options = [*inputs, "--batch_size", "16", "--epochs", "3", "--lr", "3e-3", "--save_every", "2", "--keep_state"]
     poison(monkeypatch, range(9, 99))
     expected = tmp_path / "straight"
     assert main("--option", "finetune", *options, "--output_dir", expected) == 0
@@ -711,8 +712,9 @@ def test_verify_resume_hands_on_what_was_typed_but_for_its_own_places(tmp_path):
     with pytest.raises(ValueError, match="the run itself failed"):
         verify_resume.verify_resume(parse_args(typed), tmp_path, program)
     words = json.loads(seen.read_text(encoding="utf-8"))
-    assert words[:2] == ["--option", "finetune"] and words[-2:] == ["--output_dir", str(tmp_path / "straight")]
-    assert parse_args(words).given == {"option", "lr", "milestones", "overwrite", "output_dir"}
+    assert words[:3] == ["--option", "finetune", "--keep_state"]
+    assert words[-2:] == ["--output_dir", str(tmp_path / "straight")]
+    assert parse_args(words).given == {"option", "keep_state", "lr", "milestones", "overwrite", "output_dir"}
     assert (parse_args(words).lr, parse_args(words).milestones) == (1e-3, (2, 3))
 
 

@@ -20,16 +20,16 @@ from test_resume import assert_same_end, flip, lines, main, refused, stop_at
 
 from commands import job as jobs
 from commands import one_run
-from commands import saved as saved_runs
 from config import parse_args
 from formats import files
 from training import best as best_folder
 from training import run_folder
+from training import saved as saved_runs
 from training import state as states
 
 posix = pytest.mark.skipif(os.name != "posix", reason="signals, links and /dev are POSIX's")
 TRAIN = ["--batch_size", "16", "--epochs", "2", "--lr", "3e-3", "--save_every", "2", "--eval_every", "0.5",
-         "--patience", "0"]
+         "--patience", "0", "--keep_state"]
 
 
 class Kill(BaseException):
@@ -513,7 +513,7 @@ def test_a_kill_inside_overwrite_leaves_no_state_beside_a_new_run(inputs, stoppe
             patch.setattr(run_folder.shutil, "rmtree", killing(shutil.rmtree))
             patch.setattr(Path, "unlink", killing(Path.unlink))
             patch.setattr(os, "replace", killing(os.replace))
-            patch.setattr(one_run, "train", lambda config, *_: run_folder.open_run(config) and {"stopped": ""})
+            patch.setattr(one_run, "train", lambda config, *_, **__: run_folder.open_run(config) and {"stopped": ""})
             try:
                 main("--option", "finetune", *inputs, *TRAIN, "--output_dir", run, "--overwrite")
             except Kill:

@@ -9,13 +9,15 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, tiny_sentences
 
+import dataset
 import fused
 import optimizer
 import run_llama
 from commands import generate
 from commands import inputs as inputs_room
 from commands import job as jobs
-from config import parse_args
+from config import COMMANDS, RunConfig, no_effect, options, parse_args
+from config.parser import which_command
 from schedule import SCHEDULERS, make_schedule, warmup_steps
 from training import device, metrics
 
@@ -62,7 +64,7 @@ def test_finetune_leaves_a_run_that_evaluate_and_predict_use(arguments, tiny_dat
 
     run = Path("run")
     assert {p.name for p in run.iterdir()} == {
-        ".lock", "args.json", "steps.jsonl", "epochs.jsonl", "events.jsonl", "result.json", "best", "last",
+        ".lock", "args.json", "steps.jsonl", "epochs.jsonl", "events.jsonl", "result.json", "best",
         "test-predictions.txt"}
     assert {p.name for p in (run / "best").iterdir()} == {
         "model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json", "manifest.json"}
@@ -132,8 +134,8 @@ def test_without_a_test_file_only_dev_is_reported(arguments, capsys):
     at = arguments.index("--test")
     finetune(arguments[:at] + arguments[at + 2:], "--epochs", "1")
     streams = capsys.readouterr()
-    assert of_splits(streams.out)[0].startswith("dev acc ::")
-    assert "\ntest " not in streams.out and "no test file" in streams.err
+    assert of_splits(streams.out)[0].startswith("dev acc ::") and "\ntest " not in streams.out
+    assert "no test file" in streams.err
 
 
 def test_without_label_names_the_numbers_are_the_names(arguments, tiny_data, capsys):
@@ -155,8 +157,8 @@ def test_generate_writes_two_files_and_greedy_is_the_same_each_time(arguments, c
 
 def test_prompt_does_not_depend_on_the_batch(arguments, monkeypatch, capsys):
     for budget in (4096, 1):
-        monkeypatch.setattr(metrics, "length_order", lambda lengths, budget=budget, f=metrics.length_order: f(
-            lengths, budget))
+        monkeypatch.setattr(metrics, "length_order", lambda lengths, max_rows, budget=budget, f=dataset.length_order: f(
+            lengths, budget, max_rows))
         assert run_llama.main(["--option", "prompt", *arguments, "--dev_out", f"dev-{budget}.txt"]) == 0
         monkeypatch.undo()
         monkeypatch.chdir(Path(arguments[-1]).parent)
@@ -188,7 +190,7 @@ def test_bad_files_are_refused_before_a_run_folder_is_made(arguments, tiny_data,
     assert "no such file" in refused(capsys, *replaced("--train", "nowhere.txt"))
     assert "prepare.py stories42M" in refused(capsys, *replaced("--pretrained-model-path", "stories42M.pt"))
     assert "has 2 layers" in refused(capsys, "--option", "finetune", *arguments, "--n_layers", "3")
-    assert "--dev is missing" in refused(capsys, "--option", "finetune", *arguments[:10])
+    assert "--train is missing" in refused(capsys, "--option", "finetune", *arguments[:8], *arguments[10:])
     (Path("sst-train.txt")).write_text("0 ||| a\n1 ||| b\n", encoding="utf-8")
     assert "not in sst-train.txt" in refused(capsys, *replaced("--train", "sst-train.txt"))
     assert not Path("runs").exists()
@@ -330,13 +332,55 @@ def test_messages_count_one_as_one(arguments, capsys):
     finetune(arguments, "--epochs", "1", "--n_layers", "1", "--output_dir", "run", "--max_sentence_len", "1")
     streams = capsys.readouterr()
     assert ", 1 layer, " in streams.out and "on cpu (1 thread), " in streams.out
-    assert "96 of 96 sentences cut to 1 token\n" in streams.err
+    assert "96 of 96 sentences cut to 1 token (100%)\n" in streams.err
     Path("one.txt").write_text("0 ||| good film\n", encoding="utf-8")
     assert run_llama.main(["--option", "evaluate", "--run", "run", "--dev", "one.txt"]) == 0
-    assert "1 of 1 sentence cut to 1 token\n" in capsys.readouterr().err
+    assert "1 of 1 sentence cut to 1 token (100%)\n" in capsys.readouterr().err
     Path("in.txt").write_text("good film\n", encoding="utf-8")
     assert run_llama.main(["--option", "predict", "--run", "run", "--input", "in.txt"]) == 0
     assert "1 sentence cut to 1 token\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("line, words", [
+    ("--lr 1e-5", "--lr belongs to --option finetune, lr_find or verify_resume: type one of them"),
+    ("--max-new-tokens 3", "--max_new_tokens belongs to --option generate: type it"),
+    ("--patience 3 --lr 1e-5", "--lr and --patience belong to --option finetune or verify_resume: type one of them"),
+    ("--plan --seeds 2 --lr 1", "--lr, --plan and --seeds belong to --option finetune: type it"),
+    ("--lr 1e-3 --input x", "no --option uses --input and --lr together: type --option and the one that you want, see "
+                            "--help"),
+    ("finetune --lr 1", "unknown option finetune: did you mean --option finetune?"),
+    ("--predict", "unknown option --predict: did you mean --option predict?"),
+    ("--option finetun", "--option finetun: did you mean --option finetune?"),
+    ("--option=evalute", "--option evalute: did you mean --option evaluate?"),
+])
+def test_a_command_is_never_guessed(arguments, line, words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run_llama.main(line.split())
+    streams = capsys.readouterr()
+    assert stop.value.code == 2 and streams.err == f"run_llama.py: error: {words}\n" and not streams.out
+
+
+def test_without_any_word_there_is_the_short_help(monkeypatch, capsys):
+    said = []
+    for argv in ([], ["--help"], None):
+        monkeypatch.setattr("sys.argv", ["run_llama.py"])
+        with pytest.raises(SystemExit) as stop:
+            run_llama.main(argv)
+        assert stop.value.code == 0
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1] == said[2] and "--option COMMAND" in said[0]
+
+
+def test_each_command_that_is_named_for_an_option_takes_it(capsys):
+    """By the parser itself: what a message names uses the option, and what it does not name does not."""
+    for f in options():
+        if f.name in ("option", "resume"):
+            continue
+        (named,) = re.findall(rf"^--{f.name} belongs to --option (.*): type", which_command([f.name]))
+        users = re.split(", | or ", named)
+        assert users == [command for command in COMMANDS
+                         if f"--{f.name}: it belongs to another --option" not in no_effect(
+                             RunConfig(option=command, given=frozenset([f.name])))]
 
 
 def test_an_output_file_that_cannot_be_written_is_refused_first(arguments, capsys):
@@ -348,7 +392,7 @@ def test_an_error_inside_a_library_keeps_its_traceback(arguments, monkeypatch):
     monkeypatch.setattr(generate, "run", lambda config: int("x"))
     # The call is made by the test, which is no room of ours.
     with pytest.raises(ValueError, match="invalid literal"):
-        run_llama.main([])
+        run_llama.main(["--option", "generate"])
 
 
 def test_predict_reads_stdin_and_keeps_stdout_clean(arguments):
@@ -569,7 +613,8 @@ def test_a_fold_alone_is_the_fold_among_the_others_so_that_it_can_be_resumed(arg
 ])
 def test_a_contradiction_is_one_line_before_a_run_folder_is_made(arguments, options, words, capsys):
     err = refused(capsys, "--option", "finetune", *arguments, *options.split())
-    assert words in err and err.count("\n") == 1 + err.count("no test file")
+    said = [line for line in err.splitlines() if not line.startswith("warning: ") and "no test file" not in line]
+    assert words in err and len(said) == 1
     assert not Path("runs").exists()
 
 

@@ -9,8 +9,8 @@ import torch
 from conftest import refused
 
 from classifier import ClassifierConfig, LlamaEmbeddingClassifier, empty_classifier
-from commands import saved as saved_runs
 from formats import files
+from training import saved as saved_runs
 
 SETTINGS = {"num_labels": 3, "label_names": ["a", "b", "c"], "max_sentence_len": None, "hidden_dropout_prob": 0.1,
             "pooling": "mean", "loss": "ce"}

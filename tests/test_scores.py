@@ -19,8 +19,9 @@ from training import metrics
 # --------------------------------------------------------------------------- the text
 
 
-@pytest.mark.parametrize("text, columns", [("good", 4), ("很好", 4), ("좋다", 4), ("ｗｉｄｅ", 8), ("é", 1),
-                                           ("e\u0301", 1), ("😀", 2), ("", 0), ("a\u200db", 2)])
+@pytest.mark.parametrize("text, columns", [
+    ("good", 4), ("很好", 4), ("좋다", 4), ("ｗｉｄｅ", 8), ("é", 1), ("e\u0301", 1),
+    ("😀", 2), ("", 0), ("a\u200db", 2)])
 def test_the_width_of_a_text_is_what_a_terminal_gives_it(text, columns):
     assert scores.width(text) == columns
 

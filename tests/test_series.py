@@ -88,11 +88,11 @@ def test_with_a_train_limit_a_run_of_a_series_is_the_one_by_hand_resumed_or_not(
 def test_one_run_of_a_stopped_series_can_be_resumed_alone_on_its_own_sentences(inputs, straight, monkeypatch, capfd):
     seen, real = [], one_run.train
 
-    def train_one(*arguments):
+    def train_one(*arguments, **more):
         seen.append(arguments)
         if len(seen) == 2:
             stop_at(monkeypatch, [2])
-        return real(*arguments)
+        return real(*arguments, **more)
 
     monkeypatch.setattr(one_run, "train", train_one)
     assert main(*inputs, "--seeds", "2", "--output_dir", "all") == 143

@@ -253,11 +253,11 @@ def test_the_first_module_whose_output_is_not_finite_is_named(parts, tmp_path, c
 
 def test_the_decay_of_the_average_ends_at_the_one_that_was_asked_for(parts, tmp_path):
     loop = make_loop(parts, tmp_path, "--ema", "0.3", "--lr", "1e-2")
-    mean, weight = loop.ema[0].clone(), loop.parameters[0].detach()
+    mean, weight = loop.average.values[0].clone(), loop.parameters[0].detach()
     loop.progress.step = 90
     weight.add_(1.0)
-    loop.update_average()
-    torch.testing.assert_close(loop.ema[0], 0.3 * mean + 0.7 * weight)
+    loop.average.update(90)
+    torch.testing.assert_close(loop.average.values[0], 0.3 * mean + 0.7 * weight)
 
 
 def test_three_bad_steps_roll_back_and_cut_the_rate_three_times_then_stop(parts, tmp_path):
@@ -433,10 +433,11 @@ def test_a_rollback_from_an_evaluation_restores_the_weights_and_their_average_wh
 
     def watched(rows, measure):
         if loop.progress.step == 4 and not good:
-            good.update(weights=[p.detach().clone() for p in loop.parameters], mean=[m.clone() for m in loop.ema])
+            good.update(weights=[p.detach().clone() for p in loop.parameters],
+                        mean=[m.clone() for m in loop.average.values])
         elif loop.progress.step == 4:
             assert all(map(torch.equal, loop.parameters, good["weights"]))
-            assert all(map(torch.equal, loop.ema, good["mean"]))
+            assert all(map(torch.equal, loop.average.values, good["mean"]))
             good["again"] = True
         step(rows, measure)
 

@@ -7,11 +7,12 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterable
-from contextlib import ExitStack
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TextIO
 
 from config import shown
 from formats import files
@@ -19,20 +20,56 @@ from formats import files
 # --------------------------------------------------------------------------- for a person
 
 
+bars: list[Any] = []  # training.bar.Bar: those that are going on, the outermost first
+_LOCK = threading.RLock()  # a line of `doing` comes from another thread, and never into the middle of one
+
+
 def say(text: str) -> None:
     """A line of results, on stdout."""
-    print(shown(text), flush=True)
+    _write(text, sys.stdout)
 
 
 def notice(text: str) -> None:
     """A line that is not a result, on stderr; "" is no line."""
     if text:
-        print(shown(text), file=sys.stderr, flush=True)
+        _write(text, sys.stderr)
+
+
+def _write(text: str, stream: TextIO) -> None:
+    with _LOCK:
+        for bar in bars:
+            bar.clear()
+        print(shown(text), file=stream, flush=True)
 
 
 def warn(message: str) -> None:
     """A warning, on stderr."""
     notice(f"warning: {message}")
+
+
+SILENCE = 2.0  # seconds
+
+
+@contextmanager
+def doing(what: str) -> Iterator[None]:
+    """Inside, something is done that may take long: when it takes longer than SILENCE, stderr has a line that says
+    what."""
+    is_over = False
+
+    def speak() -> None:
+        with _LOCK:
+            if not is_over:
+                notice(f"{what} ...")
+
+    timer = threading.Timer(SILENCE, speak)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        with _LOCK:
+            is_over = True
+        timer.cancel()
 
 
 # --------------------------------------------------------------------------- the columns

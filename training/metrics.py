@@ -1,41 +1,58 @@
 """Predictions and their scores, and the baselines that every result is held against."""
 
-import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
+from config import InputError, counted
 from dataset import Split, length_order, make_batch
+from training.bar import Bar
 from training.device import Device
 from training.signals import SIGNALS
 
 
 @torch.inference_mode()
-def predict(model: nn.Module, split: Split, pad_id: int, device: Device, label: str = "eval") -> Tensor:
+def predict(model: nn.Module, split: Split, pad_id: int, device: Device, label: str | None = "eval",
+            batch_size: int | None = None) -> Tensor:
     """The model's output for every row of the split, in the file's order: (N, C) float32 on the CPU.
 
     Rows are run in the order of their length, with little padding, and put back. The model is left in the mode
-    (training or evaluation) that it was in.
+    (training or evaluation) that it was in. `label`: what the progress bar says; None, for a caller that is no training
+    run: no bar, and signals are left alone. `batch_size`: so many rows at once at most.
     """
     was_training = model.training
     model.eval()
-    batches = list(length_order(split.lengths))
+    batches = list(length_order(split.lengths, max_rows=batch_size))
     parts = []
-    for rows in tqdm(batches, desc=label, leave=False, disable=None, file=sys.stderr):
-        SIGNALS.check()
-        batch = device.put(make_batch(split, rows, pad_id))
-        with device.autocast():
-            parts.append(model(batch["tokens"], batch["lengths"]).float())
+    with Bar(label, len(batches), is_kept=False) if label is not None else nullcontext() as bar:
+        for i, rows in enumerate(batches, 1):
+            if bar:
+                SIGNALS.check()
+            batch = device.put(make_batch(split, rows, pad_id))
+            with device.autocast():
+                parts.append(model(batch["tokens"], batch["lengths"]).float())
+            if bar:
+                bar.update(f"{label}: batch {i} of {len(batches)}")
     model.train(was_training)
     together = torch.cat(parts).cpu()
     result = torch.empty_like(together)
     result[torch.from_numpy(np.concatenate(batches))] = together
     return result
+
+
+def check_finite(outputs: Tensor, what: str) -> None:
+    """Raises InputError for log-probabilities (N, C) that a sound model cannot give: a NaN, or a row without a class
+    that is possible."""
+    bad = outputs.isnan().any(1) | ~torch.isfinite(outputs.max(1).values)
+    if bad.any():
+        raise InputError(f"{what}: the output for {int(bad.sum())} of {counted(len(outputs), 'sentence')} is not "
+                         "finite (NaN or infinity): the weights are damaged, or the training has diverged; nothing is "
+                         "written")
 
 
 def score(log_probs: Tensor, labels: np.ndarray, ordinal: bool = False) -> dict[str, float]:

@@ -26,6 +26,7 @@ from training import logs
 
 LOGS = tuple(logs.FILES.values())
 PREDICTIONS = ("dev-predictions.txt", "test-predictions.txt")
+SPLITS = ("train-split.jsonl", "dev-split.jsonl")  # where dev was held out of the training file
 FOLDERS = ("last", "best", ".best.old", ".best.tmp")
 ROOT = Path(__file__).resolve().parent.parent
 RUN_FILE, RESULT, LOCK = "args.json", "result.json", ".lock"
@@ -47,13 +48,17 @@ class RunFolder:
         """Where the predictions for a split go by default."""
         return self.path / f"{split}-predictions.txt"
 
+    def split(self, name: str) -> Path:
+        """Where train and dev are kept, where dev was held out of the training file."""
+        return self.path / f"{name}-split.jsonl"
+
     def has_run(self) -> bool:
         return self.args.is_file()
 
     def check(self) -> None:
         """Raises OSError where a link, a device or a pipe stands in the place of a file of the run: it may come from
         somebody else, and would lead out of the folder. The folder itself may be a link."""
-        for name in (RUN_FILE, *LOGS, RESULT, *PREDICTIONS, LOCK):
+        for name in (RUN_FILE, *LOGS, RESULT, *PREDICTIONS, *SPLITS, LOCK):
             files.check_plain(self.path / name)
         for name in FOLDERS:
             files.check_plain(self.path / name, is_folder=True)
@@ -91,7 +96,8 @@ class RunFolder:
         return described
 
     def description(self, known: dict[str, Any]) -> dict[str, Any]:
-        """args.json: with `options` that the parser would accept too, `given`, `files`, `device` and `versions`.
+        """args.json: with `options` that the parser would accept too, `given`, `files`, `device` and `versions`,
+        and with `splits` where dev was held out.
 
         `known`: what a state of the run says of it (`id` and `options`), or {}. The folder has been checked: `check`.
         Raises InputError for a file that is damaged or was changed, naming the options where `known` has them.
@@ -103,7 +109,8 @@ class RunFolder:
                 not {"given", "device"} <= described.keys()):
             raise InputError(f"{path}: this is not what a run writes (no options, files, given and device)")
         saved = json.loads(json.dumps(known.get("options", {})))  # tuples become lists
-        edited = [f"--{name} is {saved_options.get(name)}, and was {saved[name]}" for name in saved
+        extended = {change.get("option") for change in changes_of(described)}  # since that state was saved
+        edited = [f"--{name} is {saved_options.get(name)}, and was {saved[name]}" for name in saved.keys() - extended
                   if known.get("id") == described.get("id") and saved_options.get(name) != saved[name]]
         if edited or has_changed(described):
             raise InputError(f"{path}: it was changed after the run began{': ' if edited else ''}{'; '.join(edited)}; "
@@ -114,6 +121,10 @@ class RunFolder:
         if not isinstance(given, list) or not all(isinstance(name, str) for name in given) or (
                 not isinstance(versions, dict) or not isinstance(described["device"], str)):
             raise InputError(f"{path}: `given`, `device` or `versions` is not what a run writes")
+        splits = described.get("splits", {})
+        if not isinstance(splits, dict) or not all(
+                f"{name}-split.jsonl" in SPLITS and isinstance(digest, str) for name, digest in splits.items()):
+            raise InputError(f"{path}: `splits` is {splits!r}, expected the sha256 of train and dev")
         for name, file in inputs.items():
             if not isinstance(file, dict) or not isinstance(file.get("path"), str) or "\0" in file["path"] or (
                     not isinstance(file.get("sha256", ""), str)):
@@ -121,6 +132,18 @@ class RunFolder:
             at = Path(file["path"])
             if at.exists() and not at.is_file() and not (at.is_dir() and name in ("weights", "tokenizer")):
                 raise InputError(f"{path}: the {name} file is {at}, which is not a regular file")
+        return described
+
+    def extend(self, described: dict[str, Any], changes: dict[str, Any], step: int) -> dict[str, Any]:
+        """Write args.json anew with other values of some options, from this step of the run on; returns what it holds.
+        The result, which is that of the shorter run, goes first: a kill in between leaves a run that can be resumed."""
+        self.result.unlink(missing_ok=True)
+        new = [{"option": name, "from": described["options"].get(name), "to": value, "step": step}
+               for name, value in changes.items()]
+        described = with_digest({**described, "options": {**described["options"], **changes},
+                                 "given": sorted({*described["given"], *changes}),
+                                 "extended": [*changes_of(described), *new]})
+        files.write_json(self.args, described)
         return described
 
     # ----------------------------------------------------------------------- result.json
@@ -216,7 +239,7 @@ def open_run(config: RunConfig) -> RunFolder:
             raise FileExistsError(f"{path}: there is a run in this folder already; --overwrite replaces it, or "
                                   "choose another --output_dir")
         with folder.lock():
-            if asks_for_series(_options_in(folder)):
+            if asks_for_series(options_in(folder)):
                 _remove_series(path)
             _remove_run(path)
     elif in_the_way := _in_the_way(path, config.option):
@@ -241,7 +264,7 @@ def _made(path: Path) -> bool:
         raise
 
 
-def _options_in(folder: RunFolder) -> dict[str, Any]:
+def options_in(folder: RunFolder) -> dict[str, Any]:
     """The options of the run in a folder; {} where they cannot be read."""
     try:
         found = files.read_json(folder.args).get("options")
@@ -278,7 +301,8 @@ def _remove_run(path: Path) -> None:
             shutil.rmtree(gone, ignore_errors=True)
             os.replace(path / name, gone)
             shutil.rmtree(gone, ignore_errors=True)
-    for name in (*LOGS, *PREDICTIONS, RUN_FILE):
+    files.remove_temporary_files(path)
+    for name in (*LOGS, *PREDICTIONS, *SPLITS, RUN_FILE):
         (path / name).unlink(missing_ok=True)
 
 
@@ -286,7 +310,7 @@ def _in_the_way(path: Path, option: str) -> str:
     """The name of a file that a run of this --option would replace; "" where there is none. The result.json of an
     lr_find makes way for a fine-tuning run: it says nothing that the others do not have."""
     names = {"lr_find": (RESULT, "lr_find.csv", "lr_find.png"), "verify_resume": (RESULT,)}
-    for name in names.get(option, (RESULT, *LOGS, *PREDICTIONS)):
+    for name in names.get(option, (RESULT, *LOGS, *PREDICTIONS, *SPLITS)):
         if (path / name).exists() and not (name == RESULT and option == "finetune" and _is_of_lr_find(path / name)):
             return name
     return ""
@@ -331,6 +355,12 @@ def code_state(root: Path) -> tuple[str | None, bool | None]:
             changed = git("--no-optional-locks", "status", "--porcelain", "--untracked-files=no", "--", "*.py", "*.c")
             return commit, bool(changed)
     return None, None
+
+
+def changes_of(described: dict[str, Any]) -> list[dict[str, Any]]:
+    """What was changed when the run was gone on with, as an args.json has it under `extended`."""
+    found = described.get("extended", [])
+    return [change for change in found if isinstance(change, dict)] if isinstance(found, list) else []
 
 
 def options_of(described: dict[str, Any]) -> dict[str, Any]:

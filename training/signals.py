@@ -9,6 +9,8 @@ from typing import Any
 
 from training import logs
 
+AFTER_STEP = "stopping after this step"
+
 
 class Stop(Exception):
     """A signal asked the run to stop; raised between two steps or two evaluation batches."""
@@ -22,6 +24,12 @@ class Signals:
     def __init__(self) -> None:
         self.got: int | None = None
         self.before: dict[int, Any] = {}
+        self.words = AFTER_STEP
+
+    def saying(self, words: str) -> "Signals":
+        """What the first signal says, this time."""
+        self.words = words
+        return self
 
     def __enter__(self) -> "Signals":
         self.got, self.before = None, {}
@@ -35,7 +43,7 @@ class Signals:
         self.got = number
         self._restore()
         with suppress(OSError):  # past sys.stderr: it may be in the middle of a line, and cannot be entered twice
-            os.write(2, b"\nstopping after this step (once more: at once)\n")
+            os.write(2, f"\n{self.words} (once more: at once)\n".encode())
 
     def _restore(self) -> None:
         for number, handler in self.before.items():
@@ -44,6 +52,7 @@ class Signals:
     def __exit__(self, *_: object) -> None:
         self._restore()
         self.got = None  # it has been acted on
+        self.words = AFTER_STEP
 
     def check(self) -> None:
         if self.got is not None:

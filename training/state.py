@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_args, get_origin
@@ -273,6 +273,14 @@ def newest_run(last: Path) -> dict[str, Any]:
     return next((found for state in _states(last) if (found := run_of(state))), {})
 
 
+def newest_progress(last: Path) -> Progress | None:
+    """How far the newest state that can be read is; None where there is none."""
+    for state in _states(last):
+        with suppress(ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError):
+            return progress_of(join_tensors(dict(files.read_json(state / STATE)["dict"])["progress"], {}))
+    return None
+
+
 def remove_other_states(last: Path, run_id: str | None) -> list[str]:
     """Remove the whole states that belong to another run than the one with this id, as an old run's beside a new
     args.json; a line for each."""
@@ -321,7 +329,7 @@ def load_state(last: Path, only_good: bool = False) -> tuple[dict[str, Tensor], 
 
 
 def keep_newest_state(last: Path) -> None:
-    """Of a finished run, only the newest state stays."""
+    """Of a finished run with --keep_state, only the newest state stays."""
     for old in _states(last)[1:]:
         shutil.rmtree(old, ignore_errors=True)
 

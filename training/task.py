@@ -64,10 +64,11 @@ class InOneEpoch:
 @dataclass(frozen=True)
 class Job(Generic[T]):
     """All that a training loop needs. `schedule(step, history)` is a factor on each parameter group's own rate;
-    `history` are the values of --monitor so far."""
+    `history` are the values of --monitor so far. `is_trained`: the model begins where a finished run ended."""
 
     model: nn.Module
     task: T
     optimizer: torch.optim.Optimizer
     schedule: Callable[..., float]
     steps_per_epoch: int
+    is_trained: bool = False

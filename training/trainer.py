@@ -4,23 +4,24 @@ Nothing here knows what the task is: a `Task` brings the batches, their losses, 
 """
 
 import math
-import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from config import InputError, RunConfig, counted
 from formats.memory import is_out_of_memory
 from training import best as best_folder
 from training import device as devices
 from training import gradients, guards, logs, state
+from training.average import MovingAverage
+from training.bar import Bar
+from training.clock import Clock
 from training.course import Course, course_of
 from training.device import Device
 from training.run_folder import RunFolder
@@ -49,13 +50,13 @@ class Loop:
     --epochs says; `on_step(step, loss)` ends it when it returns True. With `evaluate=False` there are no evaluations,
     no epoch lines, and no best model. `series`: the folder of the --seeds or --folds that the run belongs to, which is
     what a stopped run is resumed by. `described`: what the run's args.json holds; its id and its options are in each
-    state.
+    state. `clock`: how long it may take, see --max_minutes.
     """
 
     def __init__(
         self, job: Job, config: RunConfig, device: Device, folder: RunFolder | None = None, *,
         max_steps: int | None = None, evaluate: bool = True, on_step: Callable[[int, float], bool] | None = None,
-        series: RunFolder | None = None, described: dict[str, Any] | None = None,
+        series: RunFolder | None = None, described: dict[str, Any] | None = None, clock: Clock | None = None,
     ):
         self.job, self.model, self.task, self.optimizer = job, job.model, job.task, job.optimizer
         self.config, self.device, self.folder = config, device, folder
@@ -68,18 +69,18 @@ class Loop:
         self.lengths = self.task.lengths
         self.pass_tokens = PASS_TOKENS
         self.base_lrs = [group["lr"] for group in self.optimizer.param_groups]
-        self.ema = [p.detach().clone() for p in self.parameters] if config.ema else []
+        self.average = MovingAverage(self.parameters, config.ema)
         self.started = time.perf_counter()
         self.saved: tuple | None = None
         self.described = described or {}
         self.logs = logs.RunLogs(folder.path) if folder else None
-        self.bar = tqdm(disable=True)  # `run` has a real one
+        self.clock = clock or Clock()
+        self.bar = self.new_bar()
 
     # ----------------------------------------------------------------------- the course of a run
 
     def run(self) -> dict[str, Any]:
-        self.bar = tqdm(total=self.course.steps, initial=self.progress.step, desc="train", disable=None,
-                        file=sys.stderr, mininterval=0.5)
+        self.bar = self.new_bar()
         with ExitStack() as stack:
             if self.logs:
                 stack.enter_context(self.logs)
@@ -98,6 +99,10 @@ class Loop:
         progress = self.progress
         return progress.step >= self.course.steps and (not self.evaluates or progress.evaluated_at == progress.step)
 
+    def new_bar(self) -> Bar:
+        return Bar("train", self.course.steps, self.progress.step,
+                   left=lambda: self.clock.left(self.course, self.progress.step))
+
     def train_epoch(self) -> None:
         """What is left of the present epoch. Ends early after a rollback, which may have changed the epoch."""
         windows, progress = self.task.order(self.progress.epoch), self.progress
@@ -106,19 +111,31 @@ class Loop:
         while not self.progress.stopped:
             SIGNALS.check()
             progress = self.progress
-            if progress.window in (marks[progress.evaluated], end):
+            is_late = self.evaluates and progress.step > 0 and self.clock.is_late()
+            if is_late and progress.evaluated_at == progress.step:
+                self.stop_in_time()
+                return
+            if is_late or progress.window in (marks[progress.evaluated], end):
                 if self.evaluates:
-                    self.evaluate()
+                    with self.clock.measured(self.clock.evaluations):
+                        self.evaluate()
                 else:
                     self.next_mark()
                 if self.is_at_end() or self.progress.window == 0 or self.progress.rollbacks != rollbacks:
                     return
                 continue
-            self.step(windows[progress.window], measure=progress.window == end // 2)
-            if self.progress.rollbacks != rollbacks:
-                return
-            if self.config.save_every and self.progress.step % self.config.save_every == 0:
-                self.save()
+            with self.clock.measured(self.clock.steps):
+                self.step(windows[progress.window], measure=progress.window == end // 2)
+                if self.progress.rollbacks != rollbacks:
+                    return
+                if self.config.save_every and self.progress.step % self.config.save_every == 0:
+                    self.save()
+
+    def stop_in_time(self) -> None:
+        """End the training here: one more step, and --max_minutes would not be kept."""
+        self.progress.stopped = "time"
+        logs.notice(f"--max_minutes: this machine is slower than it was in the beginning; stopping after step "
+                    f"{self.progress.step} of {self.course.steps}")
 
     def next_mark(self) -> None:
         """Go on to the next part of the epoch, or to the next epoch; behind a step between two marks, stay."""
@@ -149,7 +166,7 @@ class Loop:
             self.optimizer.step()
             if before:
                 progress.update_ratios = gradients.update_ratios(self.model, before)
-            self.update_average()
+            self.average.update(progress.step)
         else:
             where = gradients.find_not_finite(self.model, self.device, self.task.losses, self.micro_batches(rows))
             what = "gradient" if math.isfinite(loss) else "loss"
@@ -171,25 +188,14 @@ class Loop:
         progress.not_finite_in_a_row = 0 if finite else progress.not_finite_in_a_row + 1
         self.log(logs.StepRecord(progress.step, progress.epoch, lr, float(loss), float(norm_value),
                                  int(self.lengths[rows].sum()), round(self.seconds(), 4)))
-        self.bar.set_postfix_str(f"loss {loss:.3f}, lr {lr:.2e}", refresh=False)
-        self.bar.update()
+        now = f"loss {loss:.3f}, lr {lr:.2e}"
+        self.bar.update(f"step {progress.step} of {self.course.steps} (epoch {progress.epoch}), {now}", now)
         is_enough = self.on_step and self.on_step(progress.step, float(loss))
         if config.guards == "on" and (why := guards.divergence(progress.recent, self.guessing_loss(),
                                                                progress.not_finite_in_a_row)):
             self.diverged(why)
         if is_enough and not self.progress.stopped:
             self.progress.stopped = "enough"
-
-    def update_average(self) -> None:
-        """One step of --ema: average = d average + (1 - d) weights.
-
-        d rises to the decay that was asked for, min(decay, (1 + t) / (10 + t)) at update t = 0, 1, ...: else the
-        average of a short run would be mostly the initial weights (TensorFlow's ExponentialMovingAverage, num_updates).
-        """
-        if self.ema:
-            t = self.progress.step
-            decay = min(self.config.ema, (1 + t) / (10 + t))
-            torch._foreach_lerp_(self.ema, [p.detach() for p in self.parameters], 1 - decay)
 
     def seconds(self) -> float:
         """Seconds in this loop so far, those before a resume included."""
@@ -254,7 +260,7 @@ class Loop:
     def check_first_loss(self, loss: float) -> None:
         """Say so when an untrained head does not begin near guessing."""
         n = self.task.n_classes
-        if self.config.loss == "ce" and abs(loss - math.log(n)) > 0.5:
+        if self.config.loss == "ce" and not self.job.is_trained and abs(loss - math.log(n)) > 0.5:
             logs.warn(f"the first loss is {loss:.3f}; an untrained head should begin near ln({n}) = {math.log(n):.3f}")
 
     def guessing_loss(self) -> float:
@@ -292,8 +298,7 @@ class Loop:
             self.progress.stopped = "diverged"
             self.event("diverged", f"{why}, after {ROLLBACKS} rollbacks. Stopping with the weights of step "
                                    f"{self.progress.step}. Try a far lower --lr, or a longer --warmup_ratio", at)
-        self.bar.reset(self.bar.total)
-        self.bar.update(self.progress.step)
+        self.bar.go_back(self.progress.step)
         self.save(sizes=sizes)
         self.logs.cut(sizes)
 
@@ -301,7 +306,6 @@ class Loop:
         """Something that the user should know of a step, by default the last one that is done: a line on stderr and in
         events.jsonl."""
         step = self.progress.step if step is None else step
-        self.bar.clear()
         logs.warn(f"step {step}: {kind}: {detail}")
         self.log(logs.Event(step, kind, detail))
 
@@ -310,20 +314,6 @@ class Loop:
             self.logs.write(record)
 
     # ----------------------------------------------------------------------- evaluation and stopping
-
-    @contextmanager
-    def averaged(self) -> Iterator[None]:
-        """Inside, the model's weights are their moving average, if there is one."""
-        if not self.ema:
-            yield
-            return
-        for p, mean in zip(self.parameters, self.ema, strict=True):
-            p.data, mean.data = mean.data, p.data
-        try:
-            yield
-        finally:
-            for p, mean in zip(self.parameters, self.ema, strict=True):
-                p.data, mean.data = mean.data, p.data
 
     def epoch_done(self) -> float:
         """The epoch of an evaluation: its number, or where there are several in one, how many are done."""
@@ -339,7 +329,7 @@ class Loop:
         """
         progress, config = self.progress, self.config
         is_last = progress.window == self.course.end_of(progress.epoch)  # of its epoch
-        with self.averaged():
+        with self.average.in_place():
             found = self.task.evaluate()
             scores = found.scores
             record = logs.EpochRecord(
@@ -352,11 +342,10 @@ class Loop:
             why = guards.decline(logs.columns(record), progress.best, bool(found.collapsed), self.task.n_dev, mean_loss,
                                  self.guessing_loss(), had_rollback=0 < progress.rollbacks < ROLLBACKS)
             collapsed = found.collapsed if why else ""
-            self.bar.clear()
             logs.say(record.printed() + (f", collapsed: {collapsed}" if collapsed else ""))
             is_rolled_back = bool(why) and config.guards == "on" and not progress.stopped
             is_better = not is_rolled_back and self.keep_if_best(record, scores)
-        if is_rolled_back:  # outside `averaged`, which puts the weights back
+        if is_rolled_back:  # outside `in_place`, which puts the weights back
             self.diverged(", and ".join(filter(None, (collapsed, why))))
             return
         if is_last:
@@ -367,10 +356,17 @@ class Loop:
         progress.history.append(scores[config.monitor])
         progress.loss_sum, progress.n_seen = 0.0, 0
         self.log(record)
-        if config.patience and progress.since_best >= config.patience and not self.is_at_end():
-            progress.stopped = "patience"
-            logs.say(f"early stop: no better {config.monitor} in {counted(config.patience, 'evaluation')}")
+        self.look_at_patience()
         self.save()
+
+    def look_at_patience(self) -> None:
+        """Stop where --patience is at its end; go on where a larger one was given."""
+        progress, config = self.progress, self.config
+        if progress.stopped in ("", "patience"):
+            progress.stopped = ""
+            if config.patience and progress.since_best >= config.patience and not self.is_at_end():
+                progress.stopped = "patience"
+                logs.say(f"early stop: no better {config.monitor} in {counted(config.patience, 'evaluation')}")
 
     def keep_if_best(self, record: logs.EpochRecord, scores: dict[str, float]) -> bool:
         """Save the model when it is the best so far; of equals by --monitor, the one with the lower dev loss. Returns
@@ -382,7 +378,10 @@ class Loop:
         before = best.get("monitor")
         is_better = before is None or value > before + self.config.min_delta
         if is_better or (value == before and record.dev_loss < best["dev_loss"]):
-            digest = self.task.save_best(self.folder.best) if self.folder else None
+            digest = None
+            if self.folder:
+                with logs.doing(f"saving {self.folder.best}"):
+                    digest = self.task.save_best(self.folder.best)
             self.progress.best = {**logs.columns(record), "monitor": value, "manifest": digest}
         return is_better
 
@@ -396,10 +395,12 @@ class Loop:
             return
         self.logs.flush()
         values, tensors = state.split_tensors(state.collect(
-            self.model, self.optimizer, self.device, self.ema, replace(self.progress, seconds=self.seconds()),
-            {**self.logs.sizes(), **(sizes or {})}, self.logs.sha256(sizes or {}), self.described))
+            self.model, self.optimizer, self.device, self.average.values,
+            replace(self.progress, seconds=self.seconds()), {**self.logs.sizes(), **(sizes or {})},
+            self.logs.sha256(sizes or {}), self.described))
         is_healthy = guards.is_healthy(self.progress.recent, self.guessing_loss(), self.progress.not_finite_in_a_row)
-        state.save_state(self.folder.last, self.progress.step, tensors, values, is_good and is_healthy)
+        with logs.doing(f"saving {self.folder.last}"):
+            state.save_state(self.folder.last, self.progress.step, tensors, values, is_good and is_healthy)
         self.saved = stamp
         best_folder.remove_previous_best(self.folder.best)
 
@@ -438,7 +439,7 @@ class Loop:
             state.check_logs(saved)
             state.check_place(progress, self.course)
             state.check_optimizer(self.optimizer, saved["optimizer"])
-            state.restore(saved, self.model, self.optimizer, self.device, self.ema)
+            state.restore(saved, self.model, self.optimizer, self.device, self.average.values)
         self.progress = progress
         self.saved = (progress.step, len(progress.history), progress.rollbacks)
         return saved, not faults

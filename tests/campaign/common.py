@@ -372,7 +372,7 @@ def _limit_memory() -> None:
 # augmentation's random numbers, a schedule that looks back, a sampler, accumulation and evaluations inside an epoch.
 TRAINING = ("--batch_size 8 --grad_accum 2 --epochs 2 --lr 3e-3 --eval_every 0.5 --ema 0.5 --dropout 0.1 "
             "--aug_delete 0.1 --aug_replace 0.1 --scheduler plateau --plateau_patience 1 --sampler balanced "
-            "--patience 0 --save_every 2 --device cpu").split()
+            "--patience 0 --save_every 2 --keep_state --device cpu").split()
 
 
 class Sandbox:

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import safetensors.torch
+import torch
 from torch import nn
 
 import tokenizer as tokenizers
 from classifier import ClassifierConfig, LlamaEmbeddingClassifier, empty_classifier
-from config import InputError, RunConfig, only_run
+from config import InputError
 from formats import files, weights
 from tokenizer import Tokenizer
 from training import best as best_folder
@@ -19,11 +20,12 @@ from training import logs
 from training.run_folder import RunFolder
 
 
-def save_classifier(folder: Path, model: nn.Module, tokenizer: Tokenizer, settings: ClassifierConfig) -> str:
-    """Write model.safetensors, config.json, the tokenizer, and a manifest with the sha256 of each; returns the
-    manifest's own. See `training.best.write_best`. Raises OSError, naming the path and the bytes, when the disk is
-    full."""
-    state = {k: v.detach().contiguous() for k, v in model.state_dict().items()}
+def save_classifier(folder: Path, model: nn.Module, tokenizer: Tokenizer, settings: ClassifierConfig,
+                    dtype: torch.dtype = torch.float32) -> str:
+    """Write model.safetensors with the weights in `dtype`, config.json, the tokenizer, and a manifest with the sha256
+    of each; returns the manifest's own. See `training.best.write_best`. Raises OSError, naming the path and the bytes,
+    when the disk is full."""
+    state = {k: v.detach().to(dtype).contiguous() for k, v in model.state_dict().items()}
 
     def fill(temporary: Path) -> None:
         safetensors.torch.save_file(state, str(temporary / "model.safetensors"))
@@ -36,7 +38,8 @@ def save_classifier(folder: Path, model: nn.Module, tokenizer: Tokenizer, settin
 
 
 def load_classifier_state(folder: Path, model: nn.Module) -> None:
-    """Read the weights of `save_classifier` into a model of the same shape, in place. Raises InputError for others."""
+    """Read the weights of `save_classifier` into a model of the same shape, in place, as float32. Raises InputError for
+    others."""
     handle = weights.open_safetensors(folder / "model.safetensors")
     own = model.state_dict()
     held = set(handle.keys())
@@ -60,41 +63,50 @@ class SavedRun:
     settings: ClassifierConfig
 
 
-def load_run(config: RunConfig) -> SavedRun:
-    """The classifier of --run, checked. Raises InputError or FileNotFoundError with what to do."""
-    folder = Path(only_run(config))
-    RunFolder(folder).check()
-    best = best_of(folder)
-    if not (best / "config.json").is_file():
-        raise FileNotFoundError(_where_else(folder))
-    fixed = config.given & {"pretrained_model_path", "tokenizer", "n_layers", "attention", "pooling",
-                            "max_sentence_len", "hidden_dropout_prob", "dropout"}
-    if fixed:
-        logs.warn(f"--{', --'.join(sorted(fixed))}: no effect, the saved run decides")
-    files.check_tree(best)
-    home = home_of(folder)
-    digest, has_manifest = home.known_manifest()
-    if not best_folder.check_best(best, digest):
-        if has_manifest:
-            raise InputError(f"{best}: manifest.json, with the checksums, is gone; copy the folder from where it is "
-                             "whole, or train again")
-        logs.warn(f"{best}: {best_folder.NO_CHECKSUMS}")
+def load_run(run: str | Path) -> SavedRun:
+    """The classifier of a finished run's folder, or of its best/, checked. Raises InputError or FileNotFoundError with
+    what to do."""
+    folder = Path(run)
+    best = checked_best(folder, "--run")
     described = best / "config.json"
     settings = ClassifierConfig.read(files.read_json(described), described)
     model = empty_classifier(settings, described)
     load_classifier_state(best, model)
     tokenizer = Tokenizer(tokenizer_model=best)
     tokenizers.check_vocabulary(tokenizer, model.llama.config)
-    return SavedRun(folder, home, best, model.eval(), tokenizer, settings)
+    return SavedRun(folder, home_of(folder), best, model.eval(), tokenizer, settings)
 
 
-def _where_else(folder: Path) -> str:
+def is_run(path: Path) -> bool:
+    """Is this the folder of a run, or a run's best/? The folder of a Hugging Face model may have an args.json too."""
+    is_named = RunFolder(path).has_run() and not (path / "config.json").is_file()
+    return path.is_dir() and (is_named or best_of(path) != path or weights.is_run(path))
+
+
+def checked_best(folder: Path, option: str) -> Path:
+    """Where the classifier of a run is, once its files are what its manifest says. `option`: which named the run.
+    Raises InputError or FileNotFoundError with what to do."""
+    RunFolder(folder).check()
+    best = best_of(folder)
+    if not (best / "config.json").is_file():
+        raise FileNotFoundError(_where_else(folder, option))
+    files.check_tree(best)
+    digest, has_manifest = home_of(folder).known_manifest()
+    if not best_folder.check_best(best, digest):
+        if has_manifest:
+            raise InputError(f"{best}: manifest.json, with the checksums, is gone; copy the folder from where it is "
+                             "whole, or train again")
+        logs.warn(f"{best}: {best_folder.NO_CHECKSUMS}")
+    return best
+
+
+def _where_else(folder: Path, option: str) -> str:
     """The message for a folder without a classifier: which runs are inside it, or have a name like it?"""
     inside = sorted(folder.glob("*/best/config.json"), key=lambda path: (len(path.parts[-3]), path))
     if inside:
         names = [str(path.parent.parent) for path in inside]
         more = f", ... ({len(names)} in all)" if len(names) > 5 else ""
-        return f"{folder}: several runs are in this folder; name one of them: --run {', '.join(names[:5])}{more}"
+        return f"{folder}: several runs are in this folder; name one of them: {option} {', '.join(names[:5])}{more}"
     return (f"{folder}: there is no saved classifier here (no best/config.json)"
             + (near_run(folder) or "; name the folder of a run that has finished an epoch"))
 
