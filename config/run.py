@@ -25,6 +25,7 @@ WRITING = ("prompt", "evaluate", "finetune")  # those that write predictions whe
 
 POOLINGS = ("last", "mean", "max", "first")
 OPTIMIZERS = ("adamw", "sgd", "lion", "adafactor")
+LOGGERS = ("csv", "tensorboard", "wandb", "mlflow")
 GENERATE_PREFIX = ("I have wanted to see this thriller for a while, and it didn't disappoint. Keanu Reeves, "
                    "playing the hero John Wick, is")
 QUESTION = "Is this movie {labels}? This movie is"
@@ -38,6 +39,11 @@ ONE_RUN = Need(lambda c: not c.seeds and (not c.folds or c.fold is not None),
                "each run has its predictions in its own folder")
 SERIES = Need(lambda c: c.option == "finetune" or c.resume,
               "--{name} repeats --option finetune, and --option is {option}")
+
+
+def names_in(text: str | None) -> tuple[str, ...]:
+    """`a,b` as ("a", "b"), each name once; () for None."""
+    return tuple(dict.fromkeys(name.strip() for name in text.split(","))) if text else ()
 
 
 def _option(group: str, default: Any, help: str, *, only: tuple[str, ...] = TRAINING, common: bool = False,
@@ -243,6 +249,10 @@ class RunConfig:
         needs=[Need(lambda c: c.output_dir, "it needs --output_dir")])
     save_dtype: str = _output("float32", "how best/ stores the weights; bfloat16 takes half the room, and is what is "
         "evaluated", choices=("float32", "bfloat16"), only=FINETUNE)
+    logger: str | None = _output(None, "keep the numbers of each step and each evaluation for other programs too: "
+        "csv, tensorboard, wandb, mlflow; several with commas between", metavar="NAME[,NAME]", only=FINETUNE,
+        check=Check(lambda x: {*names_in(x)} <= {*LOGGERS}, f"one of {', '.join(LOGGERS)}, or several with commas"),
+        also="report_to log_with loggers")
     dev_out: str | None = _output(None, "predictions for dev, `label ||| sentence` a line, in the file's order "
         "(default: in the run folder; for prompt, here)", metavar="FILE", only=WRITING, needs=[ONE_RUN])
     test_out: str | None = _output(None, "the same for test", metavar="FILE", only=WRITING, needs=[ONE_RUN])

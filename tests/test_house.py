@@ -49,6 +49,7 @@ FLOORS = [
         "checks",
         "trainer",
         "task",
+        "loggers",
         "gradients",
         "diagnosis",
         "guards",
@@ -98,7 +99,7 @@ WITHOUT_TORCH = [
     "training.signals", "training.course", "training.clock", "commands.report"]
 # What a room may import inside a function: a library that takes over 0.2 s, or one that only some systems have.
 LATE = {"sklearn", "scipy", "matplotlib", "safetensors", "tokenizers", "sentencepiece", "gguf", "tqdm", "importlib",
-        "jinja2", "markupsafe", "pyarrow", "fcntl", "msvcrt", "resource"}
+        "jinja2", "markupsafe", "pyarrow", "tensorboardX", "wandb", "mlflow", "fcntl", "msvcrt", "resource"}
 
 
 def path_of(room: str) -> Path:
