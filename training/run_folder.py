@@ -63,7 +63,10 @@ class RunFolder:
             files.check_plain(self.path / name)
         for name in FOLDERS:
             files.check_plain(self.path / name, is_folder=True)
-            files.check_tree(self.path / name)
+            if name != self.loggers.name:
+                files.check_tree(self.path / name)
+        for path in self.loggers.glob("*"):  # deeper, wandb itself makes links, and nothing there is read or replaced
+            files.check_plain(path, is_folder=path.is_dir())
 
     @contextmanager
     def lock(self) -> Iterator[None]:
