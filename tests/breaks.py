@@ -33,6 +33,7 @@ PREDICT, SERVE, HTTP = "commands/predict.py", "commands/serve.py", "commands/htt
 STATE, ONE_RUN = "training/state.py", "commands/one_run.py"
 METRICS, SCORES, START = "training/metrics.py", "commands/scores.py", "commands/start.py"
 SPLITS = "commands/splits.py"
+LOGGERS, GRADIENTS = "training/loggers.py", "training/gradients.py"
 
 
 @dataclass(frozen=True)
@@ -280,6 +281,16 @@ BREAKS = [
           "test_longer"),
     Break("save_dtype is ignored", TASK, "getattr(torch, self.config.save_dtype)", "torch.float32", "bfloat16",
           "test_longer"),
+    Break("logger is ignored", ONE_RUN, 'Loggers(folder, names_in(config.logger)', "Loggers(folder, ()",
+          "numbers_of_the_jsonl", "test_loggers"),
+    Break("a resume repeats steps in TensorBoard", LOGGERS, 'self.event(last["step"] + is_evaluated, session_log',
+          "self.event(10**6, session_log", "twice or mid_epoch", "test_loggers"),
+    Break("a resume repeats steps in the CSV", LOGGERS, "files.write_text(self.paths[kind], text, follow=False)",
+          'self.paths[kind].open("a").close()', "twice or mid_epoch", "test_loggers"),
+    Break("a logger that fails ends the run", LOGGERS, "except Exception as error:", "except ImportError as error:",
+          "fails", "test_loggers"),
+    Break("the histograms change the gradients", GRADIENTS, "some.float().cpu().numpy().copy())",
+          "some.float().mul_(2).cpu().numpy().copy())", "same or own", "test_loggers"),
     Break("a longer run is not written down", "commands/resume.py",
           "loop.described = folder.extend(described, changes, loop.progress.step)", "pass", "more_epochs",
           "test_longer"),

@@ -332,7 +332,7 @@ def wandb_rows(run: Path) -> list[dict]:
         if kind in (1, 4):
             record, part = wandb_internal_pb2.Record.FromString(part), b""
             if record.WhichOneof("record_type") == "history":
-                rows.append({item.key: json.loads(item.value_json) for item in record.history.item})
+                rows.append({item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item})
     return rows
 
 
