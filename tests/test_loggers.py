@@ -319,8 +319,10 @@ def test_other_names_are_refused(typed, capsys):
 
 def wandb_rows(run: Path) -> list[dict]:
     """The history in the one offline file of a run: LevelDB's log format, with wandb's own records in it."""
+    import wandb
     from wandb.proto import wandb_internal_pb2
 
+    wandb.teardown()  # its other process, which writes the file, has ended afterwards
     (path,) = run.glob("loggers/wandb/offline-run-*/*.wandb")
     data, at, part, rows = path.read_bytes(), 7, b"", []
     while at + 7 <= len(data):
@@ -332,7 +334,8 @@ def wandb_rows(run: Path) -> list[dict]:
         if kind in (1, 4):
             record, part = wandb_internal_pb2.Record.FromString(part), b""
             if record.WhichOneof("record_type") == "history":
-                rows.append({item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item})
+                rows.append({item.key or "/".join(item.nested_key): json.loads(item.value_json)
+                             for item in record.history.item})
     return rows
 
 
