@@ -206,6 +206,17 @@ def test_steps_after_the_saved_state_are_not_there_twice(inputs, plain, tmp_path
     assert weights(folder) == weights(plain)
 
 
+def test_what_a_rollback_undoes_is_not_there(inputs, tmp_path, capsys):
+    """Of a learning rate that no model survives, taken down in the run itself."""
+    folder = tmp_path / "run"
+    assert main(*OPTIONS, *inputs, "--lr", "3", "--scheduler", "constant", "--dropout", "0", "--logger",
+                "csv,tensorboard", "--output_dir", folder) in (0, 3)
+    assert "rollback" in capsys.readouterr().err
+    assert_tables_are_the_lines(folder)
+    losses = [(e.step, e.value) for e in read_events(folder).Scalars("steps/loss")]
+    assert losses == [(row["step"], float(np.float32(row["loss"]))) for row in lines(folder / "steps.jsonl")]
+
+
 def test_a_longer_run_has_its_final_scores_once(inputs, tmp_path):
     folder = tmp_path / "run"
     assert main(*OPTIONS, *inputs, "--epochs", "1", "--keep_state", "--logger", "tensorboard", "--output_dir",
