@@ -4,7 +4,7 @@ from commands import defaults, one_run, plan, results, resume, series
 from commands import inputs as run_inputs
 from commands import job as jobs
 from config import RunConfig, no_effect
-from training import clock, logs, run_folder
+from training import clock, loggers, logs, run_folder
 from training import device as devices
 from training.streams import without_readers
 
@@ -17,6 +17,8 @@ def run(config: RunConfig) -> int:
     if config.resume:
         config = resume.resumed(config)
         results.check_outputs(config)
+    else:
+        loggers.check_installed(config)  # a run that goes on does so without one that is not there, and says so
     inputs = run_inputs.load(config, need=("train", "dev"))
     config = defaults.with_defaults(config, inputs)
     if config.pooling == "first" and config.attention == "causal":

@@ -1,6 +1,6 @@
 """--run: the finished run that a command uses."""
 
-from config import InputError, RunConfig
+from config import RunConfig, only_run
 from formats.columns import Usual
 from minllama import Model
 from training import logs, saved
@@ -10,9 +10,7 @@ from training.saved import SavedRun
 
 def load_run(config: RunConfig) -> SavedRun:
     """The classifier of --run, checked. Raises InputError or FileNotFoundError with what to do."""
-    if not config.run:
-        raise InputError(f"--option {config.option} needs --run RUN, the folder of a finished fine-tuning run")
-    run = saved.load_run(config.run)
+    run = saved.load_run(only_run(config))
     fixed = config.given & {"pretrained_model_path", "tokenizer", "n_layers", "attention", "pooling",
                             "max_sentence_len", "hidden_dropout_prob", "dropout", "batch_size"}
     if fixed:

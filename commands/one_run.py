@@ -2,6 +2,7 @@
 
 import hashlib
 import time
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
@@ -12,12 +13,13 @@ import fused
 from commands import estimate, results, resume
 from commands import job as jobs
 from commands.inputs import Inputs
-from config import RunConfig, counted
+from config import RunConfig, counted, names_in
 from formats import files
 from training import best as best_folder
 from training import checks, diagnosis, logs, metrics, run_folder, saved, state, trainer
 from training.clock import Clock, Times
 from training.device import Device
+from training.loggers import Final, Loggers, scores_of
 from training.run_folder import RunFolder
 from training.signals import stoppable
 from training.task import Job
@@ -31,7 +33,7 @@ def train(config: RunConfig, inputs: Inputs, device: Device, series_folder: RunF
     them; 0 where that has been said. `deadline`: when it must be over, on time.monotonic(), see --max_minutes."""
     begin, before_resume = time.perf_counter(), 0.0
     folder = RunFolder(config.resume) if config.resume else run_folder.open_run(config)
-    with folder.lock():
+    with folder.lock(), ExitStack() as stack:
         job = jobs.build_job(config, inputs, device)
         known, clock = None, Clock(deadline=deadline)
         if deadline is not None:  # they are part of what takes time
@@ -42,7 +44,9 @@ def train(config: RunConfig, inputs: Inputs, device: Device, series_folder: RunF
                 config, job = estimate.fitted(config, job, clock.estimated, deadline)
         with logs.doing("computing the checksums of the files"):
             described = describe(config, inputs, device, job, folder)
-        loop = trainer.Loop(job, config, device, folder, series=series_folder, described=described, clock=clock)
+        loggers = stack.enter_context(Loggers(folder, names_in(config.logger), described.get("id", "")))
+        loop = trainer.Loop(job, config, device, folder, series=series_folder, described=described, clock=clock,
+                            loggers=loggers)
         if config.resume:
             files.remove_temporary_files(folder.path)
             loop.resume()
@@ -93,6 +97,8 @@ def train(config: RunConfig, inputs: Inputs, device: Device, series_folder: RunF
             "train_seconds": round(loop.seconds(), 2),
             "seconds": round(before_resume + time.perf_counter() - begin, 2),
         }
+        loggers.finish(Final(loop.described["options"], scores_of(result), progress.step,
+                             results.confident_mistakes(outputs["dev"], inputs.splits["dev"], inputs.names)))
         if config.keep_state:
             state.keep_newest_state(folder.last)
         folder.save_result(result)

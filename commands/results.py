@@ -1,5 +1,6 @@
 """Predictions and scores out, each accuracy beside its baselines."""
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -17,7 +18,7 @@ from dataset import Split
 from formats import files
 from training import logs, metrics
 from training.metrics import Baseline
-from training.run_folder import FOLDERS, LOCK, LOGS, RESULT, RUN_FILE, SPLITS, RunFolder
+from training.run_folder import FOLDERS, LOCK, LOGS, RESULT, RUN_FILE, SPLITS, TABLES, RunFolder
 
 LINE_ENDS = re.compile(r"[\r\n]+")
 
@@ -48,7 +49,8 @@ def check_outputs(config: RunConfig) -> None:
         path = Path(getattr(config, name)).resolve()
         if path in taken:
             raise InputError(f"--{name} {path}: that is --{taken[path]} too; name another file")
-        if own := own_file(path, [Path(folder) for folder in (config.output_dir, config.run, config.resume) if folder]):
+        if own := own_file(path, [
+                Path(folder) for folder in (config.output_dir, *(config.run or ()), config.resume) if folder]):
             raise InputError(f"--{name} {path}: {own}; name another file")
         taken[path] = name
         files.check_writable(path, f"--{name}")
@@ -63,7 +65,7 @@ def own_file(path: Path, folders: list[Path]) -> str:
             return "that is a folder, which the run is in"
         if folder in path.parents:
             first = path.relative_to(folder).parts[0]
-            if first in (RUN_FILE, *LOGS, RESULT, LOCK, *SPLITS, *FOLDERS):
+            if first in (RUN_FILE, *LOGS, *TABLES, RESULT, LOCK, *SPLITS, *FOLDERS):
                 return f"{folder / first} belongs to the run itself"
     return ""
 
@@ -145,6 +147,16 @@ def print_tables(name: str, labels: np.ndarray, predicted: np.ndarray, names: li
         sections["confused most"] = ("", scores.confused_pairs(pairs, by_class.n, names))
     for title, (text, lines) in sections.items():
         logs.say("\n  ".join([f"{name} {title} :: {text}".rstrip(), *lines]))
+
+
+def confident_mistakes(log_probs: Tensor, split: Split, names: list[str], most: int = 20) -> list[str]:
+    """A line for each of the most confident mistakes on a split, the most confident first: the probability, what was
+    predicted, what it is, the sentence. `log_probs`: (N, C)."""
+    confidence, predicted = (found.numpy() for found in log_probs.max(1))
+    wrong = np.flatnonzero(predicted != split.labels)
+    return [f"{math.exp(confidence[i]):.3f} {names[predicted[i]]}, is {names[split.labels[i]]}: "
+            f"{LINE_ENDS.sub(' ', split.sentences[i])}"
+            for i in wrong[np.argsort(-confidence[wrong], kind="stable")][:most]]
 
 
 def write_predictions(path: Path, predicted: list[int], split: Split, is_typed: bool) -> None:

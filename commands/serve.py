@@ -27,11 +27,11 @@ def run(config: RunConfig) -> int:
     model.answer(["warm up"])  # the first one is slow
     batcher = Batcher(lambda texts: model.answer(texts).probabilities, AT_ONCE, MOST_WAITING, MOST_CHARACTERS,
                       CHARACTERS_AT_ONCE)
-    about = http_service.About(str(config.run), names, files.manifest_digest(model.saved.best))
+    about = http_service.About(str(model.saved.typed), names, files.manifest_digest(model.saved.best))
     server = listen(config, batcher, about)
     with SIGNALS.saying("stopping when what is in flight is answered"):
         server.start()
-        logs.say(f"serving :: {address(server.host, server.server_port)} ({config.run}, {len(names)} classes)")
+        logs.say(f"serving :: {address(server.host, server.server_port)} ({model.saved.typed}, {len(names)} classes)")
         while SIGNALS.got is None:
             time.sleep(0.1)
         code = 128 + SIGNALS.got

@@ -5,8 +5,20 @@ Nothing here imports torch, so `python run_llama.py --help` answers at once.
 
 from config.model import LlamaConfig
 from config.parser import integers, make_parser, parse_args, value_type
-from config.run import COMMANDS, OPTIMIZERS, POOLINGS, RunConfig, contradiction, no_effect, options
+from config.run import (
+    COMMANDS,
+    LOGGERS,
+    OPTIMIZERS,
+    POOLINGS,
+    RunConfig,
+    contradiction,
+    names_in,
+    no_effect,
+    only_run,
+    options,
+)
 from config.words import InputError, counted, duration, shown
 
-__all__ = ["COMMANDS", "OPTIMIZERS", "POOLINGS", "InputError", "LlamaConfig", "RunConfig", "contradiction", "counted",
-           "duration", "integers", "make_parser", "no_effect", "options", "parse_args", "shown", "value_type"]
+__all__ = ["COMMANDS", "LOGGERS", "OPTIMIZERS", "POOLINGS", "InputError", "LlamaConfig", "RunConfig", "contradiction",
+           "counted", "duration", "integers", "make_parser", "names_in", "no_effect", "only_run", "options",
+           "parse_args", "shown", "value_type"]

@@ -28,8 +28,13 @@ integers.__name__ = "list of whole numbers"  # argparse says: invalid list of wh
 
 def value_type(f: Field[Any]) -> Callable[[str], Any]:
     """What reads the option's value."""
-    types: dict[str, Callable[[str], Any]] = {"tuple": integers, "int": int, "float": float}
+    types: dict[str, Callable[[str], Any]] = {"tuple[str": str, "tuple": integers, "int": int, "float": float}
     return next((read for name, read in types.items() if name in str(f.type)), str)
+
+
+def takes_several(f: Field[Any]) -> bool:
+    """Does the option take several words, as --run RUN RUN?"""
+    return "tuple[str" in str(f.type)
 
 
 def make_parser(command: str | None = None) -> argparse.ArgumentParser:
@@ -48,6 +53,8 @@ def make_parser(command: str | None = None) -> argparse.ArgumentParser:
         if f.type is not bool:
             read, choices = value_type(f), meta.get("choices") or None
             keywords = {"type": read, "choices": choices}
+            if takes_several(f):
+                keywords |= {"nargs": "+", "action": "extend"}
             if not choices:
                 keywords["metavar"] = meta.get("metavar") or read.__name__.upper()
             if f.default is not None and meta.get("show_default", True):
@@ -116,8 +123,11 @@ def parse_args(argv: list[str] | None = None, needs_command: bool = False) -> Ru
         near = [meant] if meant else difflib.get_close_matches(name.lstrip("-"), known, n=1)
         hint = f"did you mean --{near[0]}?" if near else "see --help"
         parser.error(f"unknown option {name}: {hint}")
-    given = vars(namespace)
-    for name, value in given.items():
+    given: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value
+                             for name, value in vars(namespace).items()}
+    words_of = [(name, word) for name, typed in given.items()
+                for word in (typed if isinstance(typed, tuple) else (typed,))]
+    for name, value in words_of:
         if value == "" and name != "prefix":
             parser.error(f"--{name} is empty")
         try:

@@ -7,9 +7,12 @@ from functools import partial
 from typing import Any
 
 import schedule
+from config.words import InputError
 from schedule import AT_LEAST_ONE, FRACTION, NOT_NEGATIVE, SCHEDULERS, Check, Need
 
-COMMANDS = ("generate", "prompt", "finetune", "evaluate", "predict", "serve", "lr_find", "verify_resume")
+COMMANDS = ("generate", "prompt", "finetune", "evaluate", "predict", "serve", "lr_find", "verify_resume",
+            "report")
+COMPUTING = COMMANDS[:-1]  # those that run a model
 FINETUNE = ("finetune",)
 WHOLE_RUN = ("finetune", "verify_resume")  # the commands that train to the end
 TRAINING = ("finetune", "lr_find", "verify_resume")
@@ -22,6 +25,7 @@ WRITING = ("prompt", "evaluate", "finetune")  # those that write predictions whe
 
 POOLINGS = ("last", "mean", "max", "first")
 OPTIMIZERS = ("adamw", "sgd", "lion", "adafactor")
+LOGGERS = ("csv", "tensorboard", "wandb", "mlflow")
 GENERATE_PREFIX = ("I have wanted to see this thriller for a while, and it didn't disappoint. Keanu Reeves, "
                    "playing the hero John Wick, is")
 QUESTION = "Is this movie {labels}? This movie is"
@@ -35,6 +39,11 @@ ONE_RUN = Need(lambda c: not c.seeds and (not c.folds or c.fold is not None),
                "each run has its predictions in its own folder")
 SERIES = Need(lambda c: c.option == "finetune" or c.resume,
               "--{name} repeats --option finetune, and --option is {option}")
+
+
+def names_in(text: str | None) -> tuple[str, ...]:
+    """`a,b` as ("a", "b"), each name once; () for None."""
+    return tuple(dict.fromkeys(name.strip() for name in text.split(","))) if text else ()
 
 
 def _option(group: str, default: Any, help: str, *, only: tuple[str, ...] = TRAINING, common: bool = False,
@@ -54,7 +63,8 @@ _model, _train, _optimizer, _schedule, _regular, _output = (partial(_option, gro
     "Model", "Training", "Optimizer", "Schedule", "Regularisation", "Output"))
 _stop = partial(_option, "Stopping and guards", only=WHOLE_RUN)
 _range = partial(_option, "Range test", only=("lr_find",))
-_device = partial(_option, "Device", only=COMMANDS)
+_device = partial(_option, "Device", only=COMPUTING)
+_report = partial(_option, "Report", only=("report",))
 _text = partial(_option, "Generation and prompting", only=("generate",), metavar="FILE")
 
 
@@ -75,9 +85,11 @@ class RunConfig:
 
     option: str = _what("generate", "generate continues --prefix; prompt asks the pretrained model without training; "
         "finetune trains, then evaluates the best epoch; evaluate, predict and serve use a saved --run; lr_find looks "
-        "for the learning rate; verify_resume kills a run and compares", choices=COMMANDS, only=COMMANDS,
+        "for the learning rate; verify_resume kills a run and compares; report compares runs and says what is chance",
+        choices=COMMANDS, only=COMMANDS,
         show_default=False, also="mode task command")
-    run: str | None = _what(None, "the folder of a finished run", metavar="RUN", only=SAVED)
+    run: tuple[str, ...] | None = _what(None, "the folder of a finished run; for report several, and folders of runs, "
+        "logs, tables of experiments", metavar="RUN", only=(*SAVED, "report"), also="runs")
     input: str | None = _what(None, "the sentences to label: one a line, or a table as --train takes; - is stdin, "
         "which is answered line by line", metavar="FILE", only=("predict",))
 
@@ -231,11 +243,16 @@ class RunConfig:
         "(fused.c), compiled at the first start; off: all in PyTorch", choices=("auto", "off"))
 
     output_dir: str | None = _output(None, "the run folder (default: runs/<option>-<epochs>-<lr>, with -2, -3 behind "
-        "it when it exists)", metavar="DIR", common=True, also="save_dir")
+        "it when it exists; of report runs/report, which the next report replaces)", metavar="DIR",
+        common=True, also="save_dir", only=(*TRAINING, "report"))
     overwrite: bool = _output(False, "replace the run that is in --output_dir", also="overwrite_output_dir force",
         needs=[Need(lambda c: c.output_dir, "it needs --output_dir")])
     save_dtype: str = _output("float32", "how best/ stores the weights; bfloat16 takes half the room, and is what is "
         "evaluated", choices=("float32", "bfloat16"), only=FINETUNE)
+    logger: str | None = _output(None, "keep the numbers of each step and each evaluation for other programs too: "
+        "csv, tensorboard, wandb, mlflow; several with commas between", metavar="NAME[,NAME]", only=FINETUNE,
+        check=Check(lambda x: {*names_in(x)} <= {*LOGGERS}, f"one of {', '.join(LOGGERS)}, or several with commas"),
+        also="report_to log_with loggers")
     dev_out: str | None = _output(None, "predictions for dev, `label ||| sentence` a line, in the file's order "
         "(default: in the run folder; for prompt, here)", metavar="FILE", only=WRITING, needs=[ONE_RUN])
     test_out: str | None = _output(None, "the same for test", metavar="FILE", only=WRITING, needs=[ONE_RUN])
@@ -251,6 +268,11 @@ class RunConfig:
     port: int = _output(8000, "the port that serve listens at; 0: any that is free", only=("serve",),
         check=Check(lambda x: 0 <= x < 65536, "0 to 65535"))
 
+    score: str | None = _report(None, "the column of a table of experiments that has the score (default: the last one "
+        "with numbers)", metavar="NAME")
+    n_dev: int | None = _report(None, "how many dev sentences an accuracy was measured on, where a log does not say it "
+        "(default: 1101, those of SST-5, and the report says that it assumed so)", metavar="N", check=AT_LEAST_TWO)
+
     prefix: str = _text(GENERATE_PREFIX, "the text to continue", metavar="TEXT", show_default=False, common=True,
         also="prompt_text text")
     max_new_tokens: int = _text(75, "how many tokens to generate", metavar="N", check=AT_LEAST_ONE)
@@ -261,6 +283,15 @@ class RunConfig:
         show_default=False, only=("prompt",))
 
     given: frozenset[str] = field(default=frozenset(), metadata={})  # the options that were typed
+
+
+def only_run(c: RunConfig) -> str:
+    """The one --run of a command that uses one. Raises InputError for none, and for several."""
+    if not c.run:
+        raise InputError(f"--option {c.option} needs --run RUN, the folder of a finished fine-tuning run")
+    if len(c.run) > 1:
+        raise InputError(f"--option {c.option} uses one --run, and {len(c.run)} are given: {', '.join(c.run[:5])}")
+    return c.run[0]
 
 
 def options() -> list[Field[Any]]:

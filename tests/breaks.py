@@ -33,6 +33,7 @@ PREDICT, SERVE, HTTP = "commands/predict.py", "commands/serve.py", "commands/htt
 STATE, ONE_RUN = "training/state.py", "commands/one_run.py"
 METRICS, SCORES, START = "training/metrics.py", "commands/scores.py", "commands/start.py"
 SPLITS = "commands/splits.py"
+LOGGERS, GRADIENTS = "training/loggers.py", "training/gradients.py"
 
 
 @dataclass(frozen=True)
@@ -204,6 +205,27 @@ BREAKS = [
           "        setattr(cls, name, _schedule(**vars(option)))",
           "        setattr(cls, name, None)", "reaches", "test_config"),
 
+    # The report
+    Break("n_dev is ignored", "training/pairs.py", "return run.n_dev or n_dev or ASSUMED_N",
+          "return run.n_dev or ASSUMED_N", "n_dev", "test_report"),
+    Break("score is ignored", "formats/run_tables.py", "    if score is not None:", "    if False:", "score",
+          "test_report"),
+    Break("of several runs one is read", "commands/past_runs.py", "for typed in paths:", "for typed in paths[:1]:",
+          "several", "test_report"),
+    Break("a drop within chance is overfitting", "training/verdicts.py",
+          "if top - end > ERRORS * error * math.sqrt(2 / k) and", "if top - end > 0 and", "flat", "test_verdicts"),
+    Break("pairs are not corrected", "training/pairs.py", "corrected = iter(comparisons.holm([",
+          "corrected = iter(list([", "seldom", "test_comparisons"),
+    Break("the leader is judged as if it were one of two", "training/pairs.py",
+          "limit = comparisons.critical_p(len(found))", "limit = ALPHA", "seldom", "test_comparisons"),
+    Break("a wrongly copied number is not named", "training/contradictions.py",
+          "if run.test is None or _agree(claim, run.test):", "if True:", "copied", "test_run_logs"),
+    Break("advice against the evidence", "training/advice.py",
+          "        if pair.option == option and pair.is_told_apart()", "        if False and pair.is_told_apart()",
+          "evidence", "test_report"),
+    Break("the page does not escape", "commands/report_pages.py", "Environment(autoescape=True,",
+          "Environment(autoescape=False,", "hostile", "test_report"),
+
     # Stopping and checks
     Break("the monitor is always dev_acc", TRAINER, "value = scores[monitor] if monitor in MORE_IS_BETTER else "
           "-scores[monitor]", 'value = scores["dev_acc"]', "monitor"),
@@ -259,6 +281,18 @@ BREAKS = [
           "test_longer"),
     Break("save_dtype is ignored", TASK, "getattr(torch, self.config.save_dtype)", "torch.float32", "bfloat16",
           "test_longer"),
+    Break("logger is ignored", ONE_RUN, 'Loggers(folder, names_in(config.logger)', "Loggers(folder, ()",
+          "numbers_of_the_jsonl", "test_loggers"),
+    Break("a resume repeats steps in TensorBoard", LOGGERS, 'self.event(last["step"] + is_evaluated, session_log',
+          "self.event(10**6, session_log", "twice or mid_epoch", "test_loggers"),
+    Break("a resume repeats steps in the CSV", LOGGERS, "files.write_text(self.paths[kind], text, follow=False)",
+          'self.paths[kind].open("a").close()', "twice or mid_epoch", "test_loggers"),
+    Break("loggers do not see a rollback", "training/logs.py", "if self.mirror and self.open:", "if False:",
+          "rollback", "test_loggers"),
+    Break("a logger that fails ends the run", LOGGERS, "except Exception as error:", "except ImportError as error:",
+          "fails", "test_loggers"),
+    Break("the histograms change the gradients", GRADIENTS, "some.float().cpu().numpy().copy())",
+          "some.float().mul_(2).cpu().numpy().copy())", "same or own", "test_loggers"),
     Break("a longer run is not written down", "commands/resume.py",
           "loop.described = folder.extend(described, changes, loop.progress.step)", "pass", "more_epochs",
           "test_longer"),

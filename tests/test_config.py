@@ -39,7 +39,7 @@ def test_the_defaults_are_the_teaching_scripts():
 def test_minus_and_underscore_are_interchangeable(f):
     check = f.metadata.get("check")
     read = config.value_type(f)
-    fitting = next((v for v in ("0.5", "1", "2", "10") if "float" in str(f.type) or "." not in v
+    fitting = next((v for v in ("0.5", "1", "2", "10", "csv") if "float" in str(f.type) or "." not in v
                     if not check or check.holds(read(v))), "1")
     value = [] if f.type is bool else [str((f.metadata.get("choices") or [fitting])[0])]
     finetune = ["--option", "finetune"]

@@ -15,8 +15,10 @@ FLOORS = [
     ["run_llama"],
     [f"commands.{name}" for name in (
         # one for each --option
-        "finetune", "evaluate", "predict", "serve", "prompt", "generate", "lr_find", "verify_resume",
+        "finetune", "evaluate", "predict", "serve", "prompt", "generate", "lr_find", "verify_resume", "report",
         # what they share
+        "report_pages",
+        "past_runs",
         "confirm",
         "series",
         "one_run",
@@ -39,9 +41,15 @@ FLOORS = [
     )],
     ["minllama"],
     [f"training.{name}" for name in (
+        "advice",
+        "contradictions",
+        "pairs",
+        "comparisons",
+        "verdicts",
         "checks",
         "trainer",
         "task",
+        "loggers",
         "gradients",
         "diagnosis",
         "guards",
@@ -62,6 +70,10 @@ FLOORS = [
     ["dataset", "classifier"],
     ["llama", "tokenizer"],
     [f"formats.{name}" for name in (
+        "run_tables",
+        "run_logs",
+        "log_lines",
+        "past_run",
         "weights",
         "gguf",
         "holdout",
@@ -84,10 +96,10 @@ WITHOUT_TORCH = [
     "run_llama", "config.parser", "schedule", "tokenizer", "formats.memory", "formats.files", "formats.labels",
     "formats.tables", "formats.holdout", "formats.lines",
     "formats.gguf", "data.prepare", "data.download", "training.logs", "training.run_folder", "training.streams",
-    "training.signals", "training.course", "training.clock"]
+    "training.signals", "training.course", "training.clock", "commands.report"]
 # What a room may import inside a function: a library that takes over 0.2 s, or one that only some systems have.
 LATE = {"sklearn", "scipy", "matplotlib", "safetensors", "tokenizers", "sentencepiece", "gguf", "tqdm", "importlib",
-        "pyarrow", "fcntl", "msvcrt", "resource"}
+        "jinja2", "markupsafe", "pyarrow", "tensorboardX", "wandb", "mlflow", "fcntl", "msvcrt", "resource"}
 
 
 def path_of(room: str) -> Path:

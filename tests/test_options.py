@@ -1040,6 +1040,9 @@ TESTED = {
     "test_predict::test_threshold_says_unsure_below_it": "threshold",
     "test_serve::test_the_service_answers_as_predict_does_and_ends_on_a_signal": "host port",
     "test_lr_find::test_repeats_give_an_interval_and_confirm_ranks_by_dev_loss": "confirm",
+    "test_loggers::test_csv_and_tensorboard_have_the_numbers_of_the_jsonl": "logger",
+    "test_report::test_n_dev_says_how_much_is_chance": "n_dev",
+    "test_report::test_score_names_the_column_of_a_table": "score",
 }
 
 

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -51,6 +52,21 @@ def update_ratios(model: nn.Module, before: list[Tensor]) -> dict[str, float]:
         pair[0] += float((p.detach() - old).float().pow(2).sum())
         pair[1] += float(old.float().pow(2).sum())
     return {name: math.sqrt(update / weight) if weight else 0.0 for name, (update, weight) in sums.items()}
+
+
+SAMPLE = 2**14  # numbers of a parameter: enough for a histogram
+
+
+def sampled(model: nn.Module) -> dict[str, np.ndarray]:
+    """Some numbers of the present gradient of each layer group, float32 arrays: of each parameter at most SAMPLE, in
+    equal distances. Nothing is drawn and nothing changed."""
+    found: dict[str, list[np.ndarray]] = {}
+    for name, p in model.named_parameters():
+        if p.grad is not None:
+            numbers = numbers_of(p.grad).detach().flatten()
+            some = numbers[:: -(-numbers.numel() // SAMPLE) or 1]
+            found.setdefault(layer_group(name), []).append(some.float().cpu().numpy().copy())
+    return {name: np.concatenate(parts) for name, parts in found.items()}
 
 
 def find_not_finite(model: nn.Module, device: Device, losses_of: Callable[[dict[str, Tensor]], Tensor],

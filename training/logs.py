@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, BinaryIO, TextIO
+from typing import Any, BinaryIO, Protocol, TextIO
 
 from config import shown
 from formats import files
@@ -126,6 +126,7 @@ class Event:
 
 
 FILES: dict[type, str] = {StepRecord: "steps.jsonl", EpochRecord: "epochs.jsonl", Event: "events.jsonl"}
+TABLES: dict[type, str] = {StepRecord: "steps.csv", EpochRecord: "epochs.csv"}  # the same columns, see --logger csv
 
 
 def columns(record: StepRecord | EpochRecord | Event) -> dict[str, Any]:
@@ -138,13 +139,28 @@ def columns(record: StepRecord | EpochRecord | Event) -> dict[str, Any]:
 # --------------------------------------------------------------------------- the files
 
 
+class Mirror(Protocol):
+    """What follows the JSONL files as they are written: training.loggers.Loggers. It raises no errors."""
+
+    def start(self) -> None:
+        """The files hold now what counts: go on from there."""
+
+    def write(self, record: StepRecord | EpochRecord | Event) -> None:
+        """A line has been written."""
+
+    def flush(self) -> None:
+        """Everything that was written must be on the disk."""
+
+
 class RunLogs:
     """The three JSONL files of a run, open for appending. A running sha256 of each says whether it is what was written.
 
-    Use it as a context manager. Raises OSError when a file is a link or a device, and when the disk is full.
+    Use it as a context manager. Raises OSError when a file is a link or a device, and when the disk is full. `mirror`
+    is told of each line, and of lines that are cut off.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, mirror: Mirror | None = None):
+        self.mirror = mirror
         self.paths = {name: folder / name for name in FILES.values()}
         self.open: dict[str, BinaryIO] = {}
         self.digests: dict[str, Any] = {}
@@ -157,6 +173,8 @@ class RunLogs:
                 self.open[name] = stack.enter_context(open(path, "ab", buffering=0, opener=files.no_follow))
                 self.digests[name] = files.hash_of(path)
             self.stack = stack.pop_all()
+        if self.mirror:
+            self.mirror.start()
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -167,11 +185,15 @@ class RunLogs:
         """Append a record's line to its file. A reader sees it at once."""
         name = FILES[type(record)]
         self.digests[name].update(_write_line(self.open[name], columns(record)))
+        if self.mirror:
+            self.mirror.write(record)
 
     def flush(self) -> None:
         """Everything is on the disk afterwards: a state must not know of lines that are not."""
         for file in self.open.values():
             os.fsync(file.fileno())
+        if self.mirror:
+            self.mirror.flush()
 
     def sizes(self) -> dict[str, int]:
         """The length of each file in bytes."""
@@ -209,6 +231,8 @@ class RunLogs:
             elif has > size:
                 with open(path, "rb+", opener=files.no_follow) as file:
                     file.truncate(size)
+        if self.mirror and self.open:
+            self.mirror.start()
 
     def has_lines(self) -> bool:
         """Is there anything in one of the files?"""

@@ -20,14 +20,15 @@ from dataclasses import Field, asdict, fields
 from pathlib import Path
 from typing import Any
 
-from config import InputError, RunConfig, integers, options, value_type
+from config import InputError, RunConfig, integers, names_in, options, value_type
 from formats import files
 from training import logs
 
 LOGS = tuple(logs.FILES.values())
+TABLES = tuple(logs.TABLES.values())  # of --logger csv
 PREDICTIONS = ("dev-predictions.txt", "test-predictions.txt")
 SPLITS = ("train-split.jsonl", "dev-split.jsonl")  # where dev was held out of the training file
-FOLDERS = ("last", "best", ".best.old", ".best.tmp")
+FOLDERS = ("last", "best", ".best.old", ".best.tmp", "loggers")
 ROOT = Path(__file__).resolve().parent.parent
 RUN_FILE, RESULT, LOCK = "args.json", "result.json", ".lock"
 
@@ -38,7 +39,7 @@ class RunFolder:
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self.args, self.result, self.lock_file = (self.path / name for name in (RUN_FILE, RESULT, LOCK))
-        self.best, self.last = self.path / "best", self.path / "last"
+        self.best, self.last, self.loggers = (self.path / name for name in ("best", "last", "loggers"))
         self.steps, self.epochs = (self.path / logs.FILES[kind] for kind in (logs.StepRecord, logs.EpochRecord))
 
     def __str__(self) -> str:
@@ -58,11 +59,14 @@ class RunFolder:
     def check(self) -> None:
         """Raises OSError where a link, a device or a pipe stands in the place of a file of the run: it may come from
         somebody else, and would lead out of the folder. The folder itself may be a link."""
-        for name in (RUN_FILE, *LOGS, RESULT, *PREDICTIONS, *SPLITS, LOCK):
+        for name in (RUN_FILE, *LOGS, *TABLES, RESULT, *PREDICTIONS, *SPLITS, LOCK):
             files.check_plain(self.path / name)
         for name in FOLDERS:
             files.check_plain(self.path / name, is_folder=True)
-            files.check_tree(self.path / name)
+            if name != self.loggers.name:
+                files.check_tree(self.path / name)
+        for path in self.loggers.glob("*"):  # deeper, wandb itself makes links, and nothing there is read or replaced
+            files.check_plain(path, is_folder=path.is_dir())
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -242,7 +246,7 @@ def open_run(config: RunConfig) -> RunFolder:
             if asks_for_series(options_in(folder)):
                 _remove_series(path)
             _remove_run(path)
-    elif in_the_way := _in_the_way(path, config.option):
+    elif in_the_way := _in_the_way(path, config):
         if not config.overwrite:
             raise FileExistsError(f"{path / in_the_way}: there is such a file already, and this would replace it; "
                                   "--overwrite allows that, or choose another --output_dir")
@@ -294,6 +298,7 @@ def _remove_series(path: Path) -> None:
 def _remove_run(path: Path) -> None:
     """Remove the files of the run in a folder. After a kill in between, this must still be seen to be a run, but not a
     finished one: result.json goes first, args.json last."""
+    tables = _tables_of(options_in(RunFolder(path)).get("logger"))
     (path / RESULT).unlink(missing_ok=True)
     for name in FOLDERS:
         if (path / name).exists():
@@ -302,18 +307,25 @@ def _remove_run(path: Path) -> None:
             os.replace(path / name, gone)
             shutil.rmtree(gone, ignore_errors=True)
     files.remove_temporary_files(path)
-    for name in (*LOGS, *PREDICTIONS, *SPLITS, RUN_FILE):
+    for name in (*LOGS, *tables, *PREDICTIONS, *SPLITS, RUN_FILE):
         (path / name).unlink(missing_ok=True)
 
 
-def _in_the_way(path: Path, option: str) -> str:
-    """The name of a file that a run of this --option would replace; "" where there is none. The result.json of an
+def _in_the_way(path: Path, config: RunConfig) -> str:
+    """The name of a file that a run with these options would replace; "" where there is none. The result.json of an
     lr_find makes way for a fine-tuning run: it says nothing that the others do not have."""
     names = {"lr_find": (RESULT, "lr_find.csv", "lr_find.png"), "verify_resume": (RESULT,)}
-    for name in names.get(option, (RESULT, *LOGS, *PREDICTIONS, *SPLITS)):
-        if (path / name).exists() and not (name == RESULT and option == "finetune" and _is_of_lr_find(path / name)):
+    of_a_run = (RESULT, *LOGS, *_tables_of(config.logger), *PREDICTIONS, *SPLITS)
+    for name in names.get(config.option, of_a_run):
+        if (path / name).exists() and not (
+                name == RESULT and config.option == "finetune" and _is_of_lr_find(path / name)):
             return name
     return ""
+
+
+def _tables_of(logger: Any) -> tuple[str, ...]:
+    """The tables that a run with this --logger writes: without csv, they are somebody else's."""
+    return TABLES if isinstance(logger, str) and "csv" in names_in(logger) else ()
 
 
 def _is_of_lr_find(result: Path) -> bool:

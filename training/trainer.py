@@ -24,6 +24,7 @@ from training.bar import Bar
 from training.clock import Clock
 from training.course import Course, course_of
 from training.device import Device
+from training.loggers import Loggers
 from training.run_folder import RunFolder
 from training.signals import SIGNALS, stoppable
 from training.state import Progress
@@ -50,13 +51,14 @@ class Loop:
     --epochs says; `on_step(step, loss)` ends it when it returns True. With `evaluate=False` there are no evaluations,
     no epoch lines, and no best model. `series`: the folder of the --seeds or --folds that the run belongs to, which is
     what a stopped run is resumed by. `described`: what the run's args.json holds; its id and its options are in each
-    state. `clock`: how long it may take, see --max_minutes.
+    state. `clock`: how long it may take, see --max_minutes. `loggers`: those of --logger.
     """
 
     def __init__(
         self, job: Job, config: RunConfig, device: Device, folder: RunFolder | None = None, *,
         max_steps: int | None = None, evaluate: bool = True, on_step: Callable[[int, float], bool] | None = None,
         series: RunFolder | None = None, described: dict[str, Any] | None = None, clock: Clock | None = None,
+        loggers: Loggers | None = None,
     ):
         self.job, self.model, self.task, self.optimizer = job, job.model, job.task, job.optimizer
         self.config, self.device, self.folder = config, device, folder
@@ -73,8 +75,8 @@ class Loop:
         self.started = time.perf_counter()
         self.saved: tuple | None = None
         self.described = described or {}
-        self.logs = logs.RunLogs(folder.path) if folder else None
-        self.clock = clock or Clock()
+        self.clock, self.loggers = clock or Clock(), loggers or Loggers()
+        self.logs = logs.RunLogs(folder.path, self.loggers) if folder else None
         self.bar = self.new_bar()
 
     # ----------------------------------------------------------------------- the course of a run
@@ -158,6 +160,8 @@ class Loop:
         lr = self.set_lr()
         weighted, unweighted = self.accumulate(rows)
         norm = gradients.clip_(self.parameters, config.max_grad_norm, config.max_grad_value)
+        if progress.window + 1 in (self.course.marks()[progress.evaluated], self.course.end_of(progress.epoch)):
+            self.loggers.take_gradients(self.model)  # an evaluation follows
         together = torch.cat((torch.stack((weighted.mean(), norm)), weighted, unweighted))
         (loss, norm_value), losses, plain = np.split(together.tolist(), (2, 2 + len(rows)))  # one wait for the device
         finite = math.isfinite(loss) and math.isfinite(norm_value)

@@ -1,0 +1,259 @@
+"""What one line of a log says: a heading, a command, an epoch, a final accuracy, a summary, a row of a table.
+
+Everything takes time linear in the text. Nothing is guessed: what does not look like what a run prints is prose.
+"""
+
+import re
+import shlex
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+
+from formats.past_run import FLAGS, NAMES, NUMBER, Claim, Epoch, option_name, plain
+
+LONGEST = 20_000  # characters of a line that are looked at for a command, a heading or a summary
+SERIES_LEVEL = 7  # the rank of `seed-1337:`, below every heading of Markdown
+
+
+@dataclass(frozen=True)
+class Heading:
+    """### Try 3: `level` is the number of signs, 7 for the `seed-1337:` of a series."""
+
+    line: int
+    level: int
+    text: str
+    options: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Command:
+    """python run_llama.py --lr 1e-5 ..."""
+
+    line: int
+    options: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Final:
+    """`dev acc :: 0.435` at the end of a run. `split`: "dev" or "test"."""
+
+    line: int
+    split: str
+    value: float
+
+
+@dataclass(frozen=True)
+class Ended:
+    """`best :: epoch 2 of 10 (chosen by dev_acc), stopped: patience`."""
+
+    line: int
+    epoch: float
+    planned: int
+    monitor: str
+    stopped: str
+
+
+@dataclass(frozen=True)
+class Majority:
+    """`dev baselines :: majority 0.364, ...`"""
+
+    line: int
+    value: float
+
+
+@dataclass(frozen=True)
+class NumberedEpoch:
+    epoch: Epoch
+
+
+Said = Heading | Command | Final | Ended | Majority | Claim | NumberedEpoch
+
+EPOCH = re.compile(
+    rf"epoch\s{{0,3}}(\d{{1,9}}(?:\.\d{{1,9}})?)\s{{0,3}}:\s{{0,3}}train loss\s{{0,3}}::\s{{0,3}}({NUMBER}),\s{{0,3}}"
+    rf"train acc\s{{0,3}}::\s{{0,3}}({NUMBER}),\s{{0,3}}dev acc\s{{0,3}}::\s{{0,3}}({NUMBER})"
+    rf"(?:,\s{{0,3}}lr\s{{0,3}}::\s{{0,3}}({NUMBER}))?(, collapsed: )?", re.IGNORECASE)
+FINAL = re.compile(rf"(?:^|(?<=\]))\s*(dev|test) acc\s{{0,3}}::\s{{0,3}}({NUMBER})(?![\d.]*\s*(?:\+-|±|\+/-))",
+                   re.IGNORECASE)
+ENDED = re.compile(r"best :: epoch ([\d.]{1,20}) of (\d{1,9}) \(chosen by (\w{1,20})\), stopped: ([\w -]{1,60})")
+MAJORITY = re.compile(rf"dev baselines :: majority ({NUMBER})")
+SERIES = re.compile(r"(seed|fold)-(\d{1,19}):")
+IN_HEADING = re.compile(r"(?:--([A-Za-z][\w-]{0,40})(?:\s?=\s?|\s)|(?<![\w-])([A-Za-z][\w-]{0,40})\s?=\s?)"
+                        r"([^\s,;()|`*]{1,80})")
+# What a summary says: `best dev accuracy: 0.435`, `test acc = 40.8%`, `best epoch 7`.
+CLAIM = re.compile(
+    r"(?<![\w/-])(?:(best|peak|highest|max)\s)?(dev|test)\s(?:set\s)?acc(?:uracy)?(?![a-z])[\s:=*|`]{1,8}"
+    r"(?:(?:is|was|of)[\s*`]{1,4})?(\d{0,3}\.?\d{1,9}(?!\d))(\s?%)?", re.IGNORECASE)
+CLAIMED_EPOCH = re.compile(
+    r"(?<![\w-])best\sepoch[\s:=*|`]{1,8}(?:(?:is|was)[\s*`]{1,4})?(\d{1,6}(?:\.\d{1,4})?)(?!\d)", re.IGNORECASE)
+PROMPT_WORDS = {"nohup", "time", "srun", "sudo", "torchrun", "exec", "-m", "then", "do"}
+
+
+def lines_of(text: str) -> Iterator[tuple[int, str]]:
+    """The lines of a text with their numbers from 1, each part of one that a progress bar has written over on its own;
+    a command that goes on with \\, ^ or ` is one line."""
+    joined, first = "", 0
+    if "\x1b" in text:
+        text = re.sub(r"\x1b\[[0-9;]{0,20}[A-Za-z]", "", text)  # colours, and the cursor moves of a progress bar
+    for number, whole in enumerate(text.replace("\r\n", "\n").replace("\r\r", "\r").split("\n"), 1):
+        for part in whole.split("\r"):
+            line = part.replace("\ufeff", "").rstrip()
+            goes_on = line.endswith(("\\", " ^", " `")) and len(joined) < LONGEST
+            if goes_on and (joined or _program_at(line) is not None):
+                first, joined = first or number, f"{joined}{line[:-1]} "
+                continue
+            if joined:
+                yield first, joined + line
+                first, joined = 0, ""
+            elif line:
+                yield number, line
+    if joined:
+        yield first, joined
+
+
+def say_of(number: int, line: str) -> list[Said]:
+    """What a line says, in its order; [] for prose. Rows of tables are for `table_claims`."""
+    if "::" in line:
+        said = list(_measured(number, line))
+        if said:
+            return said
+    line = line[:LONGEST]
+    if (command := command_of(number, line)) is not None:
+        return [command]
+    if heading := heading_of(number, line):
+        return [heading]
+    return list(_claims(number, line))
+
+
+def _measured(number: int, line: str) -> Iterator[Said]:
+    """What a run itself prints. A progress bar may stand in front of it, on the same line."""
+    end = 0
+    for found in EPOCH.finditer(line):
+        end = found.end()
+        at, loss, train, dev, lr, collapsed = found.groups()
+        yield NumberedEpoch(Epoch(float(at), float(loss), float(train), float(dev), float(lr) if lr else None,
+                                  bool(collapsed), number))
+    rest = line[end:]
+    if ended := ENDED.search(rest):
+        at, planned, monitor, stopped = ended.groups()
+        if at.count(".") <= 1 and at.strip("."):
+            yield Ended(number, float(at), int(planned), monitor, stopped.strip())
+    if share := MAJORITY.search(rest):
+        yield Majority(number, float(share[1]))
+    for final in FINAL.finditer(rest):
+        value = float(final[2])
+        if 0 <= value <= 1:
+            yield Final(number, final[1].lower(), value)
+
+
+# --------------------------------------------------------------------------- commands and headings
+
+
+def _program_at(line: str) -> int | None:
+    """Where the arguments of a command line begin: behind the `.py` of a program that nothing but a prompt, an
+    interpreter and settings stand in front of. None where the line is prose."""
+    found = ".py" in line and re.search(r"(?:^|[\s`/\\\"'])([\w.-]{1,80}\.py)(?![\w.])", line[:2000])
+    if not found:
+        return None
+    for word in line[: found.start(1)].split():
+        bare = word.strip("`*_|\"'")
+        is_path = bare.endswith(("/", "\\"))
+        if not (not re.search(r"\w", bare) or bare.endswith(("$", "#", ">", "%", "!", ":")) or is_path or "=" in bare
+                or (bare.startswith("(") and bare.endswith(")")) or bare.isdigit() or bare.lower() in PROMPT_WORDS
+                or re.search(r"python[\d.]*(\.exe)?$", bare) or bare.startswith("--")):
+            return None
+    return found.end(1)
+
+
+def command_of(number: int, line: str) -> Command | None:
+    """The options of a command line that is, but for a prompt, the whole line. One that has no option at all, such as
+    `python data/prepare.py movies`, starts no run."""
+    at = _program_at(line)
+    if at is None or "--" not in line[at:]:
+        return None
+    rest = re.split(r"\s(?:\||>|>>|2>|&>|&&|&|;)|`|;\s|\s#\s", line[at:], maxsplit=1)[0]
+    words = rest.split()
+    if re.search(r"[\"'\\]", rest):
+        with suppress(ValueError):  # a quote that is not closed
+            words = shlex.split(rest)
+    found: dict[str, str] = {}
+    i = 0
+    while i < len(words):
+        word = words[i]
+        i += 1
+        if not re.match(r"--\w", word):
+            continue
+        typed, equals, value = word.partition("=")
+        name = option_name(typed)
+        if not equals:
+            value = "on"
+            if name not in FLAGS and i < len(words) and not words[i].startswith("--"):
+                value = words[i]
+                i += 1
+        found[name] = plain(value)
+    return Command(number, found) if found else None
+
+
+def heading_of(number: int, line: str) -> Heading | None:
+    """A Markdown heading, or the line `seed-1337:` with which a series announces a run."""
+    if "#" not in line[:10] and not line.endswith(":"):
+        return None
+    if found := re.match(r"\s{0,3}(#{1,6})\s+(\S.*)", line):
+        text = found[2].strip().rstrip("#").strip(" *_`") or found[2].strip()
+        return Heading(number, len(found[1]), text[:200], options_in(text[:1000]))
+    if found := SERIES.fullmatch(line.strip()):
+        own = {"seed": plain(found[2])} if found[1] == "seed" else {"fold": plain(found[2])}
+        return Heading(number, SERIES_LEVEL, f"{found[1]}-{found[2]}", own)
+    return None
+
+
+def options_in(text: str) -> dict[str, str]:
+    """The options that a heading names: `lr=1e-5`, `--lr 1e-5`, `lr = 1e-5`. A number alone says nothing."""
+    pairs = [(option_name(dashed or typed), value) for dashed, typed, value in IN_HEADING.findall(text)]
+    return {name: plain(value) for name, value in pairs if name in NAMES.values()}
+
+
+# --------------------------------------------------------------------------- summaries
+
+
+def _claims(number: int, line: str) -> Iterator[Claim]:
+    lower = line.lower()
+    if "acc" not in lower and "best" not in lower or is_row(line) or "+-" in line or "±" in line:  # a mean of several
+        return
+    for found in CLAIM.finditer(line):
+        if claim := accuracy_claim(number, found[2], found[3] + (found[4] or ""), bool(found[1])):
+            yield claim
+    for found in CLAIMED_EPOCH.finditer(line):
+        yield Claim(number, "best epoch", float(found[1]), 0)
+
+
+def accuracy_claim(number: int, split: str, text: str, is_best: bool = False,
+                   row: dict[str, str] | None = None) -> Claim | None:
+    """An accuracy from a person's text: 0.408, 40.8%, **0.408**. None where it is none."""
+    digits = re.search(r"\d+\.\d+|\.\d+|\d+", text)
+    if not digits:
+        return None
+    value, decimals = float(digits[0]), len(digits[0].partition(".")[2])
+    if "%" in text or value > 1:
+        value, decimals = value / 100, decimals + 2
+    if not 0 <= value <= 1 or decimals < 2:
+        return None
+    what = "test" if split.lower() == "test" else "best dev" if is_best else "dev"
+    return Claim(number, what, value, decimals, row or {})
+
+
+def is_row(line: str) -> bool:
+    """Is this a row of a Markdown table?"""
+    return line.count("|") >= 2 and line.lstrip().startswith("|")
+
+
+def cells_of(line: str) -> list[str]:
+    """The cells of a row of a Markdown table, without bold marks and code marks."""
+    inner = line.strip()
+    inner = inner[1:] if inner.startswith("|") else inner
+    inner = inner[:-1] if inner.endswith("|") else inner
+    return [cell.replace("**", "").replace("__", "").strip(" `*") for cell in inner.split("|")]
+
+
+def is_ruler(cells: list[str]) -> bool:
+    """Is this the line |---|:--:| under a table's header?"""
+    return bool(cells) and all(re.fullmatch(r":?-+:?", cell.replace(" ", "")) for cell in cells)

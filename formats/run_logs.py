@@ -1,0 +1,283 @@
+"""A plain text log, as people keep them, to runs: what is not in it stays unknown."""
+
+import bisect
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+
+from formats import log_lines
+from formats.log_lines import Command, Ended, Final, Heading, Majority, NumberedEpoch
+from formats.past_run import Claim, Epoch, PastRun, name_of_column, plain
+
+
+@dataclass
+class _Draft:
+    """A run while its lines are read."""
+
+    line: int
+    epochs: dict[float, Epoch] = field(default_factory=dict)
+    first: float = math.inf  # the lowest epoch, the highest, and the one that was read last
+    top: float = -1.0
+    last: float = -1.0
+    finals: dict[str, list[float]] = field(default_factory=lambda: {"dev": [], "test": []})
+    ended: Ended | None = None
+    majority: float | None = None
+    claims: list[Claim] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def has_ended(self) -> bool:
+        return bool(self.finals["dev"] or self.finals["test"] or self.ended)
+
+    def is_begun_anew_by(self, epoch: Epoch) -> bool:
+        """Does the count of the epochs start again? Not when a line is doubled, when two stand the wrong way round, or
+        when a resumed run prints an epoch again."""
+        if epoch.number > self.top:
+            return False
+        first, same = self.first, self.epochs.get(epoch.number)
+        if same is None:
+            return epoch.number < first and self.last - epoch.number > 2
+        is_doubled = same.scores() == epoch.scores()
+        if self.has_ended():
+            return True
+        if epoch.number == self.last:
+            return epoch.number == first and not is_doubled
+        return epoch.number == first or not is_doubled and epoch.number <= 2 < self.last - epoch.number
+
+    def add(self, epoch: Epoch) -> None:
+        old = self.epochs.get(epoch.number)
+        if not all(0 <= acc <= 1 or math.isnan(acc) for acc in (epoch.train_acc, epoch.dev_acc)):
+            self.notes.append(f"line {epoch.line}: epoch {epoch.number:g} has an accuracy that is not between 0 and 1; "
+                              "the line is left out")
+            return
+        if old and old.scores() != epoch.scores():
+            self.notes.append(f"epoch {epoch.number:g} stands there twice: dev acc {old.dev_acc:g} in line {old.line}, "
+                              f"{epoch.dev_acc:g} in line {epoch.line}; the later one counts")
+        self.epochs[epoch.number] = epoch
+        self.first, self.top = min(self.first, epoch.number), max(self.top, epoch.number)
+        self.last = epoch.number
+
+
+@dataclass
+class _Section:
+    """What stands under a heading: runs and commands in their order."""
+
+    heading: Heading | None
+    parts: list[_Draft | Command] = field(default_factory=list)
+
+    def runs(self) -> list[_Draft]:
+        return [part for part in self.parts if isinstance(part, _Draft)]
+
+    def commands(self) -> list[Command]:
+        return [part for part in self.parts if isinstance(part, Command)]
+
+
+def read_runs(text: str, name: str) -> list[PastRun]:
+    """The runs of a log in their order; [] where there is none. `name`: of the file, for what has no other name."""
+    sections, rows = _sections(text)
+    runs: list[PastRun] = []
+    have_passed_on: set[int] = set()  # the sections whose command belongs to a run below a heading of a lower rank
+    for section, above in zip(sections, _sections_above(sections), strict=True):
+        inherited = None
+        is_of_series = section.heading is not None and section.heading.level == log_lines.SERIES_LEVEL
+        if above and section.runs() and above.commands() and not above.runs() and (
+                is_of_series or id(above) not in have_passed_on):
+            inherited = above.commands()[-1]
+            have_passed_on.add(id(above))
+        for draft, command in zip(section.runs(), _commands_of_runs(section, inherited), strict=True):
+            if draft.epochs:
+                runs.append(_finished(draft, command, _name_of(section, above), section.heading, name))
+    return _with_tables(_with_names(runs, name), rows)
+
+
+def _sections(text: str) -> tuple[list[_Section], list[tuple[int, str]]]:
+    """The text cut at its headings, and the rows of the tables in it."""
+    sections: list[_Section] = [_Section(None)]
+    rows: list[tuple[int, str]] = []
+    run_above: _Draft | None = None
+    for number, line in log_lines.lines_of(text):
+        if log_lines.is_row(line):
+            rows.append((number, line))
+        for said in log_lines.say_of(number, line):
+            if isinstance(said, Heading):
+                sections.append(_Section(said))
+                run_above = None
+                continue
+            section = sections[-1]
+            if isinstance(said, Command):
+                section.parts.append(said)
+                continue
+            last = section.parts[-1] if section.parts else None
+            draft = last if isinstance(last, _Draft) else None
+            if isinstance(said, NumberedEpoch):
+                if draft is None or draft.is_begun_anew_by(said.epoch):
+                    draft = _Draft(number)
+                    section.parts.append(draft)
+                draft.add(said.epoch)
+                run_above = draft
+            elif isinstance(said, Claim):
+                if run_above:  # a command may stand between a run and its summary
+                    run_above.claims.append(said)
+            elif draft is not None:  # final lines without epochs above them belong to no run that is known
+                if isinstance(said, Final):
+                    draft.finals[said.split].append(said.value)
+                elif isinstance(said, Ended):
+                    draft.ended = said
+                elif isinstance(said, Majority):
+                    draft.majority = said.value
+    return sections, rows
+
+
+# --------------------------------------------------------------------------- which command belongs to which run
+
+
+def _sections_above(sections: list[_Section]) -> list[_Section | None]:
+    """For each section the one that it is a part of: the last one before it whose heading is of a higher rank."""
+    above: list[_Section | None] = []
+    open_sections: list[_Section] = []
+    for section in sections:
+        while open_sections and _level(open_sections[-1]) >= _level(section):
+            open_sections.pop()
+        above.append(open_sections[-1] if open_sections else None)
+        open_sections.append(section)
+    return above
+
+
+def _level(section: _Section) -> int:
+    return section.heading.level if section.heading else 0
+
+
+def _name_of(section: _Section, above: _Section | None) -> str:
+    """What its heading calls it: `seed-1337` of a series with the series' own in front."""
+    if section.heading is None:
+        return ""
+    if section.heading.level == log_lines.SERIES_LEVEL and above and above.heading:
+        return f"{above.heading.text}/{section.heading.text}"
+    return section.heading.text
+
+
+def _commands_of_runs(section: _Section, inherited: Command | None) -> list[Command | None]:
+    """For each run of a section the command that belongs to it: the one in front, or where a section begins with a run
+    and ends with a command, the one behind. `inherited`: that of the section above, such as the command over a
+    `### Output`; it is for the first run. None where it is not known."""
+    parts, runs = section.parts, section.runs()
+    if not section.commands():
+        return [inherited if n == 0 else None for n in range(len(runs))]
+    is_behind = isinstance(parts[0], _Draft) and isinstance(parts[-1], Command)
+    found: list[Command | None] = []
+    for i, part in enumerate(parts):
+        if isinstance(part, _Draft):
+            beside = i + 1 if is_behind else i - 1
+            other = parts[beside] if 0 <= beside < len(parts) else None
+            found.append(other if isinstance(other, Command) else None)
+    return found
+
+
+def _finished(draft: _Draft, command: Command | None, name: str, heading: Heading | None, source: str) -> PastRun:
+    options = {**(command.options if command else {}), **(heading.options if heading else {})}
+    if heading and heading.level == log_lines.SERIES_LEVEL:
+        options = {name: value for name, value in options.items() if name not in ("seeds", "output_dir")}
+    notes = list(draft.notes)
+    numbers = sorted(draft.epochs)
+    whole = [n for n in numbers if n == int(n)]
+    if whole and len(whole) == len(numbers):
+        first, last = int(whole[0]), int(whole[-1])
+        missing = last - min(first, 1) + 1 - len(whole)
+        if missing > 0:
+            notes.append(f"{missing} of the epochs up to {last} {'is' if missing == 1 else 'are'} not in the log")
+    for split, values in draft.finals.items():
+        if len(set(values)) > 1:
+            said = ", ".join(f"{value:g}" for value in values[:5])
+            notes.append(f"{split} acc stands there {len(values)} times: {said}; the last one counts")
+    ended = draft.ended
+    typed_epochs = options.get("epochs", "")
+    planned = ended.planned if ended else int(typed_epochs) if typed_epochs.isdecimal() and (
+        len(typed_epochs) < 9) else None
+    return PastRun(
+        name=name, source=f"{source}:{draft.line}", options=options,
+        known_by="command" if command else "heading" if options else "", given=frozenset(options),
+        epochs=tuple(draft.epochs[n] for n in numbers),
+        dev=draft.finals["dev"][-1] if draft.finals["dev"] else None,
+        test=draft.finals["test"][-1] if draft.finals["test"] else None,
+        said_best=ended.epoch if ended else None, monitor=ended.monitor if ended else options.get("monitor", ""),
+        planned=planned, stopped=ended.stopped if ended else "", majority=draft.majority, claims=tuple(draft.claims),
+        notes=tuple(notes))
+
+
+def _with_names(runs: list[PastRun], name: str) -> list[PastRun]:
+    """Each run with a name of its own: its heading's, else the file's, with -2, -3 behind one that is taken."""
+    taken: set[str] = set()
+    counts: dict[str, int] = {}
+    named = []
+    for run in runs:
+        base = run.name or name
+        own = base
+        while own in taken:
+            counts[base] = counts.get(base, 1) + 1
+            own = f"{base}-{counts[base]}"
+        taken.add(own)
+        named.append(replace(run, name=own))
+    return named
+
+
+# --------------------------------------------------------------------------- tables in the text
+
+
+def _with_tables(runs: list[PastRun], rows: list[tuple[int, str]]) -> list[PastRun]:
+    """What the tables of a log say of its runs, as claims of these. A row is about the run that it names, or about the
+    only one with its options; a table of one row without any is about the run above it."""
+    claims: list[list[Claim]] = [[] for _ in runs]
+    starts = [min(epoch.line for epoch in run.epochs) for run in runs]
+    by_name = {run.name.casefold(): i for i, run in enumerate(runs)}
+    known = {name for run in runs for name in run.options}
+    by_options: dict[tuple[str, ...], dict[tuple[str | None, ...], list[int]]] = {}
+    for table in _tables(rows):
+        for line, row in table:
+            if not (found := _claims_of_row(line, row)):
+                continue
+            named = {by_name[cell.casefold()] for cell in row.values() if cell.casefold() in by_name}
+            cells = {name_of_column(header): plain(cell) for header, cell in row.items()}
+            columns = tuple(sorted(cells.keys() & known))
+            if columns not in by_options:
+                by_options[columns] = {}
+                for i, run in enumerate(runs):
+                    by_options[columns].setdefault(tuple(run.options.get(c) for c in columns), []).append(i)
+            alike = by_options[columns].get(tuple(cells[c] for c in columns), []) if columns else []
+            if not named and not columns and len(table) == 1:
+                alike = [bisect.bisect(starts, line) - 1]
+            which = next(iter(named)) if len(named) == 1 else alike[0] if not named and len(alike) == 1 else -1
+            if which >= 0 and starts[which] < line:
+                claims[which] += found
+    return [replace(run, claims=run.claims + tuple(more)) for run, more in zip(runs, claims, strict=True)]
+
+
+def _tables(rows: Iterable[tuple[int, str]]) -> list[list[tuple[int, dict[str, str]]]]:
+    """Rows of Markdown to tables: for each row its line and its cells by their column."""
+    tables: list[list[tuple[int, dict[str, str]]]] = []
+    header: list[str] = []
+    before: tuple[int, list[str]] = (-2, [])
+    for number, line in rows:
+        cells = log_lines.cells_of(line)
+        if log_lines.is_ruler(cells) and before[0] == number - 1:
+            header = before[1]
+            tables.append([])
+        elif header and before[0] == number - 1:
+            tables[-1].append((number, dict(zip(header, cells, strict=False))))
+        else:
+            header = []
+        before = (number, cells)
+    return [table for table in tables if table]
+
+
+def _claims_of_row(line: int, row: dict[str, str]) -> list[Claim]:
+    claims = []
+    for header, cell in row.items():
+        words = header.casefold().replace("_", " ").split()
+        is_best = bool({"best", "peak", "highest", "max"} & set(words))
+        others = {name: value for name, value in row.items() if name != header}
+        if "epoch" in words and is_best:
+            if cell.isdecimal() and len(cell) < 9:
+                claims.append(Claim(line, "best epoch", float(cell), 0, others))
+        elif split := next((s for s in ("dev", "test") if s in words and "loss" not in words), None):
+            if claim := log_lines.accuracy_claim(line, split, cell, is_best, others):
+                claims.append(claim)
+    return claims

@@ -1,0 +1,137 @@
+"""formats/run_logs.py, run_tables.py, past_run.py: a person's own log, with everything that such logs have in them."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from config import InputError
+from formats import past_run, run_logs, run_tables
+from training.contradictions import contradictions
+
+FILE = Path(__file__).parent / "logs" / "twelve_runs.md"
+
+# name, options, how many epochs, best epoch, its dev, dev and test at the end: read off the file by hand
+TWELVE = [
+    ("Try1", {"lr": "1e-05", "epochs": "3", "hidden_dropout_prob": "0.3", "use_gpu": "on"}, 3, 2, .408, .408, .415),
+    ("Try1-2", {"lr": "3e-05", "epochs": "3", "hidden_dropout_prob": "0.3"}, 3, 1, .42301, .42301, .42999),
+    ("Try1-3", {}, 2, 1, .38, None, None),
+    ("1e-4", {}, 5, 1, .430, .430, None),
+    ("lr=2e-5, hidden_dropout_prob = 0.5", {"lr": "2e-05", "hidden_dropout_prob": "0.5"}, 2, 1, .40, None, None),
+    ("After", {"lr": "5e-06", "epochs": "2"}, 2, 1, .390, .390, .388),
+    ("After-2", {"lr": "2e-06", "epochs": "2"}, 2, 1, .370, .370, .366),
+    ("Try8", {"lr": "1e-05", "epochs": "3", "hidden_dropout_prob": "0.8"}, 3, 2, .424, .424, .408),
+    ("Diverged", {"lr": "0.01", "epochs": "3"}, 3, 0, .260, .260, None),
+    ("Seeds/seed-1337", {"lr": "1e-05", "epochs": "2", "seed": "1337"}, 2, 1, .381, .381, .377),
+    ("Seeds/seed-1338", {"lr": "1e-05", "epochs": "2", "seed": "1338"}, 2, 1, .385, .385, .379),
+    ("Last one", {}, 3, 1, .421, .421, None),
+]
+
+
+def encoded(how: str) -> bytes:
+    text = FILE.read_bytes().decode("utf-8")
+    if how == "crlf":
+        return text.replace("\n", "\r\n").encode()
+    return text.encode(how)
+
+
+@pytest.mark.parametrize("how", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "crlf"])
+def test_twelve_runs_are_found_with_all_their_numbers_and_nothing_else(how):
+    runs = run_logs.read_runs(past_run.decode(encoded(how), FILE), str(FILE))
+    found = [(run.name, {k: v for k, v in run.options.items() if k != "option"}, len(run.epochs), run.best().number,
+              run.best().dev_acc, run.dev, run.test) for run in runs]
+    assert found == TWELVE
+
+
+def test_the_epochs_of_a_log_keep_their_numbers():
+    runs = {run.name: run for run in run_logs.read_runs(FILE.read_text(encoding="utf-8"), "log")}
+    first = runs["Try1"].epochs[0]
+    assert (first.number, first.train_loss, first.train_acc, first.dev_acc, first.lr) == (0, 1.611, .36, .337, 9.05e-6)
+    assert runs["Try1-2"].epochs[1].train_loss == 1.20345 and runs["Try1-2"].epochs[1].lr is None
+    assert [e.number for e in runs["1e-4"].epochs] == [0, 1, 3, 4, 6]
+    assert "2 of the epochs up to 6 are not in the log" in runs["1e-4"].notes
+    assert runs["Seeds/seed-1337"].majority == .262 and runs["Seeds/seed-1337"].planned == 2
+
+
+def test_a_number_that_was_copied_wrongly_is_named_with_both():
+    found = {run.name: contradictions(run) for run in run_logs.read_runs(FILE.read_text(encoding="utf-8"), "log")}
+    assert [name for name, lines in found.items() if lines] == ["Try8", "Last one"]
+    assert "0.568" in found["Try8"][0] and "0.408" in found["Try8"][0]
+    assert "epoch is 2" in found["Last one"][0] and "0.415" in found["Last one"][0] and "0.421" in found["Last one"][0]
+
+
+LINE = "epoch {}: train loss :: 1.0, train acc :: 0.4, dev acc :: {}\n"
+
+
+@pytest.mark.parametrize("numbers, n_runs", [
+    ([0, 1, 2, 0, 1], 2), ([0, 1, 1, 2], 1), ([0, 2, 1, 3], 1), ([2, 3, 4, 5, 0, 1], 2), ([0, 1, 10, 11, 2, 3], 1),
+    ([0, 1, 2, 0, 1, 2], 2), ([1, 2, 3, 1, 2, 3], 2), ([0.5, 1, 1.5, 0.5], 2)])
+def test_a_run_begins_where_the_count_starts_again(numbers, n_runs):
+    text = "".join(LINE.format(n, f"0.{30 + int(10 * n)}") for n in numbers)
+    assert len(run_logs.read_runs(text, "log")) == n_runs
+
+
+def test_prose_is_not_a_command_and_not_a_result():
+    text = ("Use `python run_llama.py --lr 3` for that. The dev acc :: 0.9 that I dreamt of.\n" + LINE.format(0, "0.3")
+            + "dev acc :: 0.412 +- 0.030 over 5 seeds\n")
+    run, = run_logs.read_runs(text, "log")
+    assert run.options == {} and run.known_by == "" and run.dev is None and run.claims == ()
+
+
+# --------------------------------------------------------------------------- tables
+
+
+def test_a_table_has_a_run_in_each_row():
+    text = ("notes\n\n| Try | learning rate | hidden-dropout-prob | train acc | dev acc | comment |\n"
+            "|---|:-:|--|--|--|--|\n| A | 1e-5 | 0.3 | 0.5 | **0.412** 🏆 | best |\n"
+            "| B | 0.00003 | 0.3 | 0.5 | 40.1% | |\n| C | 1 | 1 | 1 | ? | |\n")
+    runs, faults = run_tables.read_runs(text, "t.md", None)
+    assert [(run.name, run.options, run.score) for run in runs] == [
+        ("A", {"lr": "1e-05", "hidden_dropout_prob": "0.3"}, .412),
+        ("B", {"lr": "3e-05", "hidden_dropout_prob": "0.3"}, .401)]
+    assert faults == ["t.md:7: there is no number in the column 'dev acc'; the row is left out"]
+    assert [run.score for run in run_tables.read_runs(text, "t.md", "Train acc")[0]] == [.5, .5, 1]
+
+
+@pytest.mark.parametrize("text", ["lr,acc,note\n1e-5,0.41,x\n2e-5,0.42,\"y, z\"\n",
+                                  "lr\tacc\r\n1e-5\t0.41\r\n2e-5\t0.42\r\n", "lr;acc\n1e-5;0,41\n2e-5;0,42\n"])
+def test_csv_tsv_and_decimal_commas(text):
+    runs, faults = run_tables.read_runs(text, "t.csv", None)
+    assert [(run.options, run.score) for run in runs] == [({"lr": "1e-05"}, .41), ({"lr": "2e-05"}, .42)] and not faults
+
+
+def test_a_table_without_a_number_and_an_unknown_column_are_refused():
+    with pytest.raises(InputError, match="no column with numbers"):
+        run_tables.read_runs("name,note\na,b\nc,d\n", "t.csv", None)
+    with pytest.raises(InputError, match="no column 'f1'; there are lr, acc"):
+        run_tables.read_runs("lr,acc\n1,0.4\n", "t.csv", "f1")
+
+
+def test_a_binary_file_is_refused():
+    for raw in (b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + bytes(range(256)) * 20, b"PK\3\4" + b"\1\2\3\xff\xfe" * 200):
+        with pytest.raises(InputError, match="binary"):
+            past_run.decode(raw, Path("x"))
+
+
+# --------------------------------------------------------------------------- any text at all
+
+PIECES = st.lists(st.one_of(st.text(max_size=30), st.sampled_from([
+    "epoch 0: train loss :: 1.6, train acc :: 0.3, dev acc :: 0.31", "dev acc :: 0.4", "test acc :: 0.5", "\r", "\n",
+    "epoch 3: train loss :: nan, train acc :: nan, dev acc :: nan", "### lr=1e-5", "#", "seed-1:",
+    "epoch 999999999: train loss :: 1e999, train acc :: 7, dev acc :: -3", "python x.py --lr 'x \\", "|",
+    "| a | b |", "|---|---|", "| 1e-5 | **0.4** |", "best epoch: 3", "a,b", "1,2", "\0", "\x1b[A", "\ufeff", "epoch 1",
+    "best :: epoch . of 1 (chosen by x), stopped: y", "best dev acc = 99%"])), max_size=40)
+
+
+@given(PIECES)
+@settings(max_examples=200, deadline=None)
+def test_any_text_gives_runs_or_one_clear_message(pieces):
+    text = "\n".join(pieces)
+    runs = run_logs.read_runs(text, "log")
+    for run in runs:
+        assert run.epochs and contradictions(run) is not None
+    try:
+        run_tables.read_runs(text, "table", None)
+    except InputError as error:
+        assert "table:" in str(error) or str(error).startswith("table")

@@ -1,0 +1,289 @@
+"""Which runs belong together and which are compared: repeated seeds, pairs that differ in one option, the leader."""
+
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import combinations, product
+from pathlib import Path
+
+from config import options
+from formats.past_run import PastRun
+from training import comparisons
+from training.comparisons import ALPHA, Difference
+
+# Options that change where things are, what is said and what is kept, and not what is learned; and those of others.
+WITHOUT_EFFECT = {
+    "option", "run", "resume", "output_dir", "overwrite", "dev_out", "test_out", "keep_state", "save_every", "use_gpu",
+    "device", "kernels", "deterministic", "plan", "check_gradients", "overfit_batch", "detect_anomaly", "save_dtype",
+    "plots", "logger", "auto_batch", "grad_checkpoint", "seeds",
+    *(f.name for f in options() if "finetune" not in f.metadata["only"])}
+NOT_GIVEN = "not given"
+ASSUMED_N = 1101  # sentences in the dev set of SST-5, where neither a run nor --n_dev says it
+NO_DIFFERENCE = "these are no accuracies, or not on the same dev sentences"
+MOST_PAIRS = 2000  # pairs of runs that are compared, at most
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Runs that differ in their seed alone; most often one."""
+
+    runs: tuple[PastRun, ...]
+
+    @property
+    def name(self) -> str:
+        first = self.runs[0].name
+        return first if len(self.runs) == 1 else f"{first} and {len(self.runs) - 1} more seeds" if (
+            len(self.runs) > 2) else f"{first} and another seed"
+
+    def scores(self) -> list[float]:
+        return [score for run in self.runs if (score := run.peak()) is not None]
+
+    def mean(self) -> float:
+        return statistics.fmean(self.scores())
+
+    def by_seed(self) -> dict[str, float]:
+        return {run.options.get("seed", run.name): score for run in self.runs if (score := run.peak()) is not None}
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two settings that differ in one option, and what it did. `p`: after Holm's correction. `difference` is None where
+    the scores are no accuracies."""
+
+    option: str
+    old: str
+    new: str
+    first: Setting
+    second: Setting
+    difference: Difference | None
+    p: float
+
+    def is_told_apart(self) -> bool:
+        return self.p <= ALPHA
+
+    def words(self, n_pairs: int) -> str:
+        change = f"{self.option} {self.old} -> {self.new}: "
+        if self.difference is None:
+            return f"{change}{self.second.mean() - self.first.mean():+.4g}; nothing is said of chance: {NO_DIFFERENCE}"
+        found = self.difference
+        corrected = f" after Holm's correction for {n_pairs} pairs" if n_pairs > 1 else ""
+        verdict = f"more than chance (p = {self.p:.2g}{corrected})" if self.is_told_apart() else (
+            f"not to be told from chance (p = {self.p:.2g}{corrected})")
+        return f"{change}dev {found.words()}: {verdict}; {found.how}"
+
+
+# --------------------------------------------------------------------------- which options differ
+
+
+def options_of(run: PastRun) -> dict[str, str]:
+    return {name: value for name, value in run.options.items() if name not in WITHOUT_EFFECT}
+
+
+def differing(runs: Sequence[PastRun]) -> list[str]:
+    """The options, in the order of their names, whose values are not the same in all runs."""
+    names = {name for run in runs for name in options_of(run)}
+    return sorted(name for name in names if len({run.options.get(name) for run in runs}) > 1)
+
+
+def shown_value(run: PastRun, option: str) -> str:
+    """The value of an option in a run, for a person; an option that was not typed, and one that is not known."""
+    if option in run.options:
+        return run.options[option]
+    return {"command": NOT_GIVEN, "folder": "not set"}.get(run.known_by, "unknown")
+
+
+def settings(runs: Sequence[PastRun]) -> list[Setting]:
+    """The runs that have a score, those that differ in their seed alone together. Two runs with the same seed, or with
+    unknown options, are not repetitions of each other."""
+    together: dict[object, list[PastRun]] = {}
+    for i, run in enumerate(runs):
+        if run.peak() is None:
+            continue
+        own = options_of(run)
+        seed = own.pop("seed", None)
+        key: object = (_kind(run), frozenset(own.items()))
+        if seed is None or run.known_by not in ("folder", "command", "table") or any(
+                other.options.get("seed") == seed for other in together.get(key, [])):
+            key = i
+        together.setdefault(key, []).append(run)
+    return [Setting(tuple(members)) for members in together.values()]
+
+
+def _kind(run: PastRun) -> str:
+    """Runs of one kind know their options in the same way; a table's rows have only each other."""
+    return f"table {run.source.rpartition(':')[0]}" if run.known_by == "table" else run.known_by
+
+
+# --------------------------------------------------------------------------- pairs
+
+
+def pairs(found: Sequence[Setting], n_dev: int | None) -> list[Pair]:
+    """What each option did: the pairs of settings that differ in it alone, at most MOST_PAIRS of them, those with the
+    smallest p first."""
+    compared = [(*pair, compare(pair[3], pair[4], n_dev)) for pair in _differ_in_one(found)]
+    corrected = iter(comparisons.holm([difference.p for *_, difference in compared if difference]))
+    result = [Pair(*pair, p=next(corrected) if pair[-1] else 1.0) for pair in compared]
+    return sorted(result, key=lambda pair: (pair.p, pair.option, pair.old))
+
+
+def _differ_in_one(found: Sequence[Setting]) -> list[tuple[str, str, str, Setting, Setting]]:
+    """(option, one value, the other, the setting with the one, that with the other). Runs from folders are compared by
+    every option, with a log's by those that were typed."""
+    result: list[tuple[str, str, str, Setting, Setting]] = []
+    seen: set[tuple[int, int]] = set()
+    for group in _comparable(found):
+        names = sorted({name for _, own in group for name in own})
+        varying = [name for name in names if len({own.get(name) for _, own in group}) > 1]
+        for option in varying:
+            rest = [name for name in varying if name != option]
+            alike: dict[tuple[str | None, ...], dict[str | None, list[Setting]]] = {}
+            for setting, own in group:
+                by_value = alike.setdefault(tuple(own.get(name) for name in rest), {})
+                by_value.setdefault(own.get(option), []).append(setting)
+            for by_value in alike.values():
+                for old, new in combinations(sorted(by_value, key=_place), 2):
+                    for a, b in product(by_value[old], by_value[new]):
+                        if len(result) == MOST_PAIRS:
+                            return result
+                        if (id(a), id(b)) not in seen:
+                            seen |= {(id(a), id(b)), (id(b), id(a))}
+                            result.append((option, old or NOT_GIVEN, new or NOT_GIVEN, a, b))
+    return result
+
+
+def _comparable(found: Sequence[Setting]) -> Iterable[list[tuple[Setting, dict[str, str]]]]:
+    """Settings whose options are known in the same way, with those options."""
+    kinds: dict[str, list[Setting]] = {}
+    for setting in found:
+        kinds.setdefault(_kind(setting.runs[0]), []).append(setting)
+    for kind, members in kinds.items():
+        if kind == "folder" or kind.startswith("table"):
+            yield [(setting, _own(setting)) for setting in members]
+    if "command" in kinds:
+        typed = [(setting, _own(setting)) for setting in kinds["command"]]
+        for setting in kinds.get("folder", []):
+            given = setting.runs[0].given
+            typed.append((setting, {name: value for name, value in _own(setting).items() if name in given}))
+        yield typed
+
+
+def _own(setting: Setting) -> dict[str, str]:
+    """A setting's options. The seed is one of them where there is a single run: another seed is a difference too."""
+    own = options_of(setting.runs[0])
+    if len(setting.runs) > 1:
+        own.pop("seed", None)
+    return own
+
+
+def _place(value: str | None) -> tuple[int, float, str]:
+    """The order of an option's values: not given, numbers, words."""
+    if value is None:
+        return 0, 0.0, ""
+    try:
+        return 1, float(value), ""
+    except ValueError:
+        return 2, 0.0, value
+
+
+# --------------------------------------------------------------------------- one difference
+
+
+def size_of(run: PastRun, n_dev: int | None) -> int:
+    """How many dev sentences a run's accuracy is of: what the run says, else --n_dev, else ASSUMED_N."""
+    return run.n_dev or n_dev or ASSUMED_N
+
+
+def compare(first: Setting, second: Setting, n_dev: int | None) -> Difference | None:
+    """By their seeds where both have several, sentence by sentence where both have left predictions for the same file,
+    else by the two accuracies alone. None where a score is no accuracy, and where it is known that the dev files are
+    different ones."""
+    if len(dev_files([first, second])) > 1:
+        return None
+    if not all(0 <= score <= 1 for score in first.scores() + second.scores()):
+        return None
+    if len(first.scores()) > 1 and len(second.scores()) > 1:
+        return comparisons.over_seeds(first.by_seed(), second.by_seed())
+    a, b = _same_seed(first, second)
+    if a.dev_sha256 and a.dev_sha256 == b.dev_sha256:
+        is_right, other = which_are_right(a), which_are_right(b)
+        if is_right and other and len(is_right) == len(other):
+            only_a = sum(x and not y for x, y in zip(is_right, other, strict=True))
+            only_b = sum(y and not x for x, y in zip(is_right, other, strict=True))
+            return comparisons.paired(only_a, only_b, len(is_right))
+    return comparisons.independent(a.peak() or 0.0, b.peak() or 0.0, size_of(a, n_dev), size_of(b, n_dev))
+
+
+def dev_files(found: Iterable[Setting]) -> set[str]:
+    """The checksums of the dev files, as far as they are known."""
+    return {run.dev_sha256 for setting in found for run in setting.runs if run.dev_sha256}
+
+
+def _same_seed(first: Setting, second: Setting) -> tuple[PastRun, PastRun]:
+    """A run of each, with the same seed where there is one."""
+    for a in first.runs:
+        for b in second.runs:
+            if a.options.get("seed") == b.options.get("seed"):
+                return a, b
+    return first.runs[0], second.runs[0]
+
+
+def which_are_right(run: PastRun) -> tuple[bool, ...]:
+    """For each dev sentence whether the run predicts its label; () where its predictions or its dev file are gone, or
+    do not give the accuracy that the run says."""
+    if run.predictions is None or run.dev_file is None or run.dev is None:
+        return ()
+    predicted, labels = _labels(run.predictions), _labels(run.dev_file)
+    if not labels or len(predicted) != len(labels):
+        return ()
+    is_right = tuple(a == b for a, b in zip(predicted, labels, strict=True))
+    return is_right if abs(sum(is_right) / len(is_right) - run.dev) < 0.0006 else ()
+
+
+@cache
+def _labels(path: Path) -> tuple[str, ...]:
+    """The labels of a `label ||| sentence` file; () for any other."""
+    try:
+        lines = path.read_text(encoding="utf-8-sig").replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    except (OSError, ValueError):
+        return ()
+    rows = [line.partition(" ||| ") for line in lines if line.strip()]
+    return tuple(label.strip() for label, _, _ in rows) if all(separator for _, separator, _ in rows) else ()
+
+
+# --------------------------------------------------------------------------- the leader
+
+
+@dataclass(frozen=True)
+class Leader:
+    """The best setting, those that cannot be told from it, the best first, and how many others can."""
+
+    setting: Setting
+    alike: tuple[Setting, ...]
+    n_behind: int
+
+
+def on_the_same_sentences(found: Sequence[Setting]) -> list[list[Setting]]:
+    """The settings by their dev file, the largest group first; in one group where at most one file is known."""
+    if len(dev_files(found)) <= 1:
+        return [list(found)] if found else []
+    groups: dict[str, list[Setting]] = {}
+    for setting in found:
+        groups.setdefault(setting.runs[0].dev_sha256, []).append(setting)
+    return sorted(groups.values(), key=len, reverse=True)
+
+
+def leader(found: Sequence[Setting], n_dev: int | None) -> Leader | None:
+    """The setting with the best score, and which ones cannot be told from it. The best of many is best by chance too:
+    Tukey's range test takes that into account."""
+    if not found:
+        return None
+    best = max(found, key=lambda setting: setting.mean())
+    limit = comparisons.critical_p(len(found))
+    alike, n_behind = [], 0
+    for other in found:
+        difference = compare(other, best, n_dev) if other is not best else None
+        if difference is not None and difference.p > limit:
+            alike.append(other)
+        n_behind += difference is not None and difference.p <= limit
+    return Leader(best, tuple(sorted(alike, key=lambda setting: -setting.mean())), n_behind)
