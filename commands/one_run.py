@@ -9,7 +9,7 @@ from torch import Tensor
 
 import dataset
 import fused
-from commands import estimate, results, resume
+from commands import estimate, results, resume, run_pictures
 from commands import job as jobs
 from commands.inputs import Inputs
 from config import RunConfig, counted
@@ -97,6 +97,8 @@ def train(config: RunConfig, inputs: Inputs, device: Device, series_folder: RunF
         folder.save_result(result)
         if not config.keep_state:  # behind the result: until it is there, the run can be resumed
             files.remove_folder(folder.last)
+        if config.plots == "on":
+            run_pictures.draw(folder, result, jobs.about(config, inputs))
     return result
 
 

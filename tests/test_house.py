@@ -25,6 +25,8 @@ FLOORS = [
         "resume",
         "plan",
         "estimate",
+        "run_pictures",
+        "rate_pictures",
         "plot",
         "job",
         "defaults",
