@@ -84,6 +84,14 @@ def figure(width: float, height: float, title: str = "", layout: Any = "constrai
     return made
 
 
+def page_figure(width: float, height: float, **margins: float) -> Any:
+    """An empty figure of so many inches for `svg`, with margins as `Figure.subplots_adjust` takes them. They are given,
+    not found out by drawing it twice: a report has many pictures."""
+    made = figure(width, height, layout="none")
+    made.subplots_adjust(**{"left": 0.14, "right": 0.94, **margins})
+    return made
+
+
 def one_line(text: str, longest: int = LONGEST_TITLE) -> str:
     """A text that is one line of a picture; where it is too long its middle is left out."""
     plain = " ".join(shown(text).split())
@@ -172,6 +180,15 @@ def svg(made: Any, name: str, description: str) -> str:
 
     `description`: what it shows, for those who hear the page.
     """
+    from matplotlib.ticker import MaxNLocator
+
+    for axes in made.axes:  # half of the time goes into the ticks, and into finding out where a label has room
+        for axis in (axes.xaxis, axes.yaxis):
+            if isinstance(axis.get_major_locator(), MaxNLocator):
+                axis.get_major_locator().set_params(nbins=5)
+        left, _, width, _ = axes.get_position().bounds
+        axes.yaxis.set_label_coords(-0.125 / width, 0.5)
+        axes.xaxis.set_label_coords(0.5, -0.34 / (made.get_figheight() * axes.get_position().height))
     out = io.StringIO()
     made.savefig(out, format="svg", transparent=True, metadata={"Date": None})
     text = out.getvalue()
@@ -180,7 +197,7 @@ def svg(made: Any, name: str, description: str) -> str:
     used = set(re.findall(r"(?:href=\"#|url\(#)([^\")]+)", text))
     text = re.sub(r' id="([^"]+)"', lambda m: f' id="{name}-{m[1]}"' if m[1] in used else "", text)
     text = re.sub(r'(href="#|url\(#)', rf"\g<1>{name}-", text).replace("xlink:href", "href")
-    text = text.replace(INK, "currentColor")
+    text = re.sub(r"(font: [\d.]+px) [^;\"]*", r"\1 system-ui, sans-serif", text).replace(INK, "currentColor")
     text = re.sub(r"\n\s*\n+", "\n", text)
     label = description.replace("&", "&amp;").replace("<", "&lt;").replace('"', "&quot;")
     return re.sub(r"<svg[^>]*?viewBox=\"([\d. -]+)\"[^>]*>", rf'<svg role="img" aria-label="{label}" viewBox="\1">',

@@ -75,7 +75,6 @@ def draw_curves(figure: Any, curves: Curves, n_classes: int | None) -> list[Any]
                       label=f"best: epoch {curves.best:g}, dev {chosen:.3f}")
     for axes in (loss, accuracy):
         plot.legend_above(axes)
-    figure.align_ylabels()
     return [loss, accuracy, rate]
 
 

@@ -214,7 +214,8 @@ BREAKS = [
           'folder / "plan.png"', "plan", "test_pictures"),
     Break("the chance line stretches the axis", "commands/plot.py", "if low <= loss <= high:", "if True:", "chance",
           "test_pictures"),
-    Break("overwrite leaves the pictures", RUN_FOLDER, "*SPLITS, *PICTURES, RUN_FILE):", "*SPLITS, RUN_FILE):", "off", "test_pictures"),
+    Break("overwrite leaves the pictures", RUN_FOLDER, "*SPLITS, *PICTURES, RUN_FILE):",
+          "*SPLITS, RUN_FILE):", "off", "test_pictures"),
 
     # The report
     Break("n_dev is ignored", "training/pairs.py", "return run.n_dev or n_dev or ASSUMED_N",

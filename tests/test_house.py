@@ -18,6 +18,7 @@ FLOORS = [
         "finetune", "evaluate", "predict", "serve", "prompt", "generate", "lr_find", "verify_resume", "report",
         # what they share
         "report_pages",
+        "report_pictures",
         "past_runs",
         "confirm",
         "series",
@@ -48,6 +49,7 @@ FLOORS = [
         "pairs",
         "comparisons",
         "verdicts",
+        "calibration",
         "checks",
         "trainer",
         "task",
