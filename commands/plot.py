@@ -88,7 +88,7 @@ def page_figure(width: float, height: float, **margins: float) -> Any:
     """An empty figure of so many inches for `svg`, with margins as `Figure.subplots_adjust` takes them. They are given,
     not found out by drawing it twice: a report has many pictures."""
     made = figure(width, height, layout="none")
-    made.subplots_adjust(**{"left": 0.14, "right": 0.94, **margins})
+    made.subplots_adjust(**{"left": 0.17, "right": 0.94, **margins})
     return made
 
 
@@ -187,8 +187,8 @@ def svg(made: Any, name: str, description: str) -> str:
             if isinstance(axis.get_major_locator(), MaxNLocator):
                 axis.get_major_locator().set_params(nbins=5)
         left, _, width, _ = axes.get_position().bounds
-        axes.yaxis.set_label_coords(-0.125 / width, 0.5)
-        axes.xaxis.set_label_coords(0.5, -0.34 / (made.get_figheight() * axes.get_position().height))
+        axes.yaxis.set_label_coords(-0.13 / width, 0.5)
+        axes.xaxis.set_label_coords(0.5, -0.26 / (made.get_figheight() * axes.get_position().height))
     out = io.StringIO()
     made.savefig(out, format="svg", transparent=True, metadata={"Date": None})
     text = out.getvalue()
