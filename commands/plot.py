@@ -183,9 +183,10 @@ def svg(made: Any, name: str, description: str) -> str:
     from matplotlib.ticker import MaxNLocator
 
     for axes in made.axes:  # half of the time goes into the ticks, and into finding out where a label has room
-        for axis in (axes.xaxis, axes.yaxis):
+        inches = axes.get_position().height * made.get_figheight()
+        for axis, most in ((axes.xaxis, 5), (axes.yaxis, 5 if inches > 0.8 else 3)):
             if isinstance(axis.get_major_locator(), MaxNLocator):
-                axis.get_major_locator().set_params(nbins=5)
+                axis.get_major_locator().set_params(nbins=most)
         left, _, width, _ = axes.get_position().bounds
         axes.yaxis.set_label_coords(-0.13 / width, 0.5)
         axes.xaxis.set_label_coords(0.5, -0.26 / (made.get_figheight() * axes.get_position().height))

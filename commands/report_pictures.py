@@ -175,10 +175,10 @@ def length_bins(run: PastRun) -> list[LengthBin]:
     lengths, right = np.array(sentence_lengths(run.predictions)), np.array(is_right)
     if len(lengths) != len(right):
         return []
-    edges = np.unique(np.quantile(lengths, np.linspace(0, 1, LENGTH_BINS + 1), method="higher"))
-    at = np.searchsorted(edges[1:-1], lengths, side="left")
+    edges = np.unique(np.quantile(lengths, np.linspace(0, 1, LENGTH_BINS + 1)[1:], method="higher"))  # longest of each
+    at = np.searchsorted(edges, lengths, side="left")
     return [LengthBin(int(lengths[at == i].min()), int(lengths[at == i].max()), int((at == i).sum()),
-                      float(right[at == i].mean())) for i in range(max(1, len(edges) - 1)) if (at == i).any()]
+                      float(right[at == i].mean())) for i in range(len(edges)) if (at == i).any()]
 
 
 def sentence_lengths(path: Path) -> list[int]:

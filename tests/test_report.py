@@ -193,7 +193,7 @@ def test_hostile_text_stays_text(tmp_path):
     parsed = Tags()
     parsed.feed(page)
     assert "script" not in parsed.tags and "<script>alert(1)</script>" in parsed.text
-    assert all(link.startswith("#run-") or link == "data:," for link in parsed.links)
+    assert all(re.match("#(run|all)-", link) or link == "data:," for link in parsed.links)
     assert "\x1b" not in page and "\u202e" not in page and "'=1+1" in rows
     markdown = (tmp_path / "report" / "report.md").read_text("utf-8")
     assert "<script>" not in markdown and "\x1b" not in markdown
