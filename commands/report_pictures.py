@@ -150,12 +150,13 @@ def curves_of(run: PastRun) -> Any:
 
 @dataclass(frozen=True)
 class LengthBin:
-    """The n dev sentences that have `low` to `high` words, and the share of them that is right."""
+    """The n dev sentences that have `low` to `high` of a unit ("words"), and the share of them that is right."""
 
     low: int
     high: int
     n: int
     accuracy: float
+    unit: str
 
     def interval(self) -> tuple[float, float]:
         """95% (Wilson 1927)."""
@@ -172,23 +173,25 @@ def length_bins(run: PastRun) -> list[LengthBin]:
     is_right = pairs.which_are_right(run)
     if not is_right or run.predictions is None:
         return []
-    lengths, right = np.array(sentence_lengths(run.predictions)), np.array(is_right)
+    unit, found = sentence_lengths(run.predictions)
+    lengths, right = np.array(found), np.array(is_right)
     if len(lengths) != len(right):
         return []
     edges = np.unique(np.quantile(lengths, np.linspace(0, 1, LENGTH_BINS + 1)[1:], method="higher"))  # longest of each
     at = np.searchsorted(edges, lengths, side="left")
     return [LengthBin(int(lengths[at == i].min()), int(lengths[at == i].max()), int((at == i).sum()),
-                      float(right[at == i].mean())) for i in range(len(edges)) if (at == i).any()]
+                      float(right[at == i].mean()), unit) for i in range(len(edges)) if (at == i).any()]
 
 
-def sentence_lengths(path: Path) -> list[int]:
-    """Words of each sentence of a `label ||| sentence` file; characters where it has no spaces between words."""
+def sentence_lengths(path: Path) -> tuple[str, list[int]]:
+    """The unit, and the length of each sentence of a `label ||| sentence` file in it: words, or characters where most
+    are Chinese or Japanese, which have no spaces between words."""
     lines = path.read_text(encoding="utf-8-sig").replace("\r\n", "\n").replace("\r", "\n").split("\n")
     sentences = [line.partition(" ||| ")[2] for line in lines if line.strip()]
-    words = sum(len(sentence.split()) for sentence in sentences)
-    if sum(map(len, sentences)) > 12 * words:
-        return [len(sentence) for sentence in sentences]
-    return [len(sentence.split()) for sentence in sentences]
+    characters = "".join(sentences)
+    if sum(ord(c) >= 0x2E80 for c in characters) > len(characters) / 2:
+        return "characters", [len(sentence) for sentence in sentences]
+    return "words", [len(sentence.split()) for sentence in sentences]
 
 
 def quality_of(run: PastRun, by_length: Sequence[LengthBin]) -> Any:
@@ -213,7 +216,7 @@ def _draw_lengths(axes: Any, bins: Sequence[LengthBin]) -> None:
                     fontsize=7)
     axes.set_xlim(-0.5, len(bins) - 0.5)
     axes.set_title("accuracy by length, with 95%")
-    axes.set_xlabel("words in the sentence")
+    axes.set_xlabel(f"{bins[0].unit} in the sentence")
 
 
 def _draw_reliability(axes: Any, run: PastRun) -> None:

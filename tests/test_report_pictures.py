@@ -96,6 +96,8 @@ def test_accuracy_by_length_counts_the_words(tmp_path):
         wilson = scipy_stats.binomtest(round(one.n * one.accuracy), one.n).proportion_ci(method="wilson")
         assert one.interval() == pytest.approx((wilson.low, wilson.high), abs=1e-4)
     assert report_pictures.length_bins(past_run(0)) == []
+    (tmp_path / "chinese").write_text("0 ||| 这部电影非常好看我很喜欢它的故事\n1 ||| 不好\n", encoding="utf-8")
+    assert report_pictures.sentence_lengths(tmp_path / "chinese") == ("characters", [16, 2])
 
 
 def test_the_calibration_of_a_run_reaches_its_card(tiny_arguments):
