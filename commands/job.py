@@ -12,7 +12,7 @@ from classifier import ClassifierConfig, LlamaEmbeddingClassifier
 from commands import start
 from commands.classification import ClassificationTask
 from commands.inputs import Inputs, input_errors
-from config import RunConfig
+from config import RunConfig, counted
 from llama import load_pretrained
 from optimizer import OPTIMIZERS, parameter_groups
 from training import device as devices
@@ -78,3 +78,10 @@ def warmup_of(config: RunConfig, steps_per_epoch: int) -> int:
     """The warmup of a run in optimizer steps. Raises InputError for one that is longer than the run."""
     with input_errors():
         return schedule.warmup_steps(config, steps_per_epoch)
+
+
+def about(config: RunConfig, inputs: Inputs) -> str:
+    """What a picture's title says of a run: "movies-train.txt, 30 layers"."""
+    train = inputs.files.train
+    layers = counted(config.n_layers or inputs.weights.config.n_layers, "layer")
+    return f"{train.name}, {layers}" if train else layers

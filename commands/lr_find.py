@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from commands import defaults, inputs, plot, results
+from commands import defaults, inputs, plot, rate_pictures, results
 from commands import job as jobs
 from commands.classification import ClassificationTask
 from commands.confirm import CONFIRM_SEEDS, at_rate, at_the_edge, confirm
@@ -42,7 +42,7 @@ def run(config: RunConfig) -> int:
     with folder.lock():
         new = [folder.path / name for name in PICTURES if not (folder.path / name).exists()]
         try:
-            lr_find(lambda changed: jobs.build_job(changed, found, device), config, device, folder.path)
+            lr_find(lambda changed: jobs.build_job(changed, found, device), config, device, folder.path, found)
         except BaseException:
             for path in new:
                 path.unlink(missing_ok=True)
@@ -55,7 +55,7 @@ def run(config: RunConfig) -> int:
 
 
 def lr_find(make_job: Callable[[RunConfig], Job[ClassificationTask]], config: RunConfig, device: Device,
-            folder: Path) -> None:
+            folder: Path, read: inputs.Inputs) -> None:
     """The range test, repeated over --lr_repeats seeds; writes lr_find.csv, lr_find.png and result.json, prints the
     range and the command that would use it. --confirm trains briefly at rates across it, and the command has the rate
     that is the best one of them, if that can be told from chance.
@@ -94,7 +94,10 @@ def lr_find(make_job: Callable[[RunConfig], Job[ClassificationTask]], config: Ru
                      f"by more than chance{at_the_edge(confirmed)}")
     files.write_atomically(folder / "lr_find.csv", lambda path: _write_tests(path, config.seed, tests, curves),
                            follow=False)
-    plot.range_test(tests, curves, low, best, high, folder / "lr_find.png")
+    with plot.drawing():
+        plot.save(rate_pictures.range_test(tests, curves, low, high, choice, len(read.names),
+                                            jobs.about(config, read)),
+                  folder / "lr_find.png")
     files.write_json(folder / RESULT, result)
     logs.say(f"written :: {folder / 'lr_find.csv'}, {folder / 'lr_find.png'}")
     chosen = at_rate(config, choice)

@@ -3,6 +3,7 @@
 import hashlib
 import time
 from contextlib import ExitStack
+from dataclasses import astuple
 from typing import Any
 
 import numpy as np
@@ -10,13 +11,13 @@ from torch import Tensor
 
 import dataset
 import fused
-from commands import estimate, results, resume
+from commands import estimate, results, resume, run_pictures
 from commands import job as jobs
 from commands.inputs import Inputs
 from config import RunConfig, counted, names_in
 from formats import files
 from training import best as best_folder
-from training import checks, diagnosis, logs, metrics, run_folder, saved, state, trainer
+from training import calibration, checks, diagnosis, logs, metrics, run_folder, saved, state, trainer
 from training.clock import Clock, Times
 from training.device import Device
 from training.loggers import Final, Loggers, scores_of
@@ -91,6 +92,7 @@ def train(config: RunConfig, inputs: Inputs, device: Device, series_folder: RunF
         result = {
             "best_epoch": best["epoch"], "best_manifest": best.get("manifest"), **scores,
             "baselines": {name: found.values() for name, found in baselines.items()}, "label_names": inputs.names,
+            "calibration": {"dev": reliability_of(outputs["dev"], inputs)},
             "stopped": stopped, "steps": progress.step,
             "skipped_steps": progress.skipped, "last_dev_acc": last_dev_acc(folder),
             "loss_spikes": progress.spikes, "rollbacks": progress.rollbacks, "diagnosis": found,
@@ -104,6 +106,8 @@ def train(config: RunConfig, inputs: Inputs, device: Device, series_folder: RunF
         folder.save_result(result)
         if not config.keep_state:  # behind the result: until it is there, the run can be resumed
             files.remove_folder(folder.last)
+        if config.plots == "on":
+            run_pictures.draw(folder, result, jobs.about(config, inputs))
     return result
 
 
@@ -183,6 +187,13 @@ def diagnose(loop: Loop, folder: RunFolder, log_probs: Tensor, inputs: Inputs, m
     return diagnosis.diagnose(epochs, progress.best["epoch"], log_probs.argmax(1).numpy(), labels, inputs.names,
                               metrics.score(log_probs, labels)["f1"], majority, loop.guessing_loss(),
                               progress.mean_loss, loop.config.lr, progress.rollbacks, progress.stopped)
+
+
+def reliability_of(log_probs: Tensor, inputs: Inputs) -> list[tuple[float, ...]]:
+    """The bins of dev's reliability diagram that have a sentence, for the report: (low, high, n, confidence, accuracy).
+    `log_probs` (N, C)."""
+    probabilities = log_probs.double().exp().numpy()
+    return [astuple(one) for one in calibration.reliability(probabilities, inputs.splits["dev"].labels) if one.n]
 
 
 def last_dev_acc(folder: RunFolder) -> float | None:

@@ -165,7 +165,8 @@ def of_folder(folder: RunFolder, name: str) -> PastRun:
         n_dev=_count(_inside(result, "dev", "n")), seconds=_number(result.get("train_seconds")) or _seconds(lines),
         predictions=None if is_fold or not folder.predictions("dev").is_file() else folder.predictions("dev"),
         dev_file=None if is_fold or not isinstance(dev_path, str) else Path(dev_path),
-        dev_sha256="" if is_fold or not isinstance(dev_sha256, str) else dev_sha256, notes=tuple(notes))
+        dev_sha256="" if is_fold or not isinstance(dev_sha256, str) else dev_sha256,
+        n_classes=_n_classes(result), reliability=_reliability(result), notes=tuple(notes))
 
 
 def _epoch(line: dict[str, Any]) -> Epoch | None:
@@ -174,7 +175,7 @@ def _epoch(line: dict[str, Any]) -> Epoch | None:
     if number is None or train is None or dev is None or "train_loss" not in line:
         return None
     return Epoch(number, math.nan if loss is None else round(loss, 3), round(train, 3), round(dev, 3),
-                 None if lr is None else float(f"{lr:.2e}"))
+                 None if lr is None else float(f"{lr:.2e}"), dev_loss=_number(line.get("dev_loss")))
 
 
 def _switch(value: Any) -> Any:
@@ -198,6 +199,19 @@ def _inside(values: Any, *names: str) -> Any:
     for name in names:
         values = values.get(name) if isinstance(values, dict) else None
     return values
+
+
+def _n_classes(result: dict[str, Any]) -> int | None:
+    names = result.get("label_names")
+    return len(names) if isinstance(names, list) and names else None
+
+
+def _reliability(result: dict[str, Any]) -> tuple[tuple[float, ...], ...]:
+    """The bins of dev with a sentence in them; () where one of them is damaged, or an older version wrote none."""
+    bins = _inside(result, "calibration", "dev")
+    whole = isinstance(bins, list) and all(
+        isinstance(one, list) and len(one) == 5 and all(_number(x) is not None for x in one) for one in bins)
+    return tuple(tuple(one) for one in bins) if whole and sum(one[2] for one in bins) > 0 else ()
 
 
 def _accuracy(result: dict[str, Any], split: str) -> float | None:

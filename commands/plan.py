@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from commands import estimate, plot
+from commands import estimate, plot, rate_pictures
 from commands import job as jobs
 from commands.inputs import Inputs
 from config import RunConfig, counted, no_effect
@@ -24,7 +24,8 @@ def rates(job: Job, n_steps: int) -> list[float]:
 
 def show(asked: RunConfig, config: RunConfig, inputs: Inputs, device: Device, n_runs: int) -> int:
     """Print what a run would do, and which options would do nothing; time some of its steps; draw its schedule to
-    plan.png. Nothing is trained, and no run's folder is opened: one that is there stays as it is.
+    plan.png, or where that is there to plan-2.png. Nothing is trained, and no run's folder is opened: one that is there
+    stays as it is.
 
     `asked`: the options that were typed; `config`: those of the first of the `n_runs` runs that --seeds or --folds ask
     for.
@@ -64,6 +65,9 @@ def show(asked: RunConfig, config: RunConfig, inputs: Inputs, device: Device, n_
                  "beforehand; the lr above and the picture are those of a run that always does")
     for line in no_effect(asked):
         logs.say(f"plan :: no effect: {line}")
-    plot.schedule(lr, f"{config.scheduler}, warmup {warmup} of {steps} steps", folder / "plan.png")
-    logs.say(f"plan :: {folder / 'plan.png'}")
+    path = rate_pictures.free_path(folder / "plan.png")
+    with plot.drawing():
+        title = f"{config.scheduler}, warmup {warmup} of {steps} steps: {jobs.about(config, inputs)}"
+        plot.save(rate_pictures.schedule(lr, job.steps_per_epoch, title), path)
+    logs.say(f"plan :: {path}")
     return 0

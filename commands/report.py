@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from commands import past_runs, report_pages
+from commands import past_runs, report_pages, report_pictures
 from commands.report_pages import Card, Report
 from config import InputError, RunConfig, counted, no_effect
 from formats import files
@@ -35,8 +35,9 @@ def run(config: RunConfig) -> int:
     for name in PAGES:
         files.check_writable(folder / name, "--output_dir")
     report = make_report(found.runs, found.faults, config.n_dev)
+    pictures = report_pictures.draw([card.run for card in report.cards])
     for name, text in zip(PAGES, (report_pages.markdown(report), report_pages.csv_text(report),
-                                  report_pages.html(report)), strict=True):
+                                  report_pages.html(report, pictures)), strict=True):
         files.write_text(folder / name, text, follow=False)
     tell(report)
     for name in PAGES:

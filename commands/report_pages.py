@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from commands.report_pictures import Pictures
 from config import counted, shown
 from formats.past_run import PastRun
 from training import pairs
@@ -176,15 +177,16 @@ def _md(text: str) -> str:
 # --------------------------------------------------------------------------- HTML
 
 
-def html(report: Report, figures: Sequence[tuple[str, str]] = ()) -> str:
-    """The report as one page that needs no network and no script. `figures`: (title, SVG), which are put in as they
-    are: only what this program has drawn itself; everything else is escaped."""
+def html(report: Report, pictures: Pictures | None = None) -> str:
+    """The report as one page that needs no network and no script. The SVGs of the pictures are put in as they are: this
+    program has drawn them itself; everything else is escaped."""
     from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
 
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["shown"] = shown
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
+    pictures = pictures or Pictures()
     columns = header(report.cards)
     cards = report.cards[:MOST_CARDS]
     return template.render(
@@ -193,4 +195,4 @@ def html(report: Report, figures: Sequence[tuple[str, str]] = ()) -> str:
         options=[(card, [pairs.shown_value(card.run, name) for name in report.differing]) for card in cards],
         cards=[(card, details(card)) for card in cards], pair_lines=report.pair_lines[:MOST_PAIRS],
         n_more_pairs=max(0, len(report.pair_lines) - MOST_PAIRS),
-        figures=[(title, Markup(svg)) for title, svg in figures])
+        pictures=pictures, names={card.rank: card.run.name for card in report.cards}, svg=Markup)

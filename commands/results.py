@@ -18,7 +18,7 @@ from dataset import Split
 from formats import files
 from training import logs, metrics
 from training.metrics import Baseline
-from training.run_folder import FOLDERS, LOCK, LOGS, RESULT, RUN_FILE, SPLITS, TABLES, RunFolder
+from training.run_folder import FOLDERS, LOCK, LOGS, PICTURES, RESULT, RUN_FILE, SPLITS, TABLES, RunFolder
 
 LINE_ENDS = re.compile(r"[\r\n]+")
 
@@ -65,7 +65,7 @@ def own_file(path: Path, folders: list[Path]) -> str:
             return "that is a folder, which the run is in"
         if folder in path.parents:
             first = path.relative_to(folder).parts[0]
-            if first in (RUN_FILE, *LOGS, *TABLES, RESULT, LOCK, *SPLITS, *FOLDERS):
+            if first in (RUN_FILE, *LOGS, *TABLES, RESULT, LOCK, *SPLITS, *PICTURES, *FOLDERS):
                 return f"{folder / first} belongs to the run itself"
     return ""
 

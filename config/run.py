@@ -247,6 +247,8 @@ class RunConfig:
         common=True, also="save_dir", only=(*TRAINING, "report"))
     overwrite: bool = _output(False, "replace the run that is in --output_dir", also="overwrite_output_dir force",
         needs=[Need(lambda c: c.output_dir, "it needs --output_dir")])
+    plots: str = _output("on", "draw curves.png and confusion.png into the run folder when the run has ended",
+        choices=("on", "off"), only=FINETUNE, also="plot")
     save_dtype: str = _output("float32", "how best/ stores the weights; bfloat16 takes half the room, and is what is "
         "evaluated", choices=("float32", "bfloat16"), only=FINETUNE)
     logger: str | None = _output(None, "keep the numbers of each step and each evaluation for other programs too: "

@@ -25,6 +25,7 @@ class Epoch:
     lr: float | None = None
     collapsed: bool = False  # the line says that every prediction was one class
     line: int = 0
+    dev_loss: float | None = None  # printed lines have none
 
     def scores(self) -> tuple[str, ...]:
         """What was measured, to tell a doubled line from another one. (As text: a NaN is then equal to itself.)"""
@@ -72,6 +73,8 @@ class PastRun:
     predictions: Path | None = None  # of dev
     dev_file: Path | None = None
     dev_sha256: str = ""
+    n_classes: int | None = None
+    reliability: tuple[tuple[float, ...], ...] = ()  # of dev: (low, high, n, confidence, accuracy) of each bin
     claims: tuple[Claim, ...] = ()
     notes: tuple[str, ...] = ()  # what was odd in its log
 

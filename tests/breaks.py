@@ -205,6 +205,19 @@ BREAKS = [
           "        setattr(cls, name, _schedule(**vars(option)))",
           "        setattr(cls, name, None)", "reaches", "test_config"),
 
+    # The pictures
+    Break("plots off draws", ONE_RUN, 'if config.plots == "on":', "if True:", "off", "test_pictures"),
+    Break("a picture that fails ends the run", "commands/run_pictures.py", "except Exception as error:",
+          "except ValueError as error:", "failure", "test_pictures"),
+    Break("dev's curve is that of training", "commands/run_pictures.py", '("train_acc", "dev_acc")',
+          '("train_acc", "train_acc")', "draws_its_curves", "test_pictures"),
+    Break("a plan replaces the one before", "commands/plan.py", 'rate_pictures.free_path(folder / "plan.png")',
+          'folder / "plan.png"', "plan", "test_pictures"),
+    Break("the chance line stretches the axis", "commands/plot.py", "if low <= loss <= high:", "if True:", "chance",
+          "test_pictures"),
+    Break("overwrite leaves the pictures", RUN_FOLDER, "*SPLITS, *PICTURES, RUN_FILE):",
+          "*SPLITS, RUN_FILE):", "off", "test_pictures"),
+
     # The report
     Break("n_dev is ignored", "training/pairs.py", "return run.n_dev or n_dev or ASSUMED_N",
           "return run.n_dev or ASSUMED_N", "n_dev", "test_report"),

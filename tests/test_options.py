@@ -1035,6 +1035,7 @@ TESTED = {
     "test_run_llama::test_a_run_folder_that_holds_a_run_is_refused": "output_dir overwrite",
     "test_resume::test_a_signal_saves_and_says_how_to_go_on": "resume",
     "test_plan::test_a_plan_says_what_a_run_does": "plan",
+    "test_pictures::test_plots_off_draws_none": "plots",
     "test_predict::test_output_format_says_how_the_answers_are_written": "output_format",
     "test_predict::test_top_k_gives_the_likeliest_first": "top_k",
     "test_predict::test_threshold_says_unsure_below_it": "threshold",

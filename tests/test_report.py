@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import run_llama
-from commands import report, report_pages
+from commands import report, report_pages, report_pictures
 from formats import run_logs
 
 LOG = Path(__file__).parent / "logs" / "twelve_runs.md"
@@ -193,7 +193,7 @@ def test_hostile_text_stays_text(tmp_path):
     parsed = Tags()
     parsed.feed(page)
     assert "script" not in parsed.tags and "<script>alert(1)</script>" in parsed.text
-    assert all(link.startswith("#run-") or link == "data:," for link in parsed.links)
+    assert all(re.match("#(run|all)-", link) or link == "data:," for link in parsed.links)
     assert "\x1b" not in page and "\u202e" not in page and "'=1+1" in rows
     markdown = (tmp_path / "report" / "report.md").read_text("utf-8")
     assert "<script>" not in markdown and "\x1b" not in markdown
@@ -201,9 +201,10 @@ def test_hostile_text_stays_text(tmp_path):
 
 def test_the_page_needs_no_network_and_knows_light_and_dark():
     runs = run_logs.read_runs(LOG.read_text("utf-8"), "log")
-    page = report_pages.html(report.make_report(runs, (), None), [("Curves <of all>", "<svg><path/></svg>")])
-    assert not re.search(r"https?:|@import|url\(", page) and "prefers-color-scheme: dark" in page
-    assert "<svg><path/></svg>" in page and "Curves &lt;of all&gt;" in page
+    found = report.make_report(runs, (), None)
+    page = report_pages.html(found, report_pictures.draw([card.run for card in found.cards]))
+    assert not re.search(r"https?:|@import|url\((?!#)", page) and "prefers-color-scheme: dark" in page
+    assert page.count('<svg role="img"') >= 14
 
 
 @given(st.text(max_size=200), st.text(max_size=50))

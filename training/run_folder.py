@@ -27,6 +27,7 @@ from training import logs
 LOGS = tuple(logs.FILES.values())
 TABLES = tuple(logs.TABLES.values())  # of --logger csv
 PREDICTIONS = ("dev-predictions.txt", "test-predictions.txt")
+CURVES, CONFUSION = PICTURES = ("curves.png", "confusion.png")
 SPLITS = ("train-split.jsonl", "dev-split.jsonl")  # where dev was held out of the training file
 FOLDERS = ("last", "best", ".best.old", ".best.tmp", "loggers")
 ROOT = Path(__file__).resolve().parent.parent
@@ -59,7 +60,7 @@ class RunFolder:
     def check(self) -> None:
         """Raises OSError where a link, a device or a pipe stands in the place of a file of the run: it may come from
         somebody else, and would lead out of the folder. The folder itself may be a link."""
-        for name in (RUN_FILE, *LOGS, *TABLES, RESULT, *PREDICTIONS, *SPLITS, LOCK):
+        for name in (RUN_FILE, *LOGS, *TABLES, RESULT, *PREDICTIONS, *SPLITS, *PICTURES, LOCK):
             files.check_plain(self.path / name)
         for name in FOLDERS:
             files.check_plain(self.path / name, is_folder=True)
@@ -140,8 +141,10 @@ class RunFolder:
 
     def extend(self, described: dict[str, Any], changes: dict[str, Any], step: int) -> dict[str, Any]:
         """Write args.json anew with other values of some options, from this step of the run on; returns what it holds.
-        The result, which is that of the shorter run, goes first: a kill in between leaves a run that can be resumed."""
-        self.result.unlink(missing_ok=True)
+        The result and the pictures, which are those of the shorter run, go first: a kill in between leaves a run that
+        can be resumed."""
+        for name in (RESULT, *PICTURES):
+            (self.path / name).unlink(missing_ok=True)
         new = [{"option": name, "from": described["options"].get(name), "to": value, "step": step}
                for name, value in changes.items()]
         described = with_digest({**described, "options": {**described["options"], **changes},
@@ -307,7 +310,7 @@ def _remove_run(path: Path) -> None:
             os.replace(path / name, gone)
             shutil.rmtree(gone, ignore_errors=True)
     files.remove_temporary_files(path)
-    for name in (*LOGS, *tables, *PREDICTIONS, *SPLITS, RUN_FILE):
+    for name in (*LOGS, *tables, *PREDICTIONS, *SPLITS, *PICTURES, RUN_FILE):
         (path / name).unlink(missing_ok=True)
 
 
@@ -315,7 +318,7 @@ def _in_the_way(path: Path, config: RunConfig) -> str:
     """The name of a file that a run with these options would replace; "" where there is none. The result.json of an
     lr_find makes way for a fine-tuning run: it says nothing that the others do not have."""
     names = {"lr_find": (RESULT, "lr_find.csv", "lr_find.png"), "verify_resume": (RESULT,)}
-    of_a_run = (RESULT, *LOGS, *_tables_of(config.logger), *PREDICTIONS, *SPLITS)
+    of_a_run = (RESULT, *LOGS, *_tables_of(config.logger), *PREDICTIONS, *SPLITS, *PICTURES)
     for name in names.get(config.option, of_a_run):
         if (path / name).exists() and not (
                 name == RESULT and config.option == "finetune" and _is_of_lr_find(path / name)):
