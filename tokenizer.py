@@ -269,6 +269,15 @@ class Tokenizer:
         after = [self.eos_id] if eos and self.eos_id >= 0 else []
         return [before + row[: self.max_len] + after for row in rows]
 
+    def spans(self, text: str) -> list[tuple[int, int]]:
+        """Where in the text each token of `encode(text, bos=False, eos=False)` begins and ends, in characters; tokens
+        that are parts of one character have its place each."""
+        if self._sentencepiece is not None:
+            pieces = self._sentencepiece.encode(text, out_type="immutable_proto").pieces
+            return [(piece.begin, piece.end) for piece in pieces][: self.max_len]
+        with _faults_named(self.path, "it cannot tokenise the texts"):
+            return list(self._backend.encode(text, add_special_tokens=False).offsets)[: self.max_len]
+
     def encode_continuation(self, text: str) -> list[int]:
         """The tokens of `text` as a sentence's next word: " good" in a byte-level BPE, "▁good" in SentencePiece."""
         start, whole = self.encode_batch(["is", f"is {text}"], bos=False, eos=False)
