@@ -9,21 +9,22 @@ from commands.scores import fitted, width
 from config import shown
 from formats import files
 from training import logs
+from training.run_folder import INSPECTED as NAMES
 
 WIDEST = 100  # columns of a sentence on the terminal
-NAMES = ("inspect.md", "inspect.json")
 
 
 @dataclass(frozen=True)
 class Section:
     """One finding. `summary` stands behind its title; `lines` below it, of which the terminal shows the first `shown`;
-    `values`: the same for programs."""
+    `values`: the same for programs; `brief`: what a run's card in the report says of it."""
 
     title: str
     summary: str
     lines: Sequence[str] = ()
     values: dict[str, Any] = field(default_factory=dict)
     shown: int = 12
+    brief: str = ""
 
 
 def tell(sections: Sequence[Section]) -> None:

@@ -67,15 +67,14 @@ def inspected(config: RunConfig) -> Inspected:
     devices.accelerate(config, saved.model.to(device.where), device)
     looked = [look(saved, name, split, device) for name, split in splits.items()]
     names, main = saved.settings.label_names, looked[0]
-    sections = [on_accuracy(looked), on_classes(main, names), on_length(looked), *on_calibration(looked),
+    sections = [on_accuracy(looked, saved, config), on_classes(main, names), on_length(looked), *on_calibration(looked),
                 on_confusion(main, names), on_mistakes(main, names)]
     texts = typed or [main.split.sentences[row] for row in mistakes.surest_mistakes(
         main.probabilities, main.labels, TIPPED)]
     found = saliency.decisions(saved.model, saved.tokenizer, texts, device, saved.model.llama.config.max_seq_len,
                                saved.settings.max_sentence_len)
     sections.append(on_words(found, names, bool(typed)))
-    card = [(f"{section.title} ({main.name})", section.summary) for section in sections
-            if section.title in ("calibration", "confused most", "words")]
+    card = [(section.title, f"{main.name}: {section.brief}") for section in sections if section.brief]
     return Inspected(saved.home.path, sections, card, files.manifest_digest(saved.best) or "")
 
 
@@ -129,11 +128,15 @@ def look(saved: SavedRun, name: str, split: Split, device: Device) -> Looked:
 # --------------------------------------------------------------------------- right and wrong
 
 
-def on_accuracy(looked: list[Looked]) -> Section:
+def on_accuracy(looked: list[Looked], saved: SavedRun, config: RunConfig) -> Section:
     values = {one.name: {"n": len(one.split), "accuracy": float((one.predicted == one.labels).mean())}
               for one in looked}
     said = ", ".join(f"{name} {found['accuracy']:.3f} of {found['n']:,} sentences" for name, found in values.items())
-    return Section("accuracy", said, (), values)
+    is_own = not config.given & {"dataset", "dev", "test"} and saved.home.has_run() and saved.home.is_finished()
+    before = saved.home.read_result().get(looked[0].name, {}).get("acc") if is_own else None
+    lines = [f"the run itself found {before:.3f}, in another precision"] if before is not None and (
+        abs(before - values[looked[0].name]["accuracy"]) > 1e-9) else []
+    return Section("accuracy", said, lines, values)
 
 
 def on_classes(main: Looked, names: list[str]) -> Section:
@@ -191,7 +194,7 @@ def on_calibration(looked: list[Looked]) -> list[Section]:
         after = calibration.ece(calibration.scaled(one.log_probs, found.t), one.labels)
         lines.append(f"{one.name}: ECE {before:.3f}, with the temperature of {main.name} {after:.3f}")
         values[one.name] = {"ece": before, "ece_after": after}
-    return [Section("calibration", summary, lines, values)]
+    return [Section("calibration", summary, lines, values, brief=summary)]
 
 
 def on_confusion(main: Looked, names: list[str]) -> Section:
@@ -210,7 +213,7 @@ def on_confusion(main: Looked, names: list[str]) -> Section:
         lines += [f"{names[label]}, says {names[guess]} {main.probabilities[row, guess]:.2f}: "
                   f"{quoted(main.split.sentences[row], 70)} ({main.place(int(row))})" for row in rows[:2]]
     return Section("confused most", summary, lines, {"classes": [names[pair.first], names[pair.second]],
-                                                     "mistakes": n, "of": n_wrong})
+                                                     "mistakes": n, "of": n_wrong}, brief=summary)
 
 
 def on_mistakes(main: Looked, names: list[str]) -> Section:
@@ -224,7 +227,7 @@ def on_mistakes(main: Looked, names: list[str]) -> Section:
         values.append({"place": main.place(row), "label": names[label], "predicted": names[guess], "probability": p,
                        "text": main.split.sentences[row]})
     return Section("surest mistakes", f"of {main.name}; is the label right?" if rows else "none", lines,
-                   {"examples": values}, SURE)
+                   {"examples": values}, SURE, lines[0] if lines else "")
 
 
 # --------------------------------------------------------------------------- words
@@ -259,4 +262,8 @@ def on_words(found: list[Decision], names: list[str], is_typed: bool) -> Section
         advice = "" if mean >= 0.6 else "; believe the deletion, which is what the model does"
         verdict += f", mean rank correlation r {mean:+.2f}: {trust}{advice}"
         values_all["rank_correlation"] = mean
-    return Section("words", summary, [*lines, verdict], values_all, 2 * MOST_INPUT + 1)
+    brief = "; ".join(f"{quoted(one.text, 60)}: " + ", ".join(
+        f"{quoted(one.units[i], 20)} {one.deletion[i]:+.2f}" for i in np.argsort(-np.abs(one.deletion))[:2])
+        for one in found[:EXAMPLES])
+    return Section("words", summary, [*lines, verdict], values_all, 2 * MOST_INPUT + 1,
+                   f"the margin that is lost without a word: {brief}")

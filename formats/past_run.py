@@ -74,6 +74,7 @@ class PastRun:
     dev_sha256: str = ""
     claims: tuple[Claim, ...] = ()
     notes: tuple[str, ...] = ()  # what was odd in its log
+    inspected: tuple[tuple[str, str], ...] = ()  # what --option inspect said of it: (what, text)
 
     def best(self) -> Epoch | None:
         """The epoch with the highest dev accuracy: of equal ones the one that the run says it chose, else the first."""

@@ -27,6 +27,7 @@ from training import logs
 LOGS = tuple(logs.FILES.values())
 PREDICTIONS = ("dev-predictions.txt", "test-predictions.txt")
 SPLITS = ("train-split.jsonl", "dev-split.jsonl")  # where dev was held out of the training file
+INSPECTED = ("inspect.md", "inspect.json")  # what --option inspect leaves behind
 FOLDERS = ("last", "best", ".best.old", ".best.tmp")
 ROOT = Path(__file__).resolve().parent.parent
 RUN_FILE, RESULT, LOCK = "args.json", "result.json", ".lock"
@@ -302,7 +303,7 @@ def _remove_run(path: Path) -> None:
             os.replace(path / name, gone)
             shutil.rmtree(gone, ignore_errors=True)
     files.remove_temporary_files(path)
-    for name in (*LOGS, *PREDICTIONS, *SPLITS, RUN_FILE):
+    for name in (*LOGS, *PREDICTIONS, *SPLITS, *INSPECTED, RUN_FILE):
         (path / name).unlink(missing_ok=True)
 
 
