@@ -61,7 +61,7 @@ def test_the_temperature_is_scipys(n_classes, factor):
 
 def test_a_temperature_that_nothing_bounds_stays_finite():
     logits = np.array([[2.0, 0.0], [0.0, 1.0], [3.0, -np.inf]])
-    assert calibration.temperature(logits, np.array([0, 1, 0])) == calibration.LOWEST  # all are right: the surer, the better
+    assert calibration.temperature(logits, np.array([0, 1, 0])) == calibration.LOWEST  # all are right
     assert calibration.temperature(logits, np.array([1, 0, 1])) == calibration.HIGHEST
 
 
