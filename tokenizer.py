@@ -273,8 +273,11 @@ class Tokenizer:
         """Where in the text each token of `encode(text, bos=False, eos=False)` begins and ends, in characters; tokens
         that are parts of one character have its place each."""
         if self._sentencepiece is not None:
-            pieces = self._sentencepiece.encode(text, out_type="immutable_proto").pieces
-            return [(piece.begin, piece.end) for piece in pieces][: self.max_len]
+            found = list(self._sentencepiece.encode(text, return_type="offset_mapping")["offsets"])
+            for i in range(len(found) - 2, -1, -1):  # all bytes of a letter but the last have no place of their own
+                if found[i][0] == found[i][1]:
+                    found[i] = found[i + 1]
+            return found[: self.max_len]
         with _faults_named(self.path, "it cannot tokenise the texts"):
             return list(self._backend.encode(text, add_special_tokens=False).offsets)[: self.max_len]
 
