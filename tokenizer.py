@@ -269,6 +269,18 @@ class Tokenizer:
         after = [self.eos_id] if eos and self.eos_id >= 0 else []
         return [before + row[: self.max_len] + after for row in rows]
 
+    def spans(self, text: str) -> list[tuple[int, int]]:
+        """Where in the text each token of `encode(text, bos=False, eos=False)` begins and ends, in characters; tokens
+        that are parts of one character have its place each."""
+        if self._sentencepiece is not None:
+            found = list(self._sentencepiece.encode(text, return_type="offset_mapping")["offsets"])
+            for i in range(len(found) - 2, -1, -1):  # all bytes of a letter but the last have no place of their own
+                if found[i][0] == found[i][1]:
+                    found[i] = found[i + 1]
+            return found[: self.max_len]
+        with _faults_named(self.path, "it cannot tokenise the texts"):
+            return list(self._backend.encode(text, add_special_tokens=False).offsets)[: self.max_len]
+
     def encode_continuation(self, text: str) -> list[int]:
         """The tokens of `text` as a sentence's next word: " good" in a byte-level BPE, "▁good" in SentencePiece."""
         start, whole = self.encode_batch(["is", f"is {text}"], bos=False, eos=False)

@@ -112,9 +112,9 @@ def _fetch(name: str) -> None:
         prepare.fetch(name)
 
 
-def find_model(config: RunConfig) -> ModelFiles:
+def find_model(config: RunConfig, may_fetch: bool = True) -> ModelFiles:
     """The pretrained weights of a run: what was typed; stories42M.pt where it lies (here, beside the code, in
-    models/) with its tokenizer; else smollm2-135m, which is fetched. Raises FileNotFoundError."""
+    models/) with its tokenizer; else smollm2-135m, which is fetched where it may be. Raises FileNotFoundError."""
     models = prepare.weights_path("smollm2-135m").parent
     typed, notice = config.pretrained_model_path, ""
     if typed:
@@ -131,6 +131,9 @@ def find_model(config: RunConfig) -> ModelFiles:
                       "`python data/prepare.py stories42M` fetches the weights and their tokenizer (or imports them: "
                       "--from DIR)")
             if not found.is_file():
+                if not may_fetch:
+                    raise FileNotFoundError(f"{found}: it is not here; `python data/prepare.py smollm2-135m` fetches "
+                                            "it, --tokenizer names another")
                 _fetch("smollm2-135m")
     tokenizer = _tokenizer_beside(found, config)
     if tokenizer is None:

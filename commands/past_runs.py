@@ -166,7 +166,24 @@ def of_folder(folder: RunFolder, name: str) -> PastRun:
         predictions=None if is_fold or not folder.predictions("dev").is_file() else folder.predictions("dev"),
         dev_file=None if is_fold or not isinstance(dev_path, str) else Path(dev_path),
         dev_sha256="" if is_fold or not isinstance(dev_sha256, str) else dev_sha256,
-        n_classes=_n_classes(result), reliability=_reliability(result), notes=tuple(notes))
+        n_classes=_n_classes(result), reliability=_reliability(result), notes=tuple(notes),
+        inspected=_inspected(folder))
+
+
+def _inspected(folder: RunFolder) -> tuple[tuple[str, str], ...]:
+    """What the run's inspect.json says in short; nothing where it is about other weights than those that lie here."""
+    path = folder.path / "inspect.json"
+    if path.is_symlink() or not path.is_file():
+        return ()
+    try:
+        values = files.read_json(path)
+    except (InputError, OSError):
+        return (("inspect.json", "it cannot be read; --option inspect writes it anew"),)
+    if values.get("best") != (files.manifest_digest(folder.best) or ""):
+        return (("inspect.json", "it is about other weights; --option inspect writes it anew"),)
+    card = values.get("card")
+    pairs = [pair for pair in card if isinstance(pair, list)] if isinstance(card, list) else []
+    return tuple((pair[0], pair[1]) for pair in pairs if len(pair) == 2 and all(isinstance(x, str) for x in pair))
 
 
 def _epoch(line: dict[str, Any]) -> Epoch | None:

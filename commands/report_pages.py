@@ -89,6 +89,7 @@ def details(card: Card) -> list[tuple[str, str]]:
                "unknown)", "command": f"{typed} (typed; the others were not given)", "table": typed,
                "folder": f"{typed} (typed; all of them: args.json)"}
     rows.append(("options", unknown[run.known_by]))
+    rows += run.inspected
     rows.append(("from", run.source))
     rows += [("contradiction", line) for line in card.contradictions]
     rows += [("note", note) for note in run.notes]
@@ -155,7 +156,7 @@ def markdown(report: Report) -> str:
     lines += ["", "## Each run"]
     for card in cards:
         lines += ["", f"### {card.rank}. {_md(_short(card.run.name))}", "",
-                  *(f"- {what}: {_md(text)}" for what, text in details(card))]
+                  *(f"- {_md(what)}: {_md(text)}" for what, text in details(card))]
     return "\n".join(lines) + "\n"
 
 

@@ -1,7 +1,7 @@
 """The splits of a run: its files read, their labels as classes, tokenised; dev held out where nobody names a file for
 it; and what a person should know of the data, said once, before anything is computed."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -137,12 +137,18 @@ def warn_of_copies(splits: Mapping[str, Split], has_folds: bool) -> None:
 
 
 def hold_out(train: Split) -> dict[str, Split]:
-    """Train and dev, where a tenth of the training sentences becomes dev; see `holdout.held_out`. Raises InputError for
-    too few of them."""
-    is_out = holdout.held_out(train.sentences, train.labels.tolist())
-    if len(train) < holdout.FEWEST or not is_out.any():
-        raise InputError(f"{train.path}: {counted(len(train), 'sentence')} of which none can be held out for dev; "
-                         "name a file with --dev")
-    logs.say(f"dev :: {int(is_out.sum())} of {len(train)} sentences of {train.path} held out (the same ones each time, "
-             "by a hash of the text); --dev FILE names others")
+    """Train and dev, where a tenth of the training sentences becomes dev; see `held_out_rows`."""
+    is_out = held_out_rows(train.path, train.sentences, train.labels.tolist())
     return {"train": train.take(np.flatnonzero(~is_out)), "dev": train.take(np.flatnonzero(is_out))}
+
+
+def held_out_rows(path: Path, sentences: Sequence[str], labels: Sequence[int]) -> np.ndarray:
+    """Which of the N sentences of a training file become dev, (N,) bool; see `holdout.held_out`. Says how many they
+    are. Raises InputError for too few of them."""
+    is_out = holdout.held_out(sentences, labels)
+    if len(sentences) < holdout.FEWEST or not is_out.any():
+        raise InputError(f"{path}: {counted(len(sentences), 'sentence')} of which none can be held out for dev; "
+                         "name a file with --dev")
+    logs.say(f"dev :: {int(is_out.sum())} of {len(sentences)} sentences of {path} held out (the same ones each time, "
+             "by a hash of the text); --dev FILE names others")
+    return is_out

@@ -11,14 +11,15 @@ from config.words import InputError
 from schedule import AT_LEAST_ONE, FRACTION, NOT_NEGATIVE, SCHEDULERS, Check, Need
 
 COMMANDS = ("generate", "prompt", "finetune", "evaluate", "predict", "serve", "lr_find", "verify_resume",
-            "report")
+            "inspect", "report")
 COMPUTING = COMMANDS[:-1]  # those that run a model
 FINETUNE = ("finetune",)
 WHOLE_RUN = ("finetune", "verify_resume")  # the commands that train to the end
 TRAINING = ("finetune", "lr_find", "verify_resume")
 PRETRAINED = ("generate", "prompt", *TRAINING)  # those that read pretrained weights
+MODEL_FILES = (*PRETRAINED, "inspect")  # those that read its tokenizer at least
 SAVED = ("evaluate", "predict", "serve")  # those that use a finished run
-LABELLED = ("prompt", "evaluate", *TRAINING)  # those that read labelled sentences
+LABELLED = ("prompt", "evaluate", "inspect", *TRAINING)  # those that read labelled sentences
 TABLES = (*LABELLED, "predict")  # those that read files of sentences
 SCORING = ("prompt", "evaluate", *WHOLE_RUN)  # those that report accuracies
 WRITING = ("prompt", "evaluate", "finetune")  # those that write predictions where they are asked to
@@ -85,13 +86,15 @@ class RunConfig:
 
     option: str = _what("generate", "generate continues --prefix; prompt asks the pretrained model without training; "
         "finetune trains, then evaluates the best epoch; evaluate, predict and serve use a saved --run; lr_find looks "
-        "for the learning rate; verify_resume kills a run and compares; report compares runs and says what is chance",
+        "for the learning rate; verify_resume kills a run and compares; inspect says what is wrong with data or "
+        "with a --run; report compares runs and says what is chance",
         choices=COMMANDS, only=COMMANDS,
         show_default=False, also="mode task command")
     run: tuple[str, ...] | None = _what(None, "the folder of a finished run; for report several, and folders of runs, "
-        "logs, tables of experiments", metavar="RUN", only=(*SAVED, "report"), also="runs")
+        "logs, tables of experiments", metavar="RUN", only=(*SAVED, "inspect", "report"), also="runs")
     input: str | None = _what(None, "the sentences to label: one a line, or a table as --train takes; - is stdin, "
-        "which is answered line by line", metavar="FILE", only=("predict",))
+        "which is answered line by line; inspect says of each which words tip the decision", metavar="FILE",
+        only=("predict", "inspect"))
 
     dataset: str | None = _data(None, "short for the four paths data/NAME-{train,dev,test}.txt and "
         "data/NAME-label-mapping.json; movies is fetched when it is not there", metavar="NAME", common=True,
@@ -110,15 +113,15 @@ class RunConfig:
     label_column: str | None = _data(None, "the column of a table that has the labels (default: found by its name or "
         "its contents)", metavar="NAME", only=TABLES, also="label_col target_column")
     max_sentence_len: int | None = _data(None, "cut sentences after this many tokens; also --max_length (default: "
-        "the model's context)", metavar="N", check=AT_LEAST_ONE, only=PRETRAINED, also="max_len max_seq_length")
+        "the model's context)", metavar="N", check=AT_LEAST_ONE, only=MODEL_FILES, also="max_len max_seq_length")
     train_limit: int | None = _data(None, "train on a random N of the training sentences", metavar="N", only=TRAINING,
         check=AT_LEAST_ONE, also="max_train_samples")
 
     pretrained_model_path: str | None = _model(None, "a llama2.c .pt, a .gguf, a Hugging Face folder, the folder of a "
         "finished run, or a name that data/prepare.py knows (default: stories42M.pt where it is, else smollm2-135m)",
-        metavar="PATH", common=True, only=PRETRAINED, also="model model_name model_name_or_path checkpoint")
+        metavar="PATH", common=True, only=MODEL_FILES, also="model model_name model_name_or_path checkpoint")
     tokenizer: str | None = _model(None, "SentencePiece .model, tokenizer.json or .gguf (default: the one that comes "
-        "with the weights)", metavar="FILE", only=PRETRAINED)
+        "with the weights)", metavar="FILE", only=MODEL_FILES)
     n_layers: int | None = _model(None, "use the first K layers of the pretrained stack", metavar="K", only=PRETRAINED,
         check=AT_LEAST_ONE, common=True)
     attention: str = _model("causal", "what a token sees: the ones before it, or all",
@@ -243,8 +246,8 @@ class RunConfig:
         "(fused.c), compiled at the first start; off: all in PyTorch", choices=("auto", "off"))
 
     output_dir: str | None = _output(None, "the run folder (default: runs/<option>-<epochs>-<lr>, with -2, -3 behind "
-        "it when it exists; of report runs/report, which the next report replaces)", metavar="DIR",
-        common=True, also="save_dir", only=(*TRAINING, "report"))
+        "it when it exists; of report runs/report, which the next report replaces, and of inspect the --run, or "
+        "runs/inspect)", metavar="DIR", common=True, also="save_dir", only=(*TRAINING, "inspect", "report"))
     overwrite: bool = _output(False, "replace the run that is in --output_dir", also="overwrite_output_dir force",
         needs=[Need(lambda c: c.output_dir, "it needs --output_dir")])
     plots: str = _output("on", "draw curves.png and confusion.png into the run folder when the run has ended",

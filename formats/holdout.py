@@ -4,12 +4,14 @@ import hashlib
 import re
 import unicodedata
 from collections.abc import Sequence
+from functools import cache
 
 import numpy as np
 
 HELD_OUT = 0.1  # of the texts
 FEWEST = 10  # sentences, of which some can be held out
 SPACE = re.compile(r"\s+")
+MARK = re.compile(r"(?<!\d)[^\w\s]|[^\w\s](?!\d)|_")
 
 
 def folded(text: str) -> str:
@@ -17,6 +19,20 @@ def folded(text: str) -> str:
     if text.isascii():
         return " ".join(text.lower().split())
     return SPACE.sub(" ", unicodedata.normalize("NFKC", text).casefold()).strip()
+
+
+def without_marks(text: str) -> str:
+    """A text without what makes no difference between near copies: case, width, all spaces, punctuation. Marks between
+    digits stay (4.5 is not 45), and so do symbols, such as smileys; of nothing but marks they all stay."""
+    plain = folded(text)
+    kept = MARK.sub(lambda match: "" if _is_mark(match[0]) else match[0], plain)
+    return "".join(kept.split()) or plain
+
+
+@cache
+def _is_mark(character: str) -> bool:
+    kind = unicodedata.category(character)
+    return kind[0] == "P" or kind == "Sk"
 
 
 def fraction(text: str) -> float:

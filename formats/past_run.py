@@ -77,6 +77,7 @@ class PastRun:
     reliability: tuple[tuple[float, ...], ...] = ()  # of dev: (low, high, n, confidence, accuracy) of each bin
     claims: tuple[Claim, ...] = ()
     notes: tuple[str, ...] = ()  # what was odd in its log
+    inspected: tuple[tuple[str, str], ...] = ()  # what --option inspect said of it: (what, text)
 
     def best(self) -> Epoch | None:
         """The epoch with the highest dev accuracy: of equal ones the one that the run says it chose, else the first."""

@@ -345,7 +345,7 @@ def test_the_short_help_has_what_people_use_most_and_says_how_to_see_the_rest():
     text = help_of()
     assert shown_in(text) == {f.name for f in config.options() if f.metadata["common"]} > {"option", "lr", "epochs"}
     assert "--option COMMAND --help" in " ".join(text.split())
-    assert "predict: the sentences to label" in text, "an option says whose it is where the help is nobody's own"
+    assert "predict, inspect: the sentences to label" in text, "whose it is, where the help is nobody's own"
     assert len(shown_in(text)) < 40
 
 

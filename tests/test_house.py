@@ -15,6 +15,7 @@ FLOORS = [
     ["run_llama"],
     [f"commands.{name}" for name in (
         # one for each --option
+        "inspect", "inspect_run", "inspect_data", "inspect_pages",
         "finetune", "evaluate", "predict", "serve", "prompt", "generate", "lr_find", "verify_resume", "report",
         # what they share
         "report_pages",
@@ -49,7 +50,10 @@ FLOORS = [
         "pairs",
         "comparisons",
         "verdicts",
+        "saliency",
+        "mistakes",
         "calibration",
+        "data_checks",
         "checks",
         "trainer",
         "task",
@@ -80,6 +84,7 @@ FLOORS = [
         "past_run",
         "weights",
         "gguf",
+        "words",
         "holdout",
         "labels",
         "tables",
@@ -100,7 +105,8 @@ WITHOUT_TORCH = [
     "run_llama", "config.parser", "schedule", "tokenizer", "formats.memory", "formats.files", "formats.labels",
     "formats.tables", "formats.holdout", "formats.lines",
     "formats.gguf", "data.prepare", "data.download", "training.logs", "training.run_folder", "training.streams",
-    "training.signals", "training.course", "training.clock", "commands.report"]
+    "training.signals", "training.course", "training.clock", "commands.report",
+    "formats.words", "training.data_checks", "training.calibration", "training.mistakes"]
 # What a room may import inside a function: a library that takes over 0.2 s, or one that only some systems have.
 LATE = {"sklearn", "scipy", "matplotlib", "safetensors", "tokenizers", "sentencepiece", "gguf", "tqdm", "importlib",
         "jinja2", "markupsafe", "pyarrow", "tensorboardX", "wandb", "mlflow", "fcntl", "msvcrt", "resource"}

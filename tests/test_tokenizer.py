@@ -198,6 +198,25 @@ def test_many_texts_at_once_are_encoded_as_one_by_one_and_cut_after_max_len(path
         assert rows == [[1, *ids(whole, text)[:max_len], 2] for text in TEXTS]
 
 
+@settings(max_examples=60, deadline=None)
+@given(text=any_text | st.sampled_from(TEXTS))
+def test_the_spans_say_where_each_token_is(spm, spm_gguf, bpe, bpe_gguf, text):
+    """As many as there are tokens, in the text, never backwards, and no letter is left out; where a token is a whole
+    piece of the text, it is the one at its place."""
+    for path in (spm, spm_gguf, bpe[1], bpe_gguf):
+        tokenizer = Tokenizer(tokenizer_model=path)
+        spans, tokens = tokenizer.spans(text), tokenizer.encode(text, bos=False, eos=False)
+        assert len(spans) == len(tokens)
+        assert all(0 <= begin <= end <= len(text) for begin, end in spans)
+        assert [begin for begin, _ in spans] == sorted(begin for begin, _ in spans)
+        inside = {i for begin, end in spans for i in range(begin, end)}
+        assert {i for i, c in enumerate(text) if c.isalnum()} <= inside
+        for (begin, end), token in zip(spans, tokens, strict=True):
+            said = tokenizer.decode([token]).strip()
+            if said.isalnum() and said.isascii():
+                assert said == text[begin:end].strip(" \u2581")
+
+
 def test_a_continuation_is_what_follows_in_the_whole_sentence(path):
     tokenizer = Tokenizer(tokenizer_model=path)
     for word in ("good", "bad", "wonderful", "naïve", "xyz"):

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -153,25 +154,45 @@ class Baseline:
         return {"majority": self.majority, "tfidf": self.tfidf}
 
 
+class WordClassifier:
+    """TF-IDF of words and word pairs with logistic regression, scikit-learn's defaults otherwise. `has_learned`: False
+    where there is one class alone, or no sentence has a word of two letters."""
+
+    def __init__(self, labels: Sequence[int] | np.ndarray, sentences: Sequence[str]):
+        from sklearn.feature_extraction.text import TfidfVectorizer
+        from sklearn.linear_model import LogisticRegression
+
+        self._vectorizer, self.has_learned = TfidfVectorizer(ngram_range=(1, 2)), False
+        self._words: Any = None
+        if len(set(labels)) > 1:
+            try:
+                self._words = LogisticRegression(max_iter=200).fit(self._vectorizer.fit_transform(sentences), labels)
+                self.has_learned = True
+            except ValueError:  # no sentence has a word of two letters: there is nothing to learn from words
+                pass
+
+    def predict(self, sentences: Sequence[str]) -> np.ndarray:
+        """The class of each sentence, (N,)."""
+        return self._words.predict(self._vectorizer.transform(sentences))
+
+    def probabilities(self, sentences: Sequence[str], n_classes: int) -> np.ndarray:
+        """The probability of each class, (N, C); 0 for a class that was not in training."""
+        result = np.zeros((len(sentences), n_classes))
+        result[:, self._words.classes_] = self._words.predict_proba(self._vectorizer.transform(sentences))
+        return result
+
+
 def baselines(labels: Sequence[int] | np.ndarray, sentences: list[str],
               tests: Mapping[str, Split]) -> dict[str, Baseline]:
     """The baselines of each split, learned from the training labels and sentences.
 
     Words and word pairs, scikit-learn's defaults otherwise.
     """
-    from sklearn.feature_extraction.text import TfidfVectorizer
-    from sklearn.linear_model import LogisticRegression
-
     majority = np.bincount(labels).argmax()
-    vectorizer, words = TfidfVectorizer(ngram_range=(1, 2)), None
-    if len(set(labels)) > 1:
-        try:
-            words = LogisticRegression(max_iter=200).fit(vectorizer.fit_transform(sentences), labels)
-        except ValueError:  # no sentence has a word of two letters: there is nothing to learn from words
-            words = None
+    words = WordClassifier(labels, sentences)
     result = {}
     for name, split in tests.items():
-        predicted = words.predict(vectorizer.transform(split.sentences)) if words else np.full(len(split), majority)
+        predicted = words.predict(split.sentences) if words.has_learned else np.full(len(split), majority)
         result[name] = Baseline(float((split.labels == majority).mean()), float((split.labels == predicted).mean()),
                                 predicted)
     return result

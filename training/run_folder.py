@@ -29,6 +29,7 @@ TABLES = tuple(logs.TABLES.values())  # of --logger csv
 PREDICTIONS = ("dev-predictions.txt", "test-predictions.txt")
 CURVES, CONFUSION = PICTURES = ("curves.png", "confusion.png")
 SPLITS = ("train-split.jsonl", "dev-split.jsonl")  # where dev was held out of the training file
+INSPECTED = ("inspect.md", "inspect.json")  # what --option inspect leaves behind
 FOLDERS = ("last", "best", ".best.old", ".best.tmp", "loggers")
 ROOT = Path(__file__).resolve().parent.parent
 RUN_FILE, RESULT, LOCK = "args.json", "result.json", ".lock"
@@ -310,7 +311,7 @@ def _remove_run(path: Path) -> None:
             os.replace(path / name, gone)
             shutil.rmtree(gone, ignore_errors=True)
     files.remove_temporary_files(path)
-    for name in (*LOGS, *tables, *PREDICTIONS, *SPLITS, *PICTURES, RUN_FILE):
+    for name in (*LOGS, *tables, *PREDICTIONS, *SPLITS, *PICTURES, *INSPECTED, RUN_FILE):
         (path / name).unlink(missing_ok=True)
 
 
