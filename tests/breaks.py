@@ -32,7 +32,7 @@ INPUTS, RESULTS, LR_FIND, GENERATE = ("commands/inputs.py", "commands/results.py
 PREDICT, SERVE, HTTP = "commands/predict.py", "commands/serve.py", "commands/http_service.py"
 STATE, ONE_RUN = "training/state.py", "commands/one_run.py"
 METRICS, SCORES, START = "training/metrics.py", "commands/scores.py", "commands/start.py"
-SPLITS = "commands/splits.py"
+SPLITS, ENSEMBLE = "commands/splits.py", "commands/ensemble.py"
 
 
 @dataclass(frozen=True)
@@ -327,6 +327,14 @@ BREAKS = [
           "question"),
 
     # The answers
+    Break("all runs but the first are dropped", ENSEMBLE, "replace(config, run=runs)", "replace(config, run=runs[:1])",
+          "evaluate or mean", "test_ensemble"),
+    Break("predict leaves the first run out of the mean", ENSEMBLE, "enumerate(self.runs, 1)",
+          "enumerate(self.runs[1:], 1)", "mean", "test_ensemble"),
+    Break("runs with the labels in another order are not mapped", ENSEMBLE, "output[:, member.order] for", "output for",
+          "order or evaluate", "test_ensemble"),
+    Break("answers with the labels in another order are not mapped", ENSEMBLE, "probabilities[:, member.order]",
+          "probabilities", "mean", "test_ensemble"),
     Break("output_format is ignored", PREDICT, "answers.LINES[config.output_format](", 'answers.LINES["tsv"](',
           "output_format", "test_predict"),
     Break("top_k is ignored", PREDICT, "names, config.top_k, config.threshold)", "names, None, config.threshold)",

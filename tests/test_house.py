@@ -29,6 +29,7 @@ FLOORS = [
         "job",
         "defaults",
         "start",
+        "ensemble",
         "results",
         "scores",
         "classification",

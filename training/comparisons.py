@@ -52,6 +52,17 @@ def paired(only_first: int, only_second: int, n: int) -> Difference:
                       f"McNemar, {only_second} to {only_first}")
 
 
+def over_sentences(gains: Sequence[float]) -> Difference:
+    """What each of n sentences gains (-1 to 1, the second's answer against the mean answer of several others): their
+    mean. Where each gain is -1, 0 or 1 the interval is that of `paired`: two sentences are added, half a one that gains
+    and half a one that loses among them."""
+    n, size = len(gains), len(gains) + 2
+    middle = math.fsum(gains) / size
+    error = math.sqrt(max(0.0, math.fsum(gain * gain for gain in gains) + 1 - middle * middle * size)) / size
+    p = math.erfc(abs(middle) / error / math.sqrt(2))
+    return Difference(math.fsum(gains) / n, middle - Z * error, middle + Z * error, p, f"paired over {n} sentences")
+
+
 def over_seeds(first: dict[str, float], second: dict[str, float]) -> Difference:
     """Two settings with several seeds each, by their seeds: where they share two or more, the differences of these
     (Student), else the two groups (Welch)."""
