@@ -245,7 +245,7 @@ BREAKS = [
           "max_steps"),
     Break("a small part of a pass stands for it", ESTIMATE, "        run(rows)\n", "        run(rows[:1])\n",
           "as_large", "test_clock"),
-    Break("a run's own columns are forgotten", "commands/finished.py", 'options = options_in(run.home)', "options = {}",
+    Break("a run's own columns are forgotten", "commands/finished.py", 'options = options_in(home)', "options = {}",
           "columns", "test_own_data"),
     Break("save_every is ignored", TRAINER, "if self.config.save_every and", "if False and", "save_every"),
     Break("detect_anomaly is ignored", DEVICE, "set_detect_anomaly(config.detect_anomaly)",

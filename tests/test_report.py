@@ -143,7 +143,7 @@ def test_what_cannot_be_read_is_named_and_the_rest_is_reported(tmp_path, capsys)
 
 
 def test_a_command_that_uses_one_run_refuses_two(capsys):
-    assert run_llama.main(["--option", "evaluate", "--run", "a", "b"]) == 2
+    assert run_llama.main(["--option", "serve", "--run", "a", "b"]) == 2
     assert "uses one --run, and 2 are given: a, b" in capsys.readouterr().err
     assert run_llama.main(["--option", "report"]) == 2
     assert "--option report needs --run RUN" in capsys.readouterr().err
