@@ -63,9 +63,9 @@ def over_sentences(gains: Sequence[float]) -> Difference:
     return Difference(math.fsum(gains) / n, middle - Z * error, middle + Z * error, p, f"paired over {n} sentences")
 
 
-def over_seeds(first: dict[str, float], second: dict[str, float]) -> Difference:
-    """Two settings with several seeds each, by their seeds: where they share two or more, the differences of these
-    (Student), else the two groups (Welch)."""
+def over_seeds(first: dict[str, float], second: dict[str, float], unit: str = "seeds") -> Difference:
+    """Two settings with several seeds (or folds: the `unit`) each, by their seeds: where they share two or more, the
+    differences of these (Student), else the two groups (Welch)."""
     from scipy.special import stdtr, stdtrit
 
     shared = sorted(first.keys() & second.keys())
@@ -73,14 +73,14 @@ def over_seeds(first: dict[str, float], second: dict[str, float]) -> Difference:
         each = [second[seed] - first[seed] for seed in shared]
         value, df = statistics.mean(each), float(len(each) - 1)
         error = statistics.stdev(each) / math.sqrt(len(each))
-        how = f"paired over {len(each)} seeds"
+        how = f"paired over {len(each)} {unit}"
     else:
         value = statistics.mean(second.values()) - statistics.mean(first.values())
         parts = [(statistics.variance(group.values()) / len(group), len(group)) for group in (first, second)]
         error = math.sqrt(sum(part for part, _ in parts))
         below = sum(part**2 / (n - 1) for part, n in parts)
         df = error**4 / below if below else float(sum(n for _, n in parts) - 2)
-        how = f"over {len(first)} and {len(second)} seeds"
+        how = f"over {len(first)} and {len(second)} {unit}"
     error = max(error, ROUNDED)  # two seeds that gave the same three decimals prove nothing
     reach = float(stdtrit(df, 1 - ALPHA / 2)) * error
     return Difference(value, value - reach, value + reach, 2 * float(stdtr(df, -abs(value) / error)), how)
@@ -93,7 +93,7 @@ def smallest_shown(values: Sequence[float]) -> float:
 
     n, df = len(values), 2 * (len(values) - 1)
     reach = float(stdtrit(df, 1 - ALPHA / 2)) + float(stdtrit(df, 0.8))
-    return reach * statistics.stdev(values) * math.sqrt(2 / n)
+    return reach * max(statistics.stdev(values), ROUNDED) * math.sqrt(2 / n)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
