@@ -245,7 +245,7 @@ def _with_names(runs: list[PastRun], name: str) -> list[PastRun]:
             counts[base] = counts.get(base, 1) + 1
             own = f"{base}-{counts[base]}"
         taken.add(own)
-        named.append(replace(run, name=own))
+        named.append(run if own == run.name else replace(run, name=own))
     return named
 
 
@@ -277,7 +277,8 @@ def _with_tables(runs: list[PastRun], rows: list[tuple[int, str]]) -> list[PastR
             which = next(iter(named)) if len(named) == 1 else alike[0] if not named and len(alike) == 1 else -1
             if which >= 0 and starts[which] < line:
                 claims[which] += found
-    return [replace(run, claims=run.claims + tuple(more)) for run, more in zip(runs, claims, strict=True)]
+    return [replace(run, claims=run.claims + tuple(more)) if more else run
+            for run, more in zip(runs, claims, strict=True)]
 
 
 def _tables(rows: Iterable[tuple[int, str]]) -> list[list[tuple[int, dict[str, str]]]]:

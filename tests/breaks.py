@@ -205,6 +205,10 @@ BREAKS = [
           "        setattr(cls, name, None)", "reaches", "test_config"),
 
     # The report
+    Break("a log's own number of dev sentences is not read", "formats/run_logs.py",
+          'None if is_fold else _n_dev(draft.loaded, options.get("dev", ""))', "None", "how_many", "test_run_logs"),
+    Break("a rollback begins a new run", "formats/run_logs.py", "if self.folder and not started and not",
+          "if False and not", "rolled", "test_run_logs"),
     Break("n_dev is ignored", "training/pairs.py", "return run.n_dev or n_dev or ASSUMED_N",
           "return run.n_dev or ASSUMED_N", "n_dev", "test_report"),
     Break("score is ignored", "formats/run_tables.py", "    if score is not None:", "    if False:", "score",
