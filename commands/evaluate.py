@@ -1,11 +1,11 @@
-"""--option evaluate: a saved run on its own dev and test files, or on those that are given."""
+"""--option evaluate: a saved run, or several as one, on their own dev and test files or on those that are given."""
 
 from dataclasses import replace
 from pathlib import Path
 
-from commands import inputs, results
+from commands import ensemble, inputs, results
 from commands import splits as run_splits
-from commands.finished import columns_of, load_run
+from commands.finished import columns_of, warn_of_fixed
 from commands.inputs import DataFiles
 from config import InputError, RunConfig
 from dataset import Split
@@ -20,13 +20,18 @@ from training.streams import without_readers
 
 @without_readers()
 def run(config: RunConfig) -> int:
+    config = ensemble.expanded(config)
     results.check_outputs(config)
-    saved = load_run(config)
+    runs = ensemble.members(config)
+    is_own = not config.given & {"dataset", "train", "dev", "test"}
+    if len(runs) > 1 and is_own:
+        ensemble.check_own_files(runs)
+    saved = runs[0].load()
+    warn_of_fixed(config)
     names = saved.settings.label_names
     config = replace(config, max_sentence_len=saved.settings.max_sentence_len, loss=saved.settings.loss)
-    is_own = not config.given & {"dataset", "train", "dev", "test"}
     known: dict[str, Baseline] = {}
-    text_column, label_column = columns = columns_of(saved)
+    text_column, label_column = columns = columns_of(saved.home)
     of_run = replace(config, text_column=text_column, label_column=label_column)
     if is_own:
         config = of_run
@@ -61,7 +66,17 @@ def run(config: RunConfig) -> int:
     for name in outputs:
         metrics.check_finite(outputs[name], f"{saved.typed}: {name}")
     default_out = {name: saved.home.predictions(name if is_own else f"{used.name}-{name}") for name in outputs}
-    results.report_splits(config, splits, outputs, default_out, names, baselines, with_tables=True)
+    if len(runs) == 1:
+        results.report_splits(config, splits, outputs, default_out, names, baselines, with_tables=True)
+        return 0
+    del saved  # its memory is the next run's
+    singles = [outputs] + [ensemble.outputs_of(member, config, splits, device) for member in runs[1:]]
+    together = {name: ensemble.averaged([one[name] for one in singles]) for name in splits}
+    default_out = {name: Path(f"ensemble-{name}-predictions.txt") for name in splits}  # in none of the runs' folders
+    ensemble.warn_of_training(runs, splits)
+    ensemble.say_singles(runs, singles, splits)
+    results.report_splits(config, splits, together, default_out, names, baselines, with_tables=True)
+    ensemble.say_gains(runs, singles, together, splits)
     return 0
 
 

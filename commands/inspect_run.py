@@ -97,7 +97,7 @@ def read_input(config: RunConfig) -> list[str]:
 
 def read_splits(config: RunConfig, saved: SavedRun) -> dict[str, Split]:
     """Dev and test, those that there are: the run's own files, or those that were typed."""
-    columns = columns_of(saved)
+    columns = columns_of(saved.home)
     reading = replace(config, max_sentence_len=saved.settings.max_sentence_len, loss=saved.settings.loss)
     if config.train:
         logs.warn("--train: no effect, of a --run its dev and test sentences are looked at")

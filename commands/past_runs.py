@@ -4,6 +4,7 @@ reported.
 Nothing here imports torch.
 """
 
+import hashlib
 import math
 import os
 from collections import Counter
@@ -74,7 +75,8 @@ def _read_file(path: Path, score: str | None, found: Found) -> None:
     text = past_run.decode(path.read_bytes(), path)
     runs = run_logs.read_runs(text, str(path))
     if runs:
-        found.runs += [replace(run, name=path.name) if run.name == str(path) else run for run in runs]
+        found.runs += [replace(run, name=path.name + run.name.removeprefix(str(path)))
+                       if run.name.startswith(str(path)) else run for run in runs]
         return
     rows, faults = run_tables.read_runs(text, str(path), score)
     if not rows and not faults:
@@ -151,8 +153,7 @@ def of_folder(folder: RunFolder, name: str) -> PastRun:
     dev, test = (_accuracy(result, split) for split in ("dev", "test"))
     if not epochs and dev is None:
         raise InputError(f"{folder}: the run has no evaluation yet (nothing in {folder.epochs.name})")
-    dev_path, dev_sha256 = (_inside(described, "files", "dev", name) for name in ("path", "sha256"))
-    is_fold = options.get("folds") is not None
+    dev_path, dev_sha256 = _dev_file(folder, described, options)
     given = described.get("given")
     return PastRun(
         name=name, source=str(folder.path), options={past_run.option_name(k): past_run.plain(_switch(v))
@@ -162,12 +163,31 @@ def of_folder(folder: RunFolder, name: str) -> PastRun:
         said_best=_number(result.get("best_epoch")), monitor=str(options.get("monitor", "")),
         planned=options.get("epochs") if type(options.get("epochs")) is int else None,
         stopped=str(result.get("stopped", "")), majority=_rounded(_inside(result, "baselines", "dev", "majority")),
-        n_dev=_count(_inside(result, "dev", "n")), seconds=_number(result.get("train_seconds")) or _seconds(lines),
-        predictions=None if is_fold or not folder.predictions("dev").is_file() else folder.predictions("dev"),
-        dev_file=None if is_fold or not isinstance(dev_path, str) else Path(dev_path),
-        dev_sha256="" if is_fold or not isinstance(dev_sha256, str) else dev_sha256,
-        n_classes=_n_classes(result), reliability=_reliability(result), notes=tuple(notes),
-        inspected=_inspected(folder))
+        n_dev=_count(_inside(result, "dev", "n")) or _n_held_out(folder, described),
+        seconds=_number(result.get("train_seconds")) or _seconds(lines),
+        predictions=folder.predictions("dev") if dev_path and folder.predictions("dev").is_file() else None,
+        dev_file=dev_path, dev_sha256=dev_sha256, n_classes=_n_classes(result), reliability=_reliability(result),
+        notes=tuple(notes), inspected=_inspected(folder))
+
+
+def _dev_file(folder: RunFolder, described: dict[str, Any], options: dict[str, Any]) -> tuple[Path | None, str]:
+    """The file of the run's dev sentences and its checksum; "" where it is not known. Where dev was held out, it lies
+    in the run folder. The runs of --folds have another dev each, which is no file, and are known by how it was cut."""
+    held_out = _inside(described, "splits", "dev")
+    if options.get("folds") is not None:
+        cut = [_inside(described, "files", name, "sha256") for name in ("train", "dev")] + [options.get("seed")]
+        return None, f"{options['folds']} folds of {hashlib.sha256(repr(cut).encode()).hexdigest()}"
+    if isinstance(held_out, str):
+        return folder.split("dev"), held_out
+    path, sha256 = (_inside(described, "files", "dev", name) for name in ("path", "sha256"))
+    return (Path(path) if isinstance(path, str) else None), sha256 if isinstance(sha256, str) else ""
+
+
+def _n_held_out(folder: RunFolder, described: dict[str, Any]) -> int | None:
+    """The dev sentences of an unfinished run that has them in its folder."""
+    if not isinstance(_inside(described, "splits", "dev"), str) or not folder.split("dev").is_file():
+        return None
+    return folder.split("dev").read_bytes().count(b"\n") or None
 
 
 def _inspected(folder: RunFolder) -> tuple[tuple[str, str], ...]:

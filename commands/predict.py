@@ -6,6 +6,7 @@ import itertools
 import os
 import sys
 import zlib
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from functools import partial
@@ -13,9 +14,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from commands import answers, results
-from commands.finished import columns_of, load_model
-from config import InputError, RunConfig, counted
+from commands import answers, ensemble, results
+from config import InputError, RunConfig
 from formats import lines, tables
 from formats.columns import Usual
 from formats.labels import canonical, is_whole
@@ -30,14 +30,15 @@ def run(config: RunConfig) -> int:
     results.check_outputs(config)
     if not config.input:
         raise InputError("--option predict needs --input FILE, with a sentence a line; - is stdin")
-    model = load_model(config)
-    names = model.saved.settings.label_names
+    is_file = config.input != "-" and Path(config.input).is_file()
+    answering = ensemble.Answering(config, is_file)
+    names = answering.names
     source = "stdin" if config.input == "-" else config.input
     labels = Labels(source, names)
-    n_read = n_cut = 0
+    n_read = 0
     with ExitStack() as stack:
         if tables.kind_by_name(Path(config.input)) not in ("", "plain"):  # all others have lines
-            take = rows_of_table(config.input, config, labels, columns_of(model.saved))
+            take = rows_of_table(config.input, config, labels, answering.columns)
         else:
             if config.text_column or config.label_column:
                 raise InputError(f"--text_column and --label_column name columns of a table, and {source} has lines; a "
@@ -46,21 +47,19 @@ def run(config: RunConfig) -> int:
         is_silent = config.input == "-" or sys.stdout.isatty()  # the answers show how far it is
         bar = stack.enter_context(tqdm(desc="predict", unit=" texts", leave=False, file=sys.stderr,
                                        disable=True if is_silent else None))
-        while texts := take():
-            found = model.answer(texts)
+        for texts, probabilities in answering.answers(take):
             if not n_read and config.output_format == "csv":
                 sys.stdout.write(answers.csv_header(names, config.top_k))
-            for text, row in zip(texts, found.probabilities.tolist(), strict=True):
+            for text, row in zip(texts, probabilities.tolist(), strict=True):
                 one = answers.answer(row, names, config.top_k, config.threshold)
                 labels.score(one)
                 sys.stdout.write(answers.LINES[config.output_format](text, one, config.top_k is not None))
             sys.stdout.flush()
-            n_read, n_cut = n_read + len(texts), n_cut + found.n_cut
+            n_read += len(texts)
             bar.update(len(texts))
     if not n_read:
         raise InputError(f"{source}: there is no sentence in it; write one a line")
-    if n_cut:
-        logs.warn(f"{source}: {counted(n_cut, 'sentence')} cut to {counted(model.longest, 'token')}")
+    answering.warn_of_cuts(source)
     labels.report(n_read, config.threshold is not None)
     return 0
 
@@ -76,7 +75,7 @@ class Labels:
         self.numbers = {canonical(name): i for i, name in enumerate(names)}
         if not all(map(is_whole, self.numbers)):  # else 1 could be a name, or the second class
             self.numbers = {**{str(i): i for i in range(len(names))}, **self.numbers}
-        self.known: list[int | None] = []  # of the texts that are not answered yet
+        self.known: deque[int | None] = deque()  # of the texts that are not answered yet
         self.n_labelled = self.n_unknown = self.n_right = self.n_unsure = 0
 
     def add(self, label: str | None) -> bool:
@@ -94,7 +93,7 @@ class Labels:
 
     def score(self, found: answers.Answer) -> None:
         """The answer to the next text."""
-        label = self.known.pop(0)
+        label = self.known.popleft()
         self.n_right += label is not None and label == found.label
         self.n_unsure += label is not None and found.label < 0
 

@@ -3,6 +3,7 @@
 The pages go to --output_dir, or to runs/report, where the next report replaces them.
 """
 
+import gc
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +23,15 @@ PAGES = ("report.md", "report.csv", "report.html")
 
 
 def run(config: RunConfig) -> int:
+    gc.disable()  # everything that is read is kept to the end: to look for garbage in it takes a seventh of the time
+    try:
+        return write(config)
+    finally:
+        gc.enable()
+
+
+def write(config: RunConfig) -> int:
+    """Read the runs, write the pages, and tell what they say."""
     if not config.run:
         raise InputError("--option report needs --run RUN [RUN ...]: run folders, folders of them, logs, or tables")
     folder = Path(config.output_dir or Path("runs") / "report")
@@ -72,7 +82,7 @@ def make_report(runs: Sequence[PastRun], faults: Sequence[str], n_dev: int | Non
 
 def _on_leader(lead: Leader, is_one_of_many: bool) -> list[str]:
     best = lead.setting
-    of = f" of those on the dev file {_dev_file(best)}" if is_one_of_many else ""
+    of = f" of those on {_dev_file(best)}" if is_one_of_many else ""
     lines = [f"the best{of} is {best.name}, {best.mean():.3f}"]
     if lead.alike:
         names = ", ".join(f"{one.name} ({one.mean():.3f})" for one in lead.alike[:10])
@@ -85,7 +95,8 @@ def _on_leader(lead: Leader, is_one_of_many: bool) -> list[str]:
 
 def _dev_file(setting: Setting) -> str:
     one = setting.runs[0]
-    return str(one.dev_file) if one.dev_file else one.dev_sha256[:12] or "that is not known"
+    known = f"the dev file {one.dev_file}" if one.dev_file else one.dev_sha256[:24]
+    return known or "a dev file that is not known"
 
 
 def _on_seeds(found: Sequence[Setting]) -> list[str]:
@@ -95,8 +106,9 @@ def _on_seeds(found: Sequence[Setting]) -> list[str]:
         scores = setting.scores()
         if len(scores) > 1:
             spread = statistics.stdev(scores)
-            lines.append(f"{setting.name}: {setting.mean():.3f} +- {spread:.3f} over {len(scores)} seeds; so many can "
-                         f"show a difference of {comparisons.smallest_shown(scores):.3f} or more between two settings")
+            shown = comparisons.smallest_shown(scores)
+            lines.append(f"{setting.name}: {setting.mean():.3f} +- {spread:.3f} over {len(scores)} {setting.unit}; so "
+                         f"many can show a difference of {shown:.3f} or more between two settings")
     return lines
 
 

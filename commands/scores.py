@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from training.comparisons import Difference
 from training.metrics import Baseline, ClassScores, Paired
 
 NAME_WIDTH = 24  # columns that a class's name has
@@ -24,10 +25,22 @@ def baselines_text(found: Baseline) -> str:
 
 def comparison(found: Paired, n: int) -> str:
     """How much better than the baseline on n sentences, and whether chance explains it."""
-    verdict = "more than chance" if found.p < CHANCE else "within chance"
-    p = "< 1e-99" if found.p < 1e-99 else f"= {found.p:.1g}" if found.p < 0.01 else f"= {found.p:.2g}"
-    return (f"{(found.only_first - found.only_second) / n:+.3f}, {verdict} (right where it is wrong "
-            f"{found.only_first}, wrong where it is right {found.only_second}; exact McNemar p {p})")
+    return (f"{(found.only_first - found.only_second) / n:+.3f}, {_verdict(found.p)} (right where it is wrong "
+            f"{found.only_first}, wrong where it is right {found.only_second}; exact McNemar p {p_text(found.p)})")
+
+
+def gain(found: Difference) -> str:
+    """How much an ensemble gains, with the interval, and whether chance explains it."""
+    return f"{found.words()}, {_verdict(found.p)}"
+
+
+def _verdict(p: float) -> str:
+    return "more than chance" if p < CHANCE else "within chance"
+
+
+def p_text(p: float) -> str:
+    """= 0.034, or < 1e-99."""
+    return "< 1e-99" if p < 1e-99 else f"= {p:.1g}" if p < 0.01 else f"= {p:.2g}"
 
 
 # --------------------------------------------------------------------------- tables

@@ -90,8 +90,9 @@ class RunConfig:
         "with a --run; report compares runs and says what is chance",
         choices=COMMANDS, only=COMMANDS,
         show_default=False, also="mode task command")
-    run: tuple[str, ...] | None = _what(None, "the folder of a finished run; for report several, and folders of runs, "
-        "logs, tables of experiments", metavar="RUN", only=(*SAVED, "inspect", "report"), also="runs")
+    run: tuple[str, ...] | None = _what(None, "the folder of a finished run; evaluate and predict average several, "
+        "or those of --seeds and --folds; report takes folders of runs, logs and tables too", metavar="RUN",
+        only=(*SAVED, "inspect", "report"), also="runs")
     input: str | None = _what(None, "the sentences to label: one a line, or a table as --train takes; - is stdin, "
         "which is answered line by line; inspect says of each which words tip the decision", metavar="FILE",
         only=("predict", "inspect"))

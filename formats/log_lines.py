@@ -62,11 +62,29 @@ class Majority:
 
 
 @dataclass(frozen=True)
+class Loaded:
+    """`load 1101 data from data/sst-dev.txt`; of a dev that was held out `dev :: 105 of 1061 sentences of ...`, without
+    a path ("")."""
+
+    line: int
+    path: str
+    n: int
+
+
+@dataclass(frozen=True)
+class Started:
+    """`run :: runs/a, on cpu`, which a run prints when it begins or goes on."""
+
+    line: int
+    folder: str
+
+
+@dataclass(frozen=True)
 class NumberedEpoch:
     epoch: Epoch
 
 
-Said = Heading | Command | Final | Ended | Majority | Claim | NumberedEpoch
+Said = Heading | Command | Final | Ended | Majority | Claim | Loaded | Started | NumberedEpoch
 
 EPOCH = re.compile(
     rf"epoch\s{{0,3}}(\d{{1,9}}(?:\.\d{{1,9}})?)\s{{0,3}}:\s{{0,3}}train loss\s{{0,3}}::\s{{0,3}}({NUMBER}),\s{{0,3}}"
@@ -75,6 +93,9 @@ EPOCH = re.compile(
 FINAL = re.compile(rf"(?:^|(?<=\]))\s*(dev|test) acc\s{{0,3}}::\s{{0,3}}({NUMBER})(?![\d.]*\s*(?:\+-|±|\+/-))",
                    re.IGNORECASE)
 ENDED = re.compile(r"best :: epoch ([\d.]{1,20}) of (\d{1,9}) \(chosen by (\w{1,20})\), stopped: ([\w -]{1,60})")
+LOADED = re.compile(r"load (\d{1,9}) data from (\S.{0,500})")
+HELD_OUT = re.compile(r"dev :: (\d{1,9}) of \d{1,9} sentences of .{1,500} held out")
+STARTED = re.compile(r"run :: (\S.{0,500}), on \S")
 MAJORITY = re.compile(rf"dev baselines :: majority ({NUMBER})")
 SERIES = re.compile(r"(seed|fold)-(\d{1,19}):")
 IN_HEADING = re.compile(r"(?:--([A-Za-z][\w-]{0,40})(?:\s?=\s?|\s)|(?<![\w-])([A-Za-z][\w-]{0,40})\s?=\s?)"
@@ -117,6 +138,8 @@ def say_of(number: int, line: str) -> list[Said]:
         if said:
             return said
     line = line[:LONGEST]
+    if loaded := LOADED.match(line):
+        return [Loaded(number, loaded[2].strip(), int(loaded[1]))]
     if (command := command_of(number, line)) is not None:
         return [command]
     if heading := heading_of(number, line):
@@ -137,6 +160,10 @@ def _measured(number: int, line: str) -> Iterator[Said]:
         at, planned, monitor, stopped = ended.groups()
         if at.count(".") <= 1 and at.strip("."):
             yield Ended(number, float(at), int(planned), monitor, stopped.strip())
+    if begun := STARTED.match(rest):
+        yield Started(number, begun[1])
+    if held_out := HELD_OUT.match(rest):
+        yield Loaded(number, "", int(held_out[1]))
     if share := MAJORITY.search(rest):
         yield Majority(number, float(share[1]))
     for final in FINAL.finditer(rest):

@@ -2,11 +2,12 @@
 
 import bisect
 import math
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 from formats import log_lines
-from formats.log_lines import Command, Ended, Final, Heading, Majority, NumberedEpoch
+from formats.log_lines import Command, Ended, Final, Heading, Loaded, Majority, NumberedEpoch, Started
 from formats.past_run import Claim, Epoch, PastRun, name_of_column, plain
 
 
@@ -15,6 +16,8 @@ class _Draft:
     """A run while its lines are read."""
 
     line: int
+    folder: str = ""  # where the run says that it is
+    loaded: tuple[Loaded, ...] = ()
     epochs: dict[float, Epoch] = field(default_factory=dict)
     first: float = math.inf  # the lowest epoch, the highest, and the one that was read last
     top: float = -1.0
@@ -28,10 +31,13 @@ class _Draft:
     def has_ended(self) -> bool:
         return bool(self.finals["dev"] or self.finals["test"] or self.ended)
 
-    def is_begun_anew_by(self, epoch: Epoch) -> bool:
+    def is_begun_anew_by(self, epoch: Epoch, started: str) -> bool:
         """Does the count of the epochs start again? Not when a line is doubled, when two stand the wrong way round, or
-        when a resumed run prints an epoch again."""
-        if epoch.number > self.top:
+        when a resumed run prints an epoch again. A run that says where it is (`started`: the folder, where such a line
+        stands between the two) has one such line: without another, a rollback has taken it back."""
+        if started and self.folder and started != self.folder:
+            return True
+        if self.folder and not started and not self.has_ended() or epoch.number > self.top:
             return False
         first, same = self.first, self.epochs.get(epoch.number)
         if same is None:
@@ -94,6 +100,8 @@ def _sections(text: str) -> tuple[list[_Section], list[tuple[int, str]]]:
     sections: list[_Section] = [_Section(None)]
     rows: list[tuple[int, str]] = []
     run_above: _Draft | None = None
+    loaded: list[Loaded] = []  # the files that the next run has read; those of a series are for all of its runs
+    started = ""  # where the next run is
     for number, line in log_lines.lines_of(text):
         if log_lines.is_row(line):
             rows.append((number, line))
@@ -101,17 +109,30 @@ def _sections(text: str) -> tuple[list[_Section], list[tuple[int, str]]]:
             if isinstance(said, Heading):
                 sections.append(_Section(said))
                 run_above = None
+                if said.level != log_lines.SERIES_LEVEL:
+                    loaded, started = [], ""
                 continue
             section = sections[-1]
             if isinstance(said, Command):
                 section.parts.append(said)
+                loaded, started = [], ""
+                continue
+            if isinstance(said, Loaded):
+                is_anew = bool(loaded) and run_above is not None and loaded[0].line < run_above.line
+                loaded = [*([] if is_anew else loaded), said]
+                continue
+            if isinstance(said, Started):
+                started = said.folder
                 continue
             last = section.parts[-1] if section.parts else None
             draft = last if isinstance(last, _Draft) else None
             if isinstance(said, NumberedEpoch):
-                if draft is None or draft.is_begun_anew_by(said.epoch):
-                    draft = _Draft(number)
+                if draft is None or draft.is_begun_anew_by(said.epoch, started):
+                    draft = _Draft(number, started, tuple(loaded))
                     section.parts.append(draft)
+                    if _level(section) != log_lines.SERIES_LEVEL:
+                        loaded = []
+                started = ""
                 draft.add(said.epoch)
                 run_above = draft
             elif isinstance(said, Claim):
@@ -188,7 +209,7 @@ def _finished(draft: _Draft, command: Command | None, name: str, heading: Headin
         if len(set(values)) > 1:
             said = ", ".join(f"{value:g}" for value in values[:5])
             notes.append(f"{split} acc stands there {len(values)} times: {said}; the last one counts")
-    ended = draft.ended
+    ended, is_fold = draft.ended, "fold" in options or "folds" in options
     typed_epochs = options.get("epochs", "")
     planned = ended.planned if ended else int(typed_epochs) if typed_epochs.isdecimal() and (
         len(typed_epochs) < 9) else None
@@ -200,7 +221,16 @@ def _finished(draft: _Draft, command: Command | None, name: str, heading: Headin
         test=draft.finals["test"][-1] if draft.finals["test"] else None,
         said_best=ended.epoch if ended else None, monitor=ended.monitor if ended else options.get("monitor", ""),
         planned=planned, stopped=ended.stopped if ended else "", majority=draft.majority, claims=tuple(draft.claims),
-        notes=tuple(notes))
+        n_dev=None if is_fold else _n_dev(draft.loaded, options.get("dev", "")), notes=tuple(notes))
+
+
+def _n_dev(loaded: Iterable[Loaded], typed: str) -> int | None:
+    """How many sentences were read from the dev file: the one that was typed, or that is called so."""
+    for one in loaded:
+        words = re.findall(r"[a-z]+", re.split(r"[/\\]", one.path.lower())[-1])
+        if not one.path or one.path == typed or not typed and {"dev", "val", "valid", "validation"} & {*words}:
+            return one.n or None
+    return None
 
 
 def _with_names(runs: list[PastRun], name: str) -> list[PastRun]:
@@ -215,7 +245,7 @@ def _with_names(runs: list[PastRun], name: str) -> list[PastRun]:
             counts[base] = counts.get(base, 1) + 1
             own = f"{base}-{counts[base]}"
         taken.add(own)
-        named.append(replace(run, name=own))
+        named.append(run if own == run.name else replace(run, name=own))
     return named
 
 
@@ -247,7 +277,8 @@ def _with_tables(runs: list[PastRun], rows: list[tuple[int, str]]) -> list[PastR
             which = next(iter(named)) if len(named) == 1 else alike[0] if not named and len(alike) == 1 else -1
             if which >= 0 and starts[which] < line:
                 claims[which] += found
-    return [replace(run, claims=run.claims + tuple(more)) for run, more in zip(runs, claims, strict=True)]
+    return [replace(run, claims=run.claims + tuple(more)) if more else run
+            for run, more in zip(runs, claims, strict=True)]
 
 
 def _tables(rows: Iterable[tuple[int, str]]) -> list[list[tuple[int, dict[str, str]]]]:

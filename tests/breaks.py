@@ -32,7 +32,7 @@ INPUTS, RESULTS, LR_FIND, GENERATE = ("commands/inputs.py", "commands/results.py
 PREDICT, SERVE, HTTP = "commands/predict.py", "commands/serve.py", "commands/http_service.py"
 STATE, ONE_RUN = "training/state.py", "commands/one_run.py"
 METRICS, SCORES, START = "training/metrics.py", "commands/scores.py", "commands/start.py"
-SPLITS = "commands/splits.py"
+SPLITS, ENSEMBLE = "commands/splits.py", "commands/ensemble.py"
 LOGGERS, GRADIENTS = "training/loggers.py", "training/gradients.py"
 
 
@@ -219,6 +219,10 @@ BREAKS = [
           "*SPLITS, RUN_FILE):", "off", "test_pictures"),
 
     # The report
+    Break("a log's own number of dev sentences is not read", "formats/run_logs.py",
+          'None if is_fold else _n_dev(draft.loaded, options.get("dev", ""))', "None", "how_many", "test_run_logs"),
+    Break("a rollback begins a new run", "formats/run_logs.py", "if self.folder and not started and not",
+          "if False and not", "rolled", "test_run_logs"),
     Break("n_dev is ignored", "training/pairs.py", "return run.n_dev or n_dev or ASSUMED_N",
           "return run.n_dev or ASSUMED_N", "n_dev", "test_report"),
     Break("score is ignored", "formats/run_tables.py", "    if score is not None:", "    if False:", "score",
@@ -259,7 +263,7 @@ BREAKS = [
           "max_steps"),
     Break("a small part of a pass stands for it", ESTIMATE, "        run(rows)\n", "        run(rows[:1])\n",
           "as_large", "test_clock"),
-    Break("a run's own columns are forgotten", "commands/finished.py", 'options = options_in(run.home)', "options = {}",
+    Break("a run's own columns are forgotten", "commands/finished.py", 'options = options_in(home)', "options = {}",
           "columns", "test_own_data"),
     Break("save_every is ignored", TRAINER, "if self.config.save_every and", "if False and", "save_every"),
     Break("detect_anomaly is ignored", DEVICE, "set_detect_anomaly(config.detect_anomaly)",
@@ -353,6 +357,14 @@ BREAKS = [
           "question"),
 
     # The answers
+    Break("all runs but the first are dropped", ENSEMBLE, "replace(config, run=runs)", "replace(config, run=runs[:1])",
+          "evaluate or mean", "test_ensemble"),
+    Break("predict leaves the first run out of the mean", ENSEMBLE, "enumerate(self.runs, 1)",
+          "enumerate(self.runs[1:], 1)", "mean", "test_ensemble"),
+    Break("runs with the labels in another order are not mapped", ENSEMBLE, "output[:, member.order] for", "output for",
+          "order or evaluate", "test_ensemble"),
+    Break("answers with the labels in another order are not mapped", ENSEMBLE, "probabilities[:, member.order]",
+          "probabilities", "mean", "test_ensemble"),
     Break("output_format is ignored", PREDICT, "answers.LINES[config.output_format](", 'answers.LINES["tsv"](',
           "output_format", "test_predict"),
     Break("top_k is ignored", PREDICT, "names, config.top_k, config.threshold)", "names, None, config.threshold)",

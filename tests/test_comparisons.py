@@ -138,6 +138,26 @@ def test_runs_with_another_seed_belong_together_and_those_with_the_same_do_not()
     assert found[0].mean() == pytest.approx(.41)
 
 
+def test_nobody_asks_what_a_seed_or_a_fold_did():
+    found = pairs.settings([run("a", .40, lr="1", seed="1"), run("b", .42, lr="1", seed="2"),
+                            run("c", .41, lr="1", seed="2"), run("d", .41, lr="1", folds="2", fold="0"),
+                            run("e", .43, lr="1", folds="2", fold="1"), run("f", .43, lr="1")])
+    assert [setting.name for setting in found] == ["a and another seed", "c", "d and another fold", "f"]
+    assert pairs.pairs(found, None) == []
+
+
+@pytest.mark.parametrize("name, text", [
+    ("dev.csv", "text,label\n" + "".join(f'"sentence, {i}",{i % 2}.0\n' for i in range(200))),
+    ("dev-split.jsonl", "".join(f'{{"label": "{i % 2}", "text": "sentence {i}"}}\n' for i in range(200)))])
+def test_the_dev_file_may_be_a_table(tmp_path, name, text):
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    (tmp_path / "out.txt").write_text("".join(f"{(i + (i < 30)) % 2} ||| sentence {i}\n" for i in range(200)),
+                                      encoding="utf-8")
+    one = PastRun("a", "a", options={"text_column": "text"} if name == "dev.csv" else {"text_column": "body"}, dev=.85,
+                  predictions=tmp_path / "out.txt", dev_file=tmp_path / name)
+    assert pairs.which_are_right(one) == (False,) * 30 + (True,) * 170
+
+
 def test_runs_whose_options_are_unknown_are_no_pair():
     unknown = [PastRun(name, name, dev=.4) for name in "ab"]
     assert pairs.pairs(pairs.settings(unknown), None) == []

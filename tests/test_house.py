@@ -33,6 +33,7 @@ FLOORS = [
         "job",
         "defaults",
         "start",
+        "ensemble",
         "results",
         "scores",
         "classification",

@@ -38,20 +38,60 @@ def finished(inputs, tmp_path_factory) -> tuple[Path, str]:
     folder = tmp_path_factory.mktemp("runs") / "small"
     done = subprocess.run([sys.executable, str(ROOT / "run_llama.py"), "--option", "finetune", *inputs, "--lr", "3e-3",
                            "--epochs", "4", "--batch_size", "16", "--device", "cpu", "--output_dir", str(folder)],
-                          capture_output=True, text=True, check=True)
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=True, encoding="utf-8")
     return folder, done.stdout
 
 
-def test_a_run_has_the_same_row_from_its_folder_and_from_what_it_printed(finished, tmp_path):
+@pytest.mark.parametrize("has_dev", [True, False])
+def test_a_run_has_the_same_row_from_its_folder_and_from_what_it_printed(finished, inputs, tmp_path, has_dev):
+    """Both streams in one file, as `> log 2>&1` has them; the number of dev sentences too is read from it."""
     folder, printed = finished
+    if not has_dev:  # a tenth of train is held out
+        folder = tmp_path / "small"
+        done = subprocess.run([sys.executable, str(ROOT / "run_llama.py"), "--option", "finetune", *inputs[:4],
+                               "--epochs", "3", "--lr", "3e-3", "--batch_size", "16", "--test", inputs[-1],
+                               "--output_dir", str(folder)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                              text=True, check=True, encoding="utf-8")
+        printed = done.stdout
+        assert "held out" in printed and (folder / "dev-split.jsonl").is_file()
+    assert "loading the program" in printed or "warning: " in printed
     (tmp_path / "printed.log").write_text(printed, encoding="utf-8")
-    rows = reported(tmp_path / "report", "--run", str(folder), str(tmp_path / "printed.log"), "--n_dev", "30")
+    rows = reported(tmp_path / "report", "--run", str(folder), str(tmp_path / "printed.log"))
     one, other = rows["small"], rows["printed.log"]
+    assert one["n dev"] == str(json.loads((folder / "result.json").read_text("utf-8"))["dev"]["n"])
     measured = [name for name in one if name not in ("rank", "run", "from") and not name.startswith("--")]
     assert len(measured) > 12 and one["peak dev"] and one["test"] and one["verdict"]
     assert {name: one[name] for name in measured} == {name: other[name] for name in measured}
     result = json.loads((folder / "result.json").read_text("utf-8"))
     assert one["test"] == f"{result['test']['acc']:.3f}" and float(one["best epoch"]) == result["best_epoch"]
+
+
+def test_two_runs_with_held_out_dev_are_compared_sentence_by_sentence(inputs, tmp_path, capsys):
+    for dropout in ("0.1", "0.6"):
+        assert run_llama.main(["--option", "finetune", *inputs[:4], "--epochs", "1", "--lr", "3e-3", "--output_dir",
+                               str(tmp_path / "runs" / dropout), "--hidden_dropout_prob", dropout]) == 0
+    capsys.readouterr()
+    reported(tmp_path / "report", "--run", str(tmp_path / "runs"))
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("option :: "))
+    assert line.startswith("option :: hidden_dropout_prob 0.1 -> 0.6: dev ") and "McNemar, " in line
+    for name in ("result.json", "dev-predictions.txt"):  # a run that was stopped: its dev is still in its folder
+        (tmp_path / "runs" / "0.6" / name).unlink()
+    rows = reported(tmp_path / "report", "--run", str(tmp_path / "runs"))
+    assert rows["0.6"]["n dev"] == rows["0.1"]["n dev"] != "1101"
+
+
+def test_the_folds_of_a_cross_validation_are_one_setting(inputs, tmp_path, capsys):
+    for lr in ("3e-3", "1e-3"):
+        assert run_llama.main(["--option", "finetune", *inputs, "--epochs", "1", "--lr", lr, "--folds", "3",
+                               "--output_dir", str(tmp_path / "runs" / lr)]) == 0
+    capsys.readouterr()
+    rows = reported(tmp_path / "report", "--run", str(tmp_path / "runs"))
+    said = capsys.readouterr().out
+    assert len(rows) == 6 and {row["n dev"] for row in rows.values()} == {"42"}  # (96 + 30) / 3
+    lines = [line for line in said.splitlines() if line.startswith("option :: ")]
+    assert len(lines) == 1 and lines[0].startswith("option :: lr 0.001 -> 0.003: ")
+    assert "paired over 3 folds" in lines[0]
+    assert said.count(" over 3 folds; so many can show") == 2
 
 
 def test_no_torch_is_imported(tmp_path):
@@ -143,7 +183,7 @@ def test_what_cannot_be_read_is_named_and_the_rest_is_reported(tmp_path, capsys)
 
 
 def test_a_command_that_uses_one_run_refuses_two(capsys):
-    assert run_llama.main(["--option", "evaluate", "--run", "a", "b"]) == 2
+    assert run_llama.main(["--option", "serve", "--run", "a", "b"]) == 2
     assert "uses one --run, and 2 are given: a, b" in capsys.readouterr().err
     assert run_llama.main(["--option", "report"]) == 2
     assert "--option report needs --run RUN" in capsys.readouterr().err

@@ -72,6 +72,38 @@ def test_a_run_begins_where_the_count_starts_again(numbers, n_runs):
     assert len(run_logs.read_runs(text, "log")) == n_runs
 
 
+LOADED = "load 8544 data from data/sst-train.txt\nload {} data from {}\nload 2210 data from data/sst-test.txt\n"
+
+
+def test_how_many_dev_sentences_there_are_is_read_where_the_log_says_it():
+    def sizes(*parts: str) -> list[int | None]:
+        return [run.n_dev for run in run_logs.read_runs("".join(parts), "log")]
+
+    epochs, other = LINE.format(0, .3) + LINE.format(1, .4), LINE.format(0, .2)
+    assert sizes(LOADED.format(1101, "data/sst-dev.txt"), epochs) == [1101]
+    assert sizes(LOADED.format(1101, "C:\\data\\sst_dev.txt"), epochs, "### next\n", epochs, other) == [
+        1101, None, None]
+    assert sizes(LOADED.format(90, "mine.csv"), epochs) == [None]
+    assert sizes("python run_llama.py --dev mine.csv\n", LOADED.format(90, "mine.csv"), epochs) == [90]
+    assert sizes("dev :: 105 of 1061 sentences of mine.txt held out (the same ones)\n", epochs) == [105]
+    series = "".join(f"seed-{seed}:\n{epochs}dev acc :: 0.4\n" for seed in (1, 2))
+    assert sizes(LOADED.format(1101, "dev.txt"), series, LOADED.format(872, "dev.txt"), series) == [
+        1101, 1101, 872, 872]
+    assert sizes(LOADED.format(1101, "dev.txt"), f"fold-0:\n{epochs}") == [None], "a fold has another dev"
+
+
+def test_a_run_that_was_rolled_back_or_gone_on_with_is_one_run():
+    begun = "run :: runs/{}, on cpu (1 thread), bfloat16\n"
+    again = LINE.format(0, .33) + LINE.format(0, .36) + LINE.format(0, .40) + LINE.format(1, .42)
+    run, = run_logs.read_runs(begun.format("a") + again + "dev acc :: 0.420\n", "log")
+    assert [e.dev_acc for e in run.epochs] == [.40, .42]
+    assert len(run_logs.read_runs(again, "log")) == 3, "without that line the count starts again"
+    parts = begun.format("a") + LINE.format(0, .3) + LINE.format(1, .4)
+    assert len(run_logs.read_runs(parts + begun.format("a") + LINE.format(2, .5), "log")) == 1
+    assert len(run_logs.read_runs(parts + begun.format("b") + LINE.format(2, .5), "log")) == 2
+    assert len(run_logs.read_runs(parts + "dev acc :: 0.4\n" + LINE.format(0, .3), "log")) == 2
+
+
 def test_prose_is_not_a_command_and_not_a_result():
     text = ("Use `python run_llama.py --lr 3` for that. The dev acc :: 0.9 that I dreamt of.\n" + LINE.format(0, "0.3")
             + "dev acc :: 0.412 +- 0.030 over 5 seeds\n")

@@ -52,9 +52,20 @@ def paired(only_first: int, only_second: int, n: int) -> Difference:
                       f"McNemar, {only_second} to {only_first}")
 
 
-def over_seeds(first: dict[str, float], second: dict[str, float]) -> Difference:
-    """Two settings with several seeds each, by their seeds: where they share two or more, the differences of these
-    (Student), else the two groups (Welch)."""
+def over_sentences(gains: Sequence[float]) -> Difference:
+    """What each of n sentences gains (-1 to 1, the second's answer against the mean answer of several others): their
+    mean. Where each gain is -1, 0 or 1 the interval is that of `paired`: two sentences are added, half a one that gains
+    and half a one that loses among them."""
+    n, size = len(gains), len(gains) + 2
+    middle = math.fsum(gains) / size
+    error = math.sqrt(max(0.0, math.fsum(gain * gain for gain in gains) + 1 - middle * middle * size)) / size
+    p = math.erfc(abs(middle) / error / math.sqrt(2))
+    return Difference(math.fsum(gains) / n, middle - Z * error, middle + Z * error, p, f"paired over {n} sentences")
+
+
+def over_seeds(first: dict[str, float], second: dict[str, float], unit: str = "seeds") -> Difference:
+    """Two settings with several seeds (or folds: the `unit`) each, by their seeds: where they share two or more, the
+    differences of these (Student), else the two groups (Welch)."""
     from scipy.special import stdtr, stdtrit
 
     shared = sorted(first.keys() & second.keys())
@@ -62,14 +73,14 @@ def over_seeds(first: dict[str, float], second: dict[str, float]) -> Difference:
         each = [second[seed] - first[seed] for seed in shared]
         value, df = statistics.mean(each), float(len(each) - 1)
         error = statistics.stdev(each) / math.sqrt(len(each))
-        how = f"paired over {len(each)} seeds"
+        how = f"paired over {len(each)} {unit}"
     else:
         value = statistics.mean(second.values()) - statistics.mean(first.values())
         parts = [(statistics.variance(group.values()) / len(group), len(group)) for group in (first, second)]
         error = math.sqrt(sum(part for part, _ in parts))
         below = sum(part**2 / (n - 1) for part, n in parts)
         df = error**4 / below if below else float(sum(n for _, n in parts) - 2)
-        how = f"over {len(first)} and {len(second)} seeds"
+        how = f"over {len(first)} and {len(second)} {unit}"
     error = max(error, ROUNDED)  # two seeds that gave the same three decimals prove nothing
     reach = float(stdtrit(df, 1 - ALPHA / 2)) * error
     return Difference(value, value - reach, value + reach, 2 * float(stdtr(df, -abs(value) / error)), how)
@@ -82,7 +93,7 @@ def smallest_shown(values: Sequence[float]) -> float:
 
     n, df = len(values), 2 * (len(values) - 1)
     reach = float(stdtrit(df, 1 - ALPHA / 2)) + float(stdtrit(df, 0.8))
-    return reach * statistics.stdev(values) * math.sqrt(2 / n)
+    return reach * max(statistics.stdev(values), ROUNDED) * math.sqrt(2 / n)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

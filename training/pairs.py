@@ -8,9 +8,12 @@ from itertools import combinations, product
 from pathlib import Path
 
 from config import options
+from formats import tables
+from formats.labels import canonical
 from formats.past_run import PastRun
 from training import comparisons
 from training.comparisons import ALPHA, Difference
+from training.run_folder import SPLITS
 
 # Options that change where things are, what is said and what is kept, and not what is learned; and those of others.
 WITHOUT_EFFECT = {
@@ -20,21 +23,27 @@ WITHOUT_EFFECT = {
     *(f.name for f in options() if "finetune" not in f.metadata["only"])}
 NOT_GIVEN = "not given"
 ASSUMED_N = 1101  # sentences in the dev set of SST-5, where neither a run nor --n_dev says it
+REPEATS = {"seed", "fold", "folds"}  # options that repeat a run, and of which nobody asks what they did
 NO_DIFFERENCE = "these are no accuracies, or not on the same dev sentences"
 MOST_PAIRS = 2000  # pairs of runs that are compared, at most
 
 
 @dataclass(frozen=True)
 class Setting:
-    """Runs that differ in their seed alone; most often one."""
+    """Runs that differ in their seed alone, or are the folds of one cross-validation; most often one run."""
 
     runs: tuple[PastRun, ...]
 
     @property
     def name(self) -> str:
         first = self.runs[0].name
-        return first if len(self.runs) == 1 else f"{first} and {len(self.runs) - 1} more seeds" if (
-            len(self.runs) > 2) else f"{first} and another seed"
+        return first if len(self.runs) == 1 else f"{first} and {len(self.runs) - 1} more {self.unit}" if (
+            len(self.runs) > 2) else f"{first} and another {self.unit[:-1]}"
+
+    @property
+    def unit(self) -> str:
+        """What the runs are repeated over."""
+        return "folds" if "fold" in self.runs[0].options else "seeds"
 
     def scores(self) -> list[float]:
         return [score for run in self.runs if (score := run.peak()) is not None]
@@ -43,7 +52,8 @@ class Setting:
         return statistics.fmean(self.scores())
 
     def by_seed(self) -> dict[str, float]:
-        return {run.options.get("seed", run.name): score for run in self.runs if (score := run.peak()) is not None}
+        which = self.unit[:-1]
+        return {run.options.get(which, run.name): score for run in self.runs if (score := run.peak()) is not None}
 
 
 @dataclass(frozen=True)
@@ -94,17 +104,18 @@ def shown_value(run: PastRun, option: str) -> str:
 
 
 def settings(runs: Sequence[PastRun]) -> list[Setting]:
-    """The runs that have a score, those that differ in their seed alone together. Two runs with the same seed, or with
-    unknown options, are not repetitions of each other."""
+    """The runs that have a score, those that differ in their seed alone, or in their fold, together. Two runs with the
+    same seed, or with unknown options, are not repetitions of each other."""
     together: dict[object, list[PastRun]] = {}
     for i, run in enumerate(runs):
         if run.peak() is None:
             continue
         own = options_of(run)
-        seed = own.pop("seed", None)
+        repeated = "fold" if "fold" in own else "seed"
+        which = own.pop(repeated, None)
         key: object = (_kind(run), frozenset(own.items()))
-        if seed is None or run.known_by not in ("folder", "command", "table") or any(
-                other.options.get("seed") == seed for other in together.get(key, [])):
+        if which is None or run.known_by not in ("folder", "command", "table") or any(
+                other.options.get(repeated) == which for other in together.get(key, [])):
             key = i
         together.setdefault(key, []).append(run)
     return [Setting(tuple(members)) for members in together.values()]
@@ -135,7 +146,7 @@ def _differ_in_one(found: Sequence[Setting]) -> list[tuple[str, str, str, Settin
     for group in _comparable(found):
         names = sorted({name for _, own in group for name in own})
         varying = [name for name in names if len({own.get(name) for _, own in group}) > 1]
-        for option in varying:
+        for option in (name for name in varying if name not in REPEATS):
             rest = [name for name in varying if name != option]
             alike: dict[tuple[str | None, ...], dict[str | None, list[Setting]]] = {}
             for setting, own in group:
@@ -172,7 +183,7 @@ def _own(setting: Setting) -> dict[str, str]:
     """A setting's options. The seed is one of them where there is a single run: another seed is a difference too."""
     own = options_of(setting.runs[0])
     if len(setting.runs) > 1:
-        own.pop("seed", None)
+        own.pop(setting.unit[:-1], None)
     return own
 
 
@@ -203,7 +214,7 @@ def compare(first: Setting, second: Setting, n_dev: int | None) -> Difference | 
     if not all(0 <= score <= 1 for score in first.scores() + second.scores()):
         return None
     if len(first.scores()) > 1 and len(second.scores()) > 1:
-        return comparisons.over_seeds(first.by_seed(), second.by_seed())
+        return comparisons.over_seeds(first.by_seed(), second.by_seed(), first.unit)
     a, b = _same_seed(first, second)
     if a.dev_sha256 and a.dev_sha256 == b.dev_sha256:
         is_right, other = which_are_right(a), which_are_right(b)
@@ -233,7 +244,8 @@ def which_are_right(run: PastRun) -> tuple[bool, ...]:
     do not give the accuracy that the run says."""
     if run.predictions is None or run.dev_file is None or run.dev is None:
         return ()
-    predicted, labels = _labels(run.predictions), _labels(run.dev_file)
+    columns = run.options.get("text_column"), run.options.get("label_column")
+    predicted, labels = _labels(run.predictions), _labels(run.dev_file, *columns)
     if not labels or len(predicted) != len(labels):
         return ()
     is_right = tuple(a == b for a, b in zip(predicted, labels, strict=True))
@@ -241,14 +253,14 @@ def which_are_right(run: PastRun) -> tuple[bool, ...]:
 
 
 @cache
-def _labels(path: Path) -> tuple[str, ...]:
-    """The labels of a `label ||| sentence` file; () for any other."""
+def _labels(path: Path, text_column: str | None = None, label_column: str | None = None) -> tuple[str, ...]:
+    """The labels of a file of sentences in any format that a run reads; () where they cannot be read."""
     try:
-        lines = path.read_text(encoding="utf-8-sig").replace("\r\n", "\n").replace("\r", "\n").split("\n")
+        if path.name in SPLITS:  # whose columns are called so
+            text_column = label_column = None
+        return tuple(map(canonical, tables.read_table(path, text_column, label_column).labels or ()))
     except (OSError, ValueError):
         return ()
-    rows = [line.partition(" ||| ") for line in lines if line.strip()]
-    return tuple(label.strip() for label, _, _ in rows) if all(separator for _, separator, _ in rows) else ()
 
 
 # --------------------------------------------------------------------------- the leader

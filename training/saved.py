@@ -66,15 +66,25 @@ class SavedRun:
 def load_run(run: str | Path) -> SavedRun:
     """The classifier of a finished run's folder, or of its best/, checked. Raises InputError or FileNotFoundError with
     what to do."""
-    folder = Path(run)
-    best = checked_best(folder, "--run")
-    described = best / "config.json"
-    settings = ClassifierConfig.read(files.read_json(described), described)
-    model = empty_classifier(settings, described)
+    settings, best = read_settings(run)
+    return load_checked(Path(run), settings, best)
+
+
+def load_checked(folder: Path, settings: ClassifierConfig, best: Path) -> SavedRun:
+    """The classifier of a run whose `read_settings` these are."""
+    model = empty_classifier(settings, best / "config.json")
     load_classifier_state(best, model)
     tokenizer = Tokenizer(tokenizer_model=best)
     tokenizers.check_vocabulary(tokenizer, model.llama.config)
     return SavedRun(folder, home_of(folder), best, model.eval(), tokenizer, settings)
+
+
+def read_settings(run: str | Path) -> tuple[ClassifierConfig, Path]:
+    """What a finished run's classifier is, and the folder that it lies in, checked, without its weights. Raises
+    InputError or FileNotFoundError with what to do."""
+    best = checked_best(Path(run), "--run")
+    described = best / "config.json"
+    return ClassifierConfig.read(files.read_json(described), described), best
 
 
 def is_run(path: Path) -> bool:
