@@ -217,6 +217,12 @@ BREAKS = [
           "test_pictures"),
     Break("overwrite leaves the pictures", RUN_FOLDER, "*SPLITS, *PICTURES, RUN_FILE):",
           "*SPLITS, RUN_FILE):", "off", "test_pictures"),
+    Break("two pictures of a page have the same ids", "commands/plot.py", """f' id="{name}-{m[1]}"'""",
+          """f' id="{m[1]}"'""", "same_each_time", "test_report_pictures"),
+    Break("a label leaves its picture", "commands/plot.py", '"left": 0.17,', '"left": 0.05,', "browser",
+          "test_report_pictures"),
+    Break("a run keeps no calibration", ONE_RUN, '"calibration": {"dev": reliability_of',
+          '"kalibration": {"dev": reliability_of', "calibration_of_a_run", "test_report_pictures"),
 
     # The report
     Break("a log's own number of dev sentences is not read", "formats/run_logs.py",

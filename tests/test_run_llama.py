@@ -65,7 +65,7 @@ def test_finetune_leaves_a_run_that_evaluate_and_predict_use(arguments, tiny_dat
     run = Path("run")
     assert {p.name for p in run.iterdir()} == {
         ".lock", "args.json", "steps.jsonl", "epochs.jsonl", "events.jsonl", "result.json", "best",
-        "test-predictions.txt"}
+        "test-predictions.txt", "curves.png", "confusion.png"}
     assert {p.name for p in (run / "best").iterdir()} == {
         "model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json", "manifest.json"}
     args = json.loads((run / "args.json").read_text(encoding="utf-8"))
