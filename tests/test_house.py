@@ -23,6 +23,7 @@ FLOORS = [
         "past_runs",
         "confirm",
         "series",
+        "space",
         "one_run",
         "resume",
         "plan",
@@ -107,10 +108,11 @@ WITHOUT_TORCH = [
     "formats.tables", "formats.holdout", "formats.lines",
     "formats.gguf", "data.prepare", "data.download", "training.logs", "training.run_folder", "training.streams",
     "training.signals", "training.course", "training.clock", "commands.report",
-    "formats.words", "training.data_checks", "training.calibration", "training.mistakes"]
+    "formats.words", "training.data_checks", "training.calibration", "training.mistakes", "commands.space"]
 # What a room may import inside a function: a library that takes over 0.2 s, or one that only some systems have.
 LATE = {"sklearn", "scipy", "matplotlib", "safetensors", "tokenizers", "sentencepiece", "gguf", "tqdm", "importlib",
-        "jinja2", "markupsafe", "pyarrow", "tensorboardX", "wandb", "mlflow", "fcntl", "msvcrt", "resource"}
+        "optuna", "jinja2", "markupsafe", "pyarrow", "tensorboardX", "wandb", "mlflow", "fcntl", "msvcrt",
+        "resource"}
 
 
 def path_of(room: str) -> Path:
