@@ -5,6 +5,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
 import dataset
@@ -190,12 +191,17 @@ class Inputs:
         """Optimizer steps in one pass over the training sentences; a last, short one counts."""
         return -(-len(self.splits["train"]) // (config.batch_size * config.grad_accum))
 
-    def checksums(self) -> dict[str, dict[str, str]]:
-        """For the run's args.json: each file that is read, with its whole path and its sha256."""
+    @cached_property
+    def _checksums(self) -> dict[str, dict[str, str]]:
         used = {n: getattr(self.files, n) for n in ("train", "dev", "test", "label_names")}
         used |= {"weights": self.weights.path, "tokenizer": self.tokenizer.path}
         found = {name: path.resolve() for name, path in used.items() if path}
         return {name: {"path": str(path), "sha256": files.sha256(path)} for name, path in found.items()}
+
+    def checksums(self) -> dict[str, dict[str, str]]:
+        """For the run's args.json: each file that is read, with its whole path and its sha256. The same files are read
+        once, for all the runs of a series or a search."""
+        return {name: {**one} for name, one in self._checksums.items()}
 
 
 def load(config: RunConfig, need: tuple[str, ...]) -> Inputs:

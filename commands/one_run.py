@@ -2,6 +2,7 @@
 
 import hashlib
 import time
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import astuple
 from typing import Any
@@ -28,15 +29,17 @@ from training.trainer import Loop
 
 
 def train(config: RunConfig, inputs: Inputs, device: Device, series_folder: RunFolder | None = None, n_runs: int = 1,
-          deadline: float | None = None) -> dict:
+          deadline: float | None = None, known: Mapping[str, metrics.Baseline] | None = None,
+          on_evaluation: Callable[[int, logs.EpochRecord], str] | None = None) -> dict:
     """One run from its folder to its result.json, which is returned. `series_folder`: that of the --seeds or --folds
     that it belongs to, if there is one: what to resume when it is stopped. `n_runs`: how many are left, this one among
-    them; 0 where that has been said. `deadline`: when it must be over, on time.monotonic(), see --max_minutes."""
+    them; 0 where that has been said. `deadline`: when it must be over, on time.monotonic(), see --max_minutes.
+    `known`: the baselines, where they have been computed; `on_evaluation`: see `Loop`."""
     begin, before_resume = time.perf_counter(), 0.0
     folder = RunFolder(config.resume) if config.resume else run_folder.open_run(config)
     with folder.lock(), ExitStack() as stack:
         job = jobs.build_job(config, inputs, device)
-        known, clock = None, Clock(deadline=deadline)
+        clock = Clock(deadline=deadline)
         if deadline is not None:  # they are part of what takes time
             known = compute_baselines(inputs)
         if deadline is not None or n_runs and estimate.may_be_long(job, config, n_runs):
@@ -47,7 +50,7 @@ def train(config: RunConfig, inputs: Inputs, device: Device, series_folder: RunF
             described = describe(config, inputs, device, job, folder)
         loggers = stack.enter_context(Loggers(folder, names_in(config.logger), described.get("id", "")))
         loop = trainer.Loop(job, config, device, folder, series=series_folder, described=described, clock=clock,
-                            loggers=loggers)
+                            loggers=loggers, on_evaluation=on_evaluation)
         if config.resume:
             files.remove_temporary_files(folder.path)
             loop.resume()

@@ -11,11 +11,12 @@ from config.words import InputError
 from schedule import AT_LEAST_ONE, FRACTION, NOT_NEGATIVE, SCHEDULERS, Check, Need
 
 COMMANDS = ("generate", "prompt", "finetune", "evaluate", "predict", "serve", "lr_find", "verify_resume",
-            "inspect", "report")
+            "search", "inspect", "report")
 COMPUTING = COMMANDS[:-1]  # those that run a model
 FINETUNE = ("finetune",)
-WHOLE_RUN = ("finetune", "verify_resume")  # the commands that train to the end
-TRAINING = ("finetune", "lr_find", "verify_resume")
+TRIALS = ("finetune", "search")  # the trials of a search are such runs
+WHOLE_RUN = (*TRIALS, "verify_resume")  # the commands that train to the end
+TRAINING = (*WHOLE_RUN, "lr_find")
 PRETRAINED = ("generate", "prompt", *TRAINING)  # those that read pretrained weights
 MODEL_FILES = (*PRETRAINED, "inspect")  # those that read its tokenizer at least
 SAVED = ("evaluate", "predict", "serve")  # those that use a finished run
@@ -27,6 +28,9 @@ WRITING = ("prompt", "evaluate", "finetune")  # those that write predictions whe
 POOLINGS = ("last", "mean", "max", "first")
 OPTIMIZERS = ("adamw", "sgd", "lion", "adafactor")
 LOGGERS = ("csv", "tensorboard", "wandb", "mlflow")
+MONITORS = ("dev_acc", "dev_f1", "dev_loss", "dev_mae", "dev_qwk")
+METHODS = ("grid", "random", "tpe", "gp", "hyperband", "bohb")
+PRUNERS = ("median", "halving", "hyperband", "none")
 GENERATE_PREFIX = ("I have wanted to see this thriller for a while, and it didn't disappoint. Keanu Reeves, "
                    "playing the hero John Wick, is")
 QUESTION = "Is this movie {labels}? This movie is"
@@ -38,7 +42,7 @@ PROBABILITY = Check(lambda x: 0 <= x < 1, "at least 0 and below 1")
 SGD = Need(lambda c: c.optimizer == "sgd", "--optimizer {optimizer} does not use it")
 ONE_RUN = Need(lambda c: not c.seeds and (not c.folds or c.fold is not None),
                "each run has its predictions in its own folder")
-SERIES = Need(lambda c: c.option == "finetune" or c.resume,
+SERIES = Need(lambda c: c.option in TRIALS or c.resume,
               "--{name} repeats --option finetune, and --option is {option}")
 
 
@@ -63,6 +67,7 @@ _data = partial(_option, "Data", only=LABELLED, metavar="FILE")
 _model, _train, _optimizer, _schedule, _regular, _output = (partial(_option, group) for group in (
     "Model", "Training", "Optimizer", "Schedule", "Regularisation", "Output"))
 _stop = partial(_option, "Stopping and guards", only=WHOLE_RUN)
+_search = partial(_option, "Search", only=("search",))
 _range = partial(_option, "Range test", only=("lr_find",))
 _device = partial(_option, "Device", only=COMPUTING)
 _report = partial(_option, "Report", only=("report",))
@@ -86,8 +91,8 @@ class RunConfig:
 
     option: str = _what("generate", "generate continues --prefix; prompt asks the pretrained model without training; "
         "finetune trains, then evaluates the best epoch; evaluate, predict and serve use a saved --run; lr_find looks "
-        "for the learning rate; verify_resume kills a run and compares; inspect says what is wrong with data or "
-        "with a --run; report compares runs and says what is chance",
+        "for the learning rate; verify_resume kills a run and compares; search looks for the best options; inspect "
+        "says what is wrong with data or with a --run; report compares runs and says what is chance",
         choices=COMMANDS, only=COMMANDS,
         show_default=False, also="mode task command")
     run: tuple[str, ...] | None = _what(None, "the folder of a finished run; evaluate and predict average several, "
@@ -155,7 +160,7 @@ class RunConfig:
     seed: int = _train(1337, "the seed of everything random", only=("generate", *TRAINING), common=True,
         check=Check(lambda x: 0 <= x < 2**63, "0 or more, and below 2^63"), also="random_seed random_state")
     seeds: int | None = _train(None, "run with N seeds, one after another; mean and standard deviation", metavar="N",
-        check=AT_LEAST_TWO, only=FINETUNE, one_of=("seeds", "folds"), requires=SERIES)
+        check=AT_LEAST_TWO, only=TRIALS, one_of=("seeds", "folds"), requires=SERIES)
     folds: int | None = _train(None, "cross-validate: train and dev together, cut into N", metavar="N", requires=SERIES,
         check=AT_LEAST_TWO, only=FINETUNE, one_of=("seeds", "folds"), also="cv kfold")
     fold: int | None = _train(None, "of the --folds N, run this one alone: 0 to N-1", metavar="I", check=NOT_NEGATIVE,
@@ -205,7 +210,7 @@ class RunConfig:
         "own embedding", check=PROBABILITY)
 
     monitor: str = _stop("dev_acc", "what chooses the best evaluation", also="metric metric_for_best_model",
-        choices=("dev_acc", "dev_f1", "dev_loss", "dev_mae", "dev_qwk"))
+        choices=MONITORS)
     patience: int = _stop(5, "stop after N evaluations without a new best; 0: never", metavar="N", check=NOT_NEGATIVE,
         common=True, also="early_stop early_stopping early_stopping_patience")
     min_delta: float = _stop(0.0, "what a new best must gain", check=NOT_NEGATIVE)
@@ -229,6 +234,29 @@ class RunConfig:
         common=True,
         requires=Need(lambda c: c.option == "finetune", "--plan is about --option finetune, and --option is {option}"))
 
+    method: str = _search("tpe", "how the next trial is chosen: every point of a grid, by chance, by TPE, by a "
+        "Gaussian process (gp); hyperband is chance with the pruner of that name, bohb TPE with it", choices=METHODS)
+    space: str | None = _search(None, "what is searched, as text or a file: `lr=log:1e-6..1e-3 batch_size=16|32 "
+        "warmup_ratio=0..0.2 n_layers=int:4..12 step_size[scheduler=step]=int:20..200`; a range may have a step behind "
+        "a colon (default: one for the data's size, which is printed)", metavar="SPACE", also="search_space hp_space")
+    trials: int | None = _search(None, "how many trials the search has in all, those of every start and process "
+        "counted (default: 20; of a grid, every point)", metavar="N", check=AT_LEAST_ONE, also="n_trials num_trials")
+    timeout: float | None = _search(None, "begin no trial after so many seconds; the one that runs ends at its next "
+        "evaluation", metavar="SECONDS", check=Check(lambda x: x > 0, "above 0"))
+    prune: str | None = _search(None, "end a trial that is behind the others, at an evaluation (default: hyperband for "
+        "the methods hyperband and bohb, none for grid, else median)", choices=PRUNERS, also="pruner",
+        requires=Need(lambda c: c.prune == "hyperband" or c.method not in ("hyperband", "bohb"),
+            "--method {method} prunes by hyperband, and --prune is {prune}; leave it out, or take --method random"))
+    objective: str | None = _search(None, "the number that decides, its best over a trial (default: that of --monitor; "
+        "typed alone, it is that of --monitor too)", choices=MONITORS)
+    storage: str | None = _search(None, "where the trials are kept: sqlite:///FILE, postgresql://..., mysql://..., or "
+        "the name of a journal file, for folders on NFS; processes that name the same one work on one search "
+        "(default: search.db in the search's folder)", metavar="STORAGE")
+    finalists: int = _search(3, "run the best N trials again at the end, with new seeds; 0: none", metavar="N",
+        check=NOT_NEGATIVE)
+    final_seeds: int = _search(3, "with how many new seeds", metavar="N", check=AT_LEAST_ONE,
+        needs=[Need(lambda c: c.finalists, "there are no --finalists")])
+
     lr_min: float = _range(1e-7, "the first rate", check=RATE,
         requires=Need(lambda c: c.lr_min < c.lr_max, "--lr_min {lr_min:g} must be below --lr_max {lr_max:g}"))
     lr_max: float = _range(1e-2, "the last rate", check=RATE)
@@ -247,16 +275,17 @@ class RunConfig:
         "(fused.c), compiled at the first start; off: all in PyTorch", choices=("auto", "off"))
 
     output_dir: str | None = _output(None, "the run folder (default: runs/<option>-<epochs>-<lr>, with -2, -3 behind "
-        "it when it exists; of report runs/report, which the next report replaces, and of inspect the --run, or "
-        "runs/inspect)", metavar="DIR", common=True, also="save_dir", only=(*TRAINING, "inspect", "report"))
+        "it when it exists; of search runs/search, where the same search goes on; of report runs/report, which "
+        "the next report replaces, and of inspect the --run, or runs/inspect)", metavar="DIR", common=True, also="save_dir", only=(*TRAINING, "inspect", "report"))
     overwrite: bool = _output(False, "replace the run that is in --output_dir", also="overwrite_output_dir force",
+        only=("finetune", "verify_resume", "lr_find"),
         needs=[Need(lambda c: c.output_dir, "it needs --output_dir")])
-    plots: str = _output("on", "draw curves.png and confusion.png into the run folder when the run has ended",
-        choices=("on", "off"), only=FINETUNE, also="plot")
+    plots: str = _output("on", "draw curves.png and confusion.png into the run folder when the run has ended (search: "
+        "of no trial, where it is not typed)", choices=("on", "off"), only=TRIALS, also="plot")
     save_dtype: str = _output("float32", "how best/ stores the weights; bfloat16 takes half the room, and is what is "
-        "evaluated", choices=("float32", "bfloat16"), only=FINETUNE)
+        "evaluated", choices=("float32", "bfloat16"), only=TRIALS)
     logger: str | None = _output(None, "keep the numbers of each step and each evaluation for other programs too: "
-        "csv, tensorboard, wandb, mlflow; several with commas between", metavar="NAME[,NAME]", only=FINETUNE,
+        "csv, tensorboard, wandb, mlflow; several with commas between", metavar="NAME[,NAME]", only=TRIALS,
         check=Check(lambda x: {*names_in(x)} <= {*LOGGERS}, f"one of {', '.join(LOGGERS)}, or several with commas"),
         also="report_to log_with loggers")
     dev_out: str | None = _output(None, "predictions for dev, `label ||| sentence` a line, in the file's order "

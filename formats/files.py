@@ -7,7 +7,8 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Set
+from collections.abc import Callable, Iterator, Set
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +135,29 @@ def check_tree(folder: Path) -> None:
             check_plain(Path(place, name))
         for name in folders:
             check_plain(Path(place, name), is_folder=True)
+
+
+@contextmanager
+def locked(path: Path, waits: bool = False) -> Iterator[bool]:
+    """Only one process is inside with the same file. Gives whether it is this one; with `waits`, when it is. A process
+    that is killed leaves no lock. Raises OSError where a link or a device stands in the file's place."""
+    check_plain(path)
+    with open(path, "a+", encoding="utf-8", opener=no_follow) as file:
+        try:
+            try:
+                import fcntl
+            except ImportError:  # Windows
+                import msvcrt
+
+                file.seek(0)
+                how = msvcrt.LK_LOCK if waits else msvcrt.LK_NBLCK  # type: ignore[attr-defined]
+                msvcrt.locking(file.fileno(), how, 1)  # type: ignore[attr-defined]
+            else:
+                fcntl.flock(file, fcntl.LOCK_EX | (0 if waits else fcntl.LOCK_NB))
+            is_ours = True
+        except OSError:
+            is_ours = False
+        yield is_ours
 
 
 def no_follow(path: str, flags: int) -> int:

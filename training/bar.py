@@ -27,8 +27,8 @@ class Bar:
         self.began, self.done_before, self.due = time.monotonic(), done, math.inf
 
     def __enter__(self) -> "Bar":
-        self.bar = tqdm(total=self.total, initial=self.done, desc=self.label, disable=None, leave=self.is_kept,
-                        file=sys.stderr, mininterval=0.5)
+        self.bar = tqdm(total=self.total, initial=self.done, desc=self.label, disable=None,
+                        leave=self.is_kept and not logs.bars, file=sys.stderr, mininterval=0.5)
         self.began = time.monotonic()
         self.due = self.began + FIRST
         logs.bars.append(self)

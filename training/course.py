@@ -32,6 +32,14 @@ class Course:
         """How many steps this epoch has."""
         return min(self.steps_per_epoch, self.steps - epoch * self.steps_per_epoch)
 
+    def epoch_done(self, epoch: int, window: int, evaluated: int) -> float:
+        """The epoch of an evaluation after so many windows and evaluations of it: its number, or where there are
+        several in one, how many are done."""
+        marks = self.marks()
+        if window not in (0, marks[evaluated]):
+            return round(epoch + window / self.steps_per_epoch, 3)
+        return epoch if len(marks) == 1 else round(epoch + (evaluated + 1) / len(marks), 3)
+
     def n_evaluations(self, done: int = 0) -> int:
         """How many evaluations follow after `done` steps."""
         marks = self.marks()

@@ -9,7 +9,7 @@ import os
 import sys
 import threading
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol, TextIO
@@ -35,8 +35,27 @@ def notice(text: str) -> None:
         _write(text, sys.stderr)
 
 
+_elsewhere: list[TextIO] = []  # `into`: where lines go instead
+
+
+@contextmanager
+def into(path: Path) -> Iterator[None]:
+    """Inside, every line goes to the end of this file instead: of one run among many, whose own lines nobody reads as
+    they come. One that cannot be written, on a full disk, is dropped, as those on stderr are."""
+    with open(path, "a", encoding="utf-8", opener=files.no_follow) as file:
+        _elsewhere.append(file)
+        try:
+            yield
+        finally:
+            _elsewhere.remove(file)
+
+
 def _write(text: str, stream: TextIO) -> None:
     with _LOCK:
+        if _elsewhere:
+            with suppress(OSError):
+                print(shown(text), file=_elsewhere[-1], flush=True)
+            return
         for bar in bars:
             bar.clear()
         print(shown(text), file=stream, flush=True)

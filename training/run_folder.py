@@ -73,21 +73,10 @@ class RunFolder:
     @contextmanager
     def lock(self) -> Iterator[None]:
         """Only one process works in the folder. Raises OSError when another one does; a killed one leaves no lock."""
-        files.check_plain(self.lock_file)
-        with open(self.lock_file, "a+", encoding="utf-8", opener=files.no_follow) as file:
-            try:
-                try:
-                    import fcntl
-                except ImportError:  # Windows
-                    import msvcrt
-
-                    file.seek(0)
-                    msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
-                else:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+        with files.locked(self.lock_file) as is_ours:
+            if not is_ours:
                 raise OSError(f"{self.path}: another process is training in this folder; wait for it, or choose "
-                              "another --output_dir") from None
+                              "another --output_dir")
             yield
 
     # ----------------------------------------------------------------------- args.json

@@ -52,17 +52,19 @@ class Loop:
     no epoch lines, and no best model. `series`: the folder of the --seeds or --folds that the run belongs to, which is
     what a stopped run is resumed by. `described`: what the run's args.json holds; its id and its options are in each
     state. `clock`: how long it may take, see --max_minutes. `loggers`: those of --logger.
+    `on_evaluation(n, record)` is told of the n-th evaluation, counted from 1, and says why the training stops there, or
+    "".
     """
 
     def __init__(
         self, job: Job, config: RunConfig, device: Device, folder: RunFolder | None = None, *,
         max_steps: int | None = None, evaluate: bool = True, on_step: Callable[[int, float], bool] | None = None,
         series: RunFolder | None = None, described: dict[str, Any] | None = None, clock: Clock | None = None,
-        loggers: Loggers | None = None,
+        loggers: Loggers | None = None, on_evaluation: Callable[[int, logs.EpochRecord], str] | None = None,
     ):
         self.job, self.model, self.task, self.optimizer = job, job.model, job.task, job.optimizer
         self.config, self.device, self.folder = config, device, folder
-        self.evaluates, self.on_step = evaluate, on_step
+        self.evaluates, self.on_step, self.on_evaluation = evaluate, on_step, on_evaluation
         self.series = series or folder
         self.course = course_of(config, job.steps_per_epoch) if max_steps is None else Course(
             max_steps, job.steps_per_epoch, config.eval_every)
@@ -319,13 +321,6 @@ class Loop:
 
     # ----------------------------------------------------------------------- evaluation and stopping
 
-    def epoch_done(self) -> float:
-        """The epoch of an evaluation: its number, or where there are several in one, how many are done."""
-        progress, marks = self.progress, self.course.marks()
-        if progress.window not in (0, marks[progress.evaluated]):
-            return round(progress.epoch + progress.window / self.course.steps_per_epoch, 3)
-        return progress.epoch if len(marks) == 1 else round(progress.epoch + (progress.evaluated + 1) / len(marks), 3)
-
     def evaluate(self) -> None:
         """The scores, their line in epochs.jsonl and on stdout, the best weights, the patience.
 
@@ -337,7 +332,8 @@ class Loop:
             found = self.task.evaluate()
             scores = found.scores
             record = logs.EpochRecord(
-                epoch=self.epoch_done(), step=progress.step, **scores, seconds=round(self.seconds(), 3),
+                epoch=self.course.epoch_done(progress.epoch, progress.window, progress.evaluated),
+                step=progress.step, **scores, seconds=round(self.seconds(), 3),
                 train_loss=progress.loss_sum / progress.n_seen if progress.n_seen else None,
                 lr=max(group["lr"] for group in self.optimizer.param_groups))
             mean_loss = math.nan
@@ -361,6 +357,9 @@ class Loop:
         progress.loss_sum, progress.n_seen = 0.0, 0
         self.log(record)
         self.look_at_patience()
+        why = self.on_evaluation(len(progress.history), record) if self.on_evaluation else ""
+        if not progress.stopped and not self.is_at_end():
+            progress.stopped = why
         self.save()
 
     def look_at_patience(self) -> None:

@@ -193,7 +193,7 @@ def _overfits(run: PastRun, n: int) -> Verdict | None:
 
 def _still_improving(run: PastRun, n: int) -> Verdict | None:
     devs = [e.dev_acc for e in run.epochs]
-    if run.stopped in ("patience", "diverged") or not _rises(devs, n):
+    if run.stopped in ("patience", "diverged", "pruned") or not _rises(devs, n):
         return None
     best = run.best()
     assert best is not None

@@ -1,0 +1,199 @@
+"""--option search: many runs over a space of options, each an ordinary one; then the best again with new seeds, and the
+command that repeats the winner."""
+
+import shlex
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from commands import defaults, finalists, inputs, one_run, results, trial
+from commands import job as jobs
+from commands import space as spaces
+from commands.inputs import Inputs
+from commands.space import Space
+from commands.study import Plan, Trials, hidden
+from commands.trial import Ground, Outcome
+from config import InputError, RunConfig, counted, duration, no_effect
+from formats import files, weights
+from training import clock, loggers, logs, run_folder
+from training import device as devices
+from training.bar import Bar
+from training.course import course_of
+from training.run_folder import RUN_FILE
+from training.streams import without_readers
+
+N_TRIALS = 20
+FIRST = 3  # when so many trials have failed, and none has come out, the search ends
+DATABASE, ABOUT = "search.db", "search.json"
+PLACES = {"option", "output_dir", "plots", "logger"}  # no number of a trial depends on them
+
+
+@without_readers()
+def run(config: RunConfig) -> int:
+    """Search, or go on with the search that is in the folder. Returns 0 when all trials of this process are done."""
+    results.check_outputs(config)
+    loggers.check_installed(config)
+    text = spaces.read(config.space) if config.space else ""
+    space = spaces.parse(text)
+    objective = objective_of(config)
+    whole = inputs.load(config, need=("train", "dev"))
+    typed, config = config, defaults.with_defaults(config, whole)
+    for line in no_effect(typed):
+        logs.warn(f"no effect: {line}")
+    if not text:
+        rate = defaults.rate_for(config.n_layers or whole.weights.config.n_layers)
+        text = spaces.default_space(len(whole.splits["train"]), rate, config.ordinal, typed.given)
+        space = spaces.parse(text)
+        logs.notice(f"space :: {text} (chosen, since no --space was typed)")
+    spaces.check(space, replace(config, given=typed.given))
+    ground = Ground(trial.base_config(config, objective), trial.without_test(whole), devices.choose_device(config),
+                    objective)
+    plan = plan_of(config, text, space, ground)
+    folder = folder_of(config)
+    storage = config.storage or f"sqlite:///{(folder / DATABASE).as_posix()}"
+    trials = Trials(plan, storage, folder)
+    files.write_json(folder / ABOUT, {**finalists.read_about(folder / ABOUT), "command": command_of(typed),
+                                      "method": config.method, "space": text, "objective": objective,
+                                      "prune": plan.prune, "storage": hidden(storage)})
+    if config.trials and trials.n_wanted < config.trials:
+        logs.notice(f"--trials {config.trials}: the space has {counted(trials.n_wanted, 'point')}, and each is tried "
+                    "once")
+    logs.say(f"search :: {folder}, {counted(trials.n_wanted, 'trial')} by {config.method}, pruning: {plan.prune}, "
+             f"{objective} decides")
+    with going_on(command_of(typed)):
+        ground = replace(ground, baselines=one_run.compute_baselines(ground.inputs))
+        search(config, trials, ground)
+        return finalists.finish(config, trials, ground, whole)
+
+
+# --------------------------------------------------------------------------- before it begins
+
+
+def objective_of(config: RunConfig) -> str:
+    """The number that decides. Raises InputError for one that the trials do not have."""
+    objective = config.objective or config.monitor
+    is_ordinal = config.ordinal or config.loss == "ordinal" or config.monitor in ("dev_mae", "dev_qwk")
+    if objective in ("dev_mae", "dev_qwk") and "monitor" in config.given and not is_ordinal:
+        raise InputError(f"--objective {objective} beside --monitor {config.monitor} needs --ordinal: the labels "
+                         "have an order")
+    return objective
+
+
+def folder_of(config: RunConfig) -> Path:
+    """The search's folder, made where it is not there. Raises OSError for one in which nothing can be written, and for
+    that of a run."""
+    folder = Path(config.output_dir or "runs/search")
+    files.check_writable(folder / ABOUT, "--output_dir")
+    for name in (ABOUT, finalists.TABLE, DATABASE):
+        files.check_plain(folder / name)
+    if (folder / RUN_FILE).exists():
+        raise FileExistsError(f"{folder}: there is a run in this folder; choose another --output_dir for the search")
+    return folder
+
+
+def plan_of(config: RunConfig, text: str, space: Space, ground: Ground) -> Plan:
+    """What the search is. Raises InputError for a point at which no run can be."""
+    n_evaluations = 1
+    for point in spaces.corners(space):
+        at = spaces.configured(ground.config, point)
+        try:
+            if at.pretrained_model_path == ground.config.pretrained_model_path:
+                weights.check_n_layers(ground.inputs.weights, at.n_layers)
+            n_evaluations = max(n_evaluations, n_evaluations_of(at, ground.inputs))
+        except InputError as error:
+            raise InputError(f"--space: there is no run at {spaces.in_words(point)}: {error}") from None
+    by_method = {"hyperband": "hyperband", "bohb": "hyperband", "grid": "none"}
+    n_seeds = config.seeds or 1
+    fixed = {name: getattr(ground.config, name) for name in sorted(ground.config.given - PLACES)}
+    data = {name: one["sha256"] for name, one in ground.inputs.checksums().items()}
+    name = {"space": text, "objective": ground.objective, "data": data, "options": fixed, "number of seeds": n_seeds}
+    return Plan(space, config.method, config.prune or by_method.get(config.method, "median"), ground.rises,
+                config.trials or (spaces.MOST_POINTS if config.method == "grid" else N_TRIALS),
+                n_evaluations * n_seeds, config.seed, name)
+
+
+def n_evaluations_of(config: RunConfig, found: Inputs) -> int:
+    """How many evaluations a run has, where nothing ends it. Raises InputError where there is no such schedule."""
+    n = min(config.train_limit or len(found.splits["train"]), len(found.splits["train"]))
+    steps = -(-n // (config.batch_size * config.grad_accum))
+    jobs.schedule_of(config, steps)
+    return course_of(config, steps).n_evaluations()
+
+
+def command_of(typed: RunConfig) -> str:
+    """The command of this search; typed again, it goes on, and typed elsewhere beside it, both work on it."""
+    words = ["python", "run_llama.py", "--option", "search"]
+    for name in sorted(typed.given - {"option"}):
+        value = getattr(typed, name)
+        words += run_folder.option_words(name, hidden(value) if name == "storage" else value)
+    return shlex.join(words)
+
+
+@contextmanager
+def going_on(command: str) -> Iterator[None]:
+    """Inside, whatever stops the search says how it goes on."""
+    try:
+        yield
+    except (SystemExit, KeyboardInterrupt):
+        logs.notice(f"stopped; the search goes on with: {command}")
+        raise
+
+
+# --------------------------------------------------------------------------- the trials
+
+
+def search(config: RunConfig, trials: Trials, ground: Ground) -> None:
+    """Work on trials until there is none left, or the time is over. Raises what a trial has failed with where the first
+    three have failed and none has come out."""
+    seeds = [config.seed + i for i in range(config.seeds or 1)]
+    each = trials.plan.n_evaluations // len(seeds)
+    deadline = None if config.timeout is None else clock.command_began + config.timeout
+    n_done = sum(one.state.is_finished() for one in trials.all())
+    with Bar("search", trials.n_wanted, n_done) as bar:
+        while True:
+            if deadline is not None and time.monotonic() > deadline:
+                logs.notice(f"--timeout: {duration(config.timeout or 0)} are over; no other trial is begun")
+                return
+            with trials.take() as taken:
+                if taken is None:
+                    return
+                asked, point, folder = taken
+                began = time.monotonic()
+                outcome = trial.run_trial(point, folder, seeds, each, ground, partial(trials.report, asked), deadline)
+                seconds = time.monotonic() - began
+                trials.tell(asked, outcome.state, outcome.score, reason=outcome.reason,
+                            evaluations=outcome.n_evaluations, seconds=round(seconds, 2))
+            found = trials.all()
+            logs.say(line_of(asked.number, outcome, point, seconds, found, ground))
+            finalists.write_table(found, trials, ground)
+            bar.update(f"search: {sum(one.state.is_finished() for one in found)} of {trials.n_wanted} trials")
+            check_first(found, outcome)
+
+
+def line_of(number: int, outcome: Outcome, point: dict[str, Any], seconds: float, found: list[Any], ground: Ground,
+            ) -> str:
+    """trial 7 :: dev_acc 0.412, lr 3.2e-05, batch_size 16, 45 s; the best is trial 3 with 0.430"""
+    score = "failed" if outcome.score is None else f"{ground.objective} {outcome.score:.3f}"
+    how = f" ({outcome.reason})" if outcome.state != "complete" else ""
+    leaders = finalists.ranked(found, ground.rises)
+    leader = f"; the best is trial {leaders[0].number} with {leaders[0].value:.3f}" if leaders else ""
+    return f"trial {number} :: {score}{how}, {spaces.in_words(point)}, {duration(seconds)}{leader}"
+
+
+def check_first(found: list[Any], outcome: Outcome) -> None:
+    """Raises the error of the trial that has just failed, where the first three have, and none has come out."""
+    if outcome.state != "failed" or any(one.state.name in ("COMPLETE", "PRUNED") for one in found):
+        return
+    first = found[:FIRST]
+    if len(first) < FIRST or any(one.state.name != "FAIL" for one in first):
+        return
+    reasons = "; ".join(f"trial {one.number}: {one.user_attrs.get('reason', 'unknown')}" for one in first)
+    said = f"the first {FIRST} trials have failed, so the search ends: {reasons}"
+    if outcome.error is None or isinstance(outcome.error, InputError):
+        raise InputError(said)
+    logs.notice(said)
+    raise outcome.error

@@ -1,0 +1,382 @@
+"""The trials of a search in a storage that several processes share, through Optuna: which point comes next, who works
+on which trial, what has come out.
+
+What Optuna stores is what its own tools read. Two things are ours. A point is drawn before its trial exists, by a
+sampler whose seed is that of the search and the trial's number: so a search that was killed goes on as the one that was
+not. And a process holds a lock on each trial that it works on: a trial whose lock is free is nobody's.
+"""
+
+import json
+import os
+import re
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+from commands import space as spaces
+from commands.space import Parameter, Range, Space
+from config import InputError
+from formats import files
+
+STUDY = "minllama"  # one in a storage
+HEARTBEAT = 60  # seconds between two signs of life, where the storage has them
+DRAWS = 20  # of a point, until one that no trial has had yet
+WORKED_ON = ".trial.lock"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a search is, beside its storage. `name`: what the storage must agree on, by what it is called for a
+    person; `n_evaluations`: of a trial that is not ended before."""
+
+    space: Space
+    method: str
+    prune: str
+    rises: bool
+    n_trials: int
+    n_evaluations: int
+    seed: int
+    name: dict[str, Any] = field(default_factory=dict)
+
+
+# --------------------------------------------------------------------------- the storage
+
+
+def hidden(text: str) -> str:
+    """A storage's address without its password."""
+    return re.sub(r"(://[^/:@\s]*):[^/\s]*@", r"\1:***@", text)
+
+
+@contextmanager
+def faults_named(storage: str) -> Iterator[None]:
+    """Inside, what a storage does not do becomes an InputError that names it, without its password."""
+    import optuna
+
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        of_storage = isinstance(error, optuna.exceptions.StorageInternalError | ImportError | EOFError) or (
+            type(error).__module__.startswith("sqlalchemy"))
+        of_journal = "://" not in storage and isinstance(error, ValueError | KeyError | AttributeError | TypeError)
+        if not of_storage and not of_journal:
+            raise
+        cause = error
+        while cause.__cause__ or cause.__context__:
+            cause = cause.__cause__ or cause.__context__  # type: ignore[assignment]
+        said = hidden(str(cause).strip().partition("\n")[0][:300])
+        for password in re.findall(r"://[^/:@\s]*:([^/\s]*)@", storage):
+            said = said.replace(password, "***").replace(unquote(password), "***")
+        hint = "install its driver" if isinstance(error, ImportError) else (
+            "it cannot be reached, has no room, or is damaged; nothing in it was changed")
+        raise InputError(f"--storage {hidden(storage)}: {said}: {hint}") from None
+
+
+def open_storage(storage: str) -> Any:
+    """The storage of an address, or of a journal's file. Raises InputError for one that cannot be used."""
+    import optuna
+    from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock, JournalFileSymlinkLock
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    warnings.filterwarnings("ignore", module="optuna")
+    warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+
+    class Journal(JournalFileBackend):
+        """A journal whose last line is mended where a process was killed while it wrote it: nobody has been told of
+        that line, and behind it nothing could be read."""
+
+        def __init__(self, path: str):
+            self.path = path
+            # Windows makes links for nobody but administrators.
+            self.own_lock = (JournalFileSymlinkLock if os.name == "posix" else JournalFileOpenLock)(path)
+            super().__init__(path, self.own_lock)
+            with locked(self.own_lock):
+                mend(Path(path))
+
+        def append_logs(self, logs: list[dict[str, Any]]) -> None:
+            lines = "".join(json.dumps(one, separators=(",", ":")) + "\n" for one in logs)
+            with locked(self.own_lock):
+                mend(Path(self.path))
+                with open(self.path, "ab") as file:
+                    file.write(lines.encode())
+                    file.flush()
+                    os.fsync(file.fileno())
+
+    with faults_named(storage):
+        if "://" not in storage:
+            if Path(storage).is_dir() or not Path(storage).absolute().parent.is_dir():
+                raise InputError(f"--storage {storage}: expected a file in a folder that there is, or an address such "
+                                 "as sqlite:///search.db")
+            return optuna.storages.JournalStorage(Journal(storage))
+        more = {"connect_args": {"timeout": 60}} if storage.startswith("sqlite") else {"pool_pre_ping": True}
+        return optuna.storages.RDBStorage(storage, engine_kwargs=more, heartbeat_interval=HEARTBEAT)
+
+
+@contextmanager
+def locked(lock: Any) -> Iterator[None]:
+    """Inside, a journal's lock is held."""
+    lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def mend(path: Path) -> None:
+    """Cut off a last line of a journal that has no end. Call it with the journal's lock held."""
+    with open(path, "rb+") as file:
+        size = file.seek(0, os.SEEK_END)
+        end = size
+        while end:
+            begin = max(0, end - (1 << 16))
+            file.seek(begin)
+            at = file.read(end - begin).rfind(b"\n")
+            if at >= 0:
+                end = begin + at + 1
+                break
+            end = begin
+        if end < size:
+            file.truncate(end)
+            os.fsync(file.fileno())
+
+
+def lock_of(storage: str, folder: Path) -> Path:
+    """The file that is locked while a process looks how many trials there are and takes one: beside a storage that is a
+    file, so that all who use it meet there."""
+    if "://" not in storage:
+        return Path(f"{storage}.ask")
+    match = re.match(r"sqlite(?:\+\w+)?:///([^?]+)", storage)
+    return Path(f"{match[1]}.ask") if match and match[1] != ":memory:" else folder / ".ask"
+
+
+# --------------------------------------------------------------------------- the trials
+
+
+class Trials:
+    """The trials of a search. `folder`: where this process has the runs of those that it begins.
+
+    Raises InputError for a storage of another search, naming what is other.
+    """
+
+    def __init__(self, plan: Plan, storage: str, folder: Path):
+        import optuna
+
+        self.plan, self.storage, self.folder = plan, storage, folder
+        self.lock = lock_of(storage, folder)
+        self.points = spaces.grid(plan.space) if plan.method == "grid" else None
+        self.n_points = len(self.points) if self.points is not None else count(plan.space)
+        with files.locked(self.lock, waits=True), faults_named(storage):
+            self.kept = open_storage(storage)
+            self.study = optuna.create_study(
+                storage=self.kept, study_name=STUDY, load_if_exists=True, pruner=make_pruner(plan),
+                direction="maximize" if plan.rises else "minimize", sampler=optuna.samplers.RandomSampler())
+            self._check_same()
+
+    def _check_same(self) -> None:
+        known, own = self.study.user_attrs.get("search"), json.loads(json.dumps(self.plan.name))
+        if known is None and not self.study.get_trials(deepcopy=False):
+            self.study.set_user_attr("search", own)
+        elif known != own:
+            known = known if isinstance(known, dict) else {}
+            other = [f"the {name} is {shortened(known.get(name))} there, {shortened(value)} here"
+                     for name, value in own.items() if known.get(name) != value]
+            raise InputError(f"--storage {hidden(self.storage)}: it belongs to another search: {'; '.join(other)}; "
+                             "name another --storage or --output_dir for this one")
+
+    @property
+    def n_wanted(self) -> int:
+        """How many trials the search has in all: no more than there are points."""
+        return self.plan.n_trials if self.n_points is None else min(self.plan.n_trials, self.n_points)
+
+    def all(self) -> list[Any]:
+        """Every trial (Optuna's FrozenTrial) of the search, by number."""
+        with faults_named(self.storage):
+            return [one for one in self.study.get_trials(deepcopy=False) if one.number < self.plan.n_trials]
+
+    def folder_of(self, number: int) -> Path:
+        return self.folder / f"trial-{number:04d}"
+
+    @contextmanager
+    def take(self) -> Iterator[tuple[Any, dict[str, Any], Path] | None]:
+        """A trial to work on, its point and its folder; None where there is none. One that a process left behind comes
+        before a new one. Inside, it belongs to this process."""
+        with ExitStack() as stack:
+            with files.locked(self.lock, waits=True), faults_named(self.storage):
+                found = self._left_behind(stack) or self._new(stack)
+            if found:
+                trial, folder = found
+                point = spaces.walk(self.plan.space, partial(suggest, trial))
+                stack.enter_context(self._heartbeat(trial))
+                yield trial, point, folder
+            else:
+                yield None
+
+    def _new(self, stack: ExitStack) -> tuple[Any, Path] | None:
+        from optuna.trial import TrialState
+
+        trials = self.study.get_trials(deepcopy=False)
+        if not any(one.state == TrialState.WAITING for one in trials):  # one that a killed process has drawn
+            if len(trials) >= self.n_wanted:
+                return None
+            self.study.enqueue_trial(self.propose(trials))
+        trial = self.study.ask()
+        if trial.number >= self.plan.n_trials:  # a machine that shares no file with this one was faster
+            self.study.tell(trial, state=TrialState.FAIL)
+            return None
+        return trial, self._begin(trial, stack)
+
+    def _begin(self, trial: Any, stack: ExitStack) -> Path:
+        """Take the lock of a trial that this process works on in its own folder."""
+        folder = self.folder_of(trial.number)
+        folder.mkdir(parents=True, exist_ok=True)
+        stack.enter_context(files.locked(folder / WORKED_ON, waits=True))
+        trial.set_user_attr("folder", str(folder.resolve()))
+        return folder
+
+    def _left_behind(self, stack: ExitStack) -> tuple[Any, Path] | None:
+        """A trial that is called running and that nobody works on: its lock is free, or where its folder is on another
+        machine, there has been no sign of life."""
+        import optuna
+
+        running = self.study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.RUNNING,))
+        for one in running:
+            known = one.user_attrs.get("folder")
+            folder = Path(known) if known else self.folder_of(one.number)
+            lock = folder / WORKED_ON
+            if lock.is_file():
+                inner = ExitStack()
+                if inner.enter_context(files.locked(lock)):
+                    stack.enter_context(inner)
+                    trial = optuna.trial.Trial(self.study, one._trial_id)
+                    trial.set_user_attr("folder", str(folder.resolve()))
+                    return trial, folder
+                inner.close()
+            elif self._is_silent(one):
+                trial = optuna.trial.Trial(self.study, one._trial_id)
+                return trial, self._begin(trial, stack)
+        return None
+
+    def _is_silent(self, one: Any) -> bool:
+        """Has a trial whose folder is not here given no sign of life for long?"""
+        if "://" in self.storage and one._trial_id in self.kept._get_stale_trial_ids(self.study._study_id):
+            return True
+        if "folder" in one.user_attrs:
+            return False  # in a journal there are no signs of life, and its folder may be mounted elsewhere
+        began = one.datetime_start
+        return "://" not in self.storage or began is None or time.time() - began.timestamp() > 2 * HEARTBEAT
+
+    @contextmanager
+    def _heartbeat(self, trial: Any) -> Iterator[None]:
+        from optuna.storages._heartbeat import get_heartbeat_thread
+
+        with get_heartbeat_thread(trial._trial_id, self.study._storage):
+            yield
+
+    def propose(self, trials: list[Any]) -> dict[str, Any]:
+        """The point of the next trial. It depends on the trials so far, the seed and the trial's number alone."""
+        import optuna
+
+        number = len(trials)
+        had = [one.params for one in trials]
+        if self.points is not None:
+            return next(point for point in self.points if point not in had)
+        point: dict[str, Any] = {}
+        for draw in range(DRAWS):
+            study = optuna.create_study(
+                study_name=STUDY, direction=self.study.direction, pruner=make_pruner(self.plan),
+                sampler=make_sampler(self.plan, (self.plan.seed * 1_000_003 + number + draw * 7_919) % 2**32))
+            study.add_trials(trials)
+            trial = study.ask()
+            point = spaces.walk(self.plan.space, partial(suggest, trial))
+            if point not in had:
+                return point
+        if self.n_points is not None and self.n_points <= 1000:  # chance hits the last ones of a small space seldom
+            return next((one for one in spaces.grid(self.plan.space) if one not in had), point)
+        return point
+
+    # ----------------------------------------------------------------------- what comes out
+
+    def report(self, trial: Any, value: float, n: int) -> bool:
+        """Tell of the n-th evaluation of a trial, counted from 1; is it so far behind that it ends here?"""
+        with faults_named(self.storage):
+            if n not in trial.storage.get_trial(trial._trial_id).intermediate_values:
+                trial.report(value, n)
+            return bool(trial.should_prune())
+
+    def tell(self, trial: Any, state: str, score: float | None, **about: Any) -> None:
+        """How a trial has ended: complete, pruned or failed."""
+        from optuna.trial import TrialState
+
+        with faults_named(self.storage), suppress(optuna_finished()):
+            for name, value in about.items():
+                trial.set_user_attr(name, value)
+            if score is not None:
+                trial.set_user_attr("score", score)
+            states = {"complete": TrialState.COMPLETE, "pruned": TrialState.PRUNED, "failed": TrialState.FAIL}
+            self.study.tell(trial, score if state == "complete" else None, state=states[state])
+
+
+def optuna_finished() -> type[Exception]:
+    """What Optuna raises where another process has ended the trial meanwhile."""
+    from optuna.exceptions import UpdateFinishedTrialError
+
+    return UpdateFinishedTrialError
+
+
+def shortened(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 200 else text[:200] + " ..."
+
+
+def count(space: Space) -> int | None:
+    """How many points a space has; None where a range has no steps, and where there are too many to matter."""
+    if any(one.values() is None for one in space):
+        return None
+    try:
+        return len(spaces.grid(space))
+    except InputError:
+        return None
+
+
+def suggest(trial: Any, one: Parameter) -> Any:
+    """What a trial has for a part of the space."""
+    domain = one.domain
+    if not isinstance(domain, Range):
+        return trial.suggest_categorical(one.name, domain)
+    if domain.is_whole:
+        return trial.suggest_int(one.name, domain.low, domain.high, step=domain.step or 1, log=domain.is_log)
+    value = trial.suggest_float(one.name, domain.low, domain.high, step=domain.step, log=domain.is_log)
+    return float(f"{value:.12g}") if domain.step else value
+
+
+def make_sampler(plan: Plan, seed: int) -> Any:
+    """What draws the points of a method."""
+    import optuna
+
+    first = min(10, max(4, plan.n_trials // 4))  # drawn by chance
+    if plan.method in ("tpe", "bohb"):
+        return optuna.samplers.TPESampler(seed=seed, n_startup_trials=first, multivariate=True, constant_liar=True,
+                                          group=any(one.conditions for one in plan.space))
+    if plan.method == "gp":
+        return optuna.samplers.GPSampler(seed=seed, n_startup_trials=first, warn_independent_sampling=False)
+    return optuna.samplers.RandomSampler(seed=seed)
+
+
+def make_pruner(plan: Plan) -> Any:
+    """What ends trials early."""
+    import optuna
+
+    if plan.prune == "median":
+        return optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=1)
+    if plan.prune == "halving":
+        return optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=3)
+    if plan.prune == "hyperband":
+        return optuna.pruners.HyperbandPruner(min_resource=1, max_resource=plan.n_evaluations, reduction_factor=3)
+    return optuna.pruners.NopPruner()
