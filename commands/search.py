@@ -96,7 +96,9 @@ def folder_of(config: RunConfig) -> Path:
 
 
 def plan_of(config: RunConfig, text: str, space: Space, ground: Ground) -> Plan:
-    """What the search is. Raises InputError for a point at which no run can be."""
+    """What the search is. Raises InputError for a point at which no run can be, and for a grid without end."""
+    if config.method == "grid":
+        spaces.grid(space)
     n_evaluations = 1
     for point in spaces.corners(space):
         at = spaces.configured(ground.config, point)

@@ -55,7 +55,7 @@ def hidden(text: str) -> str:
 
 @contextmanager
 def faults_named(storage: str) -> Iterator[None]:
-    """Inside, what a storage does not do becomes an InputError that names it, without its password."""
+    """Inside, what a storage does not do becomes an OSError that names it, without its password."""
     import optuna
 
     try:
@@ -65,7 +65,7 @@ def faults_named(storage: str) -> Iterator[None]:
     except Exception as error:
         of_storage = isinstance(error, optuna.exceptions.StorageInternalError | ImportError | EOFError) or (
             type(error).__module__.startswith("sqlalchemy"))
-        of_journal = "://" not in storage and isinstance(error, ValueError | KeyError | AttributeError | TypeError)
+        of_journal = "://" not in storage and isinstance(error, ValueError | KeyError)
         if not of_storage and not of_journal:
             raise
         cause = error
@@ -76,11 +76,11 @@ def faults_named(storage: str) -> Iterator[None]:
             said = said.replace(password, "***").replace(unquote(password), "***")
         hint = "install its driver" if isinstance(error, ImportError) else (
             "it cannot be reached, has no room, or is damaged; nothing in it was changed")
-        raise InputError(f"--storage {hidden(storage)}: {said}: {hint}") from None
+        raise OSError(f"--storage {hidden(storage)}: {said}: {hint}") from None
 
 
 def open_storage(storage: str) -> Any:
-    """The storage of an address, or of a journal's file. Raises InputError for one that cannot be used."""
+    """The storage of an address, or of a journal's file. Raises OSError for one that cannot be used."""
     import optuna
     from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock, JournalFileSymlinkLock
 
@@ -111,9 +111,6 @@ def open_storage(storage: str) -> Any:
 
     with faults_named(storage):
         if "://" not in storage:
-            if Path(storage).is_dir() or not Path(storage).absolute().parent.is_dir():
-                raise InputError(f"--storage {storage}: expected a file in a folder that there is, or an address such "
-                                 "as sqlite:///search.db")
             return optuna.storages.JournalStorage(Journal(storage))
         more = {"connect_args": {"timeout": 60}} if storage.startswith("sqlite") else {"pool_pre_ping": True}
         return optuna.storages.RDBStorage(storage, engine_kwargs=more, heartbeat_interval=HEARTBEAT)
@@ -149,11 +146,15 @@ def mend(path: Path) -> None:
 
 def lock_of(storage: str, folder: Path) -> Path:
     """The file that is locked while a process looks how many trials there are and takes one: beside a storage that is a
-    file, so that all who use it meet there."""
-    if "://" not in storage:
-        return Path(f"{storage}.ask")
+    file, so that all who use it meet there. Raises InputError where no such file can be."""
     match = re.match(r"sqlite(?:\+\w+)?:///([^?]+)", storage)
-    return Path(f"{match[1]}.ask") if match and match[1] != ":memory:" else folder / ".ask"
+    if "://" in storage and not match:
+        return folder / ".ask"
+    path = Path(match[1] if match else storage)
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise InputError(f"--storage {storage}: expected a file in a folder that there is, or an address such as "
+                         "sqlite:///search.db")
+    return path.with_name(f"{path.name}.ask")
 
 
 # --------------------------------------------------------------------------- the trials

@@ -275,8 +275,9 @@ class RunConfig:
         "(fused.c), compiled at the first start; off: all in PyTorch", choices=("auto", "off"))
 
     output_dir: str | None = _output(None, "the run folder (default: runs/<option>-<epochs>-<lr>, with -2, -3 behind "
-        "it when it exists; of search runs/search, where the same search goes on; of report runs/report, which "
-        "the next report replaces, and of inspect the --run, or runs/inspect)", metavar="DIR", common=True, also="save_dir", only=(*TRAINING, "inspect", "report"))
+        "it when it exists; of search runs/search, where the same search goes on; of report runs/report, which the "
+        "next report replaces, and of inspect the --run, or runs/inspect)", metavar="DIR", common=True, also="save_dir",
+        only=(*TRAINING, "inspect", "report"))
     overwrite: bool = _output(False, "replace the run that is in --output_dir", also="overwrite_output_dir force",
         only=("finetune", "verify_resume", "lr_find"),
         needs=[Need(lambda c: c.output_dir, "it needs --output_dir")])

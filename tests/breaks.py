@@ -33,6 +33,7 @@ PREDICT, SERVE, HTTP = "commands/predict.py", "commands/serve.py", "commands/htt
 STATE, ONE_RUN = "training/state.py", "commands/one_run.py"
 METRICS, SCORES, START = "training/metrics.py", "commands/scores.py", "commands/start.py"
 SPLITS, ENSEMBLE = "commands/splits.py", "commands/ensemble.py"
+SEARCH = "test_search"
 LOGGERS, GRADIENTS = "training/loggers.py", "training/gradients.py"
 
 
@@ -452,6 +453,51 @@ BREAKS = [
           "np.flatnonzero(predicted == labels)", "surest", "test_data_checks"),
     Break("the report shows an inspection of other weights", "commands/past_runs.py",
           'if values.get("best") != (files.manifest_digest(folder.best) or ""):', "if False:", "card", "test_inspect"),
+
+    # The search
+    Break("method is always tpe", "commands/study.py", 'if plan.method == "grid"', "if False", "grid", SEARCH),
+    Break("the space is the default one", "commands/search.py", "spaces.read(config.space) if config.space",
+          '"" if True', "space_is", SEARCH),
+    Break("trials are counted anew at each start", "commands/study.py", "if len(trials) >= self.n_wanted:",
+          "if len(trials) >= 2 * self.n_wanted:", "total", SEARCH),
+    Break("timeout is ignored", "commands/search.py", "None if config.timeout is None else", "None if True else",
+          "timeout", SEARCH),
+    Break("no trial is pruned", "commands/study.py", "return bool(trial.should_prune())", "return False",
+          "prune", SEARCH),
+    Break("a pruned run goes on", TRAINER, "            progress.stopped = why", "            pass", "prune", SEARCH),
+    Break("the objective is always dev_acc", "commands/search.py", "config.objective or config.monitor", '"dev_acc"',
+          "objective", SEARCH),
+    Break("the storage is always in the folder", "commands/search.py", "config.storage or f", "f",
+          "storage_is", SEARCH),
+    Break("finalists are always three", "commands/finalists.py", "leaders[: config.finalists]", "leaders[:3]",
+          "finalists_and", SEARCH),
+    Break("there are always three final seeds", "commands/finalists.py", "first_new + config.final_seeds",
+          "first_new + 3", "trials_look or finalist", SEARCH),
+    Break("the new seeds are the old ones", "commands/finalists.py", "config.seed + (config.seeds or 1)", "config.seed",
+          "finalists_and or seeds_give", SEARCH),
+    Break("a trial has one seed", "commands/search.py", "for i in range(config.seeds or 1)", "for i in range(1)",
+          "seeds_give", SEARCH),
+    Break("weights are not restored between trials", JOB, "    llama.grad_checkpoint = config.grad_checkpoint",
+          "    llama = globals().setdefault('_kept', llama)", "types_by_hand", SEARCH),
+    Break("trials see the test split", "commands/trial.py", 'if name != "test"}', "}", "looks_at", SEARCH),
+    Break("the test split is looked at with each start", "commands/finalists.py", "before or look_at_test(",
+          "look_at_test(", "looked_at_once", SEARCH),
+    Break("points depend on the process", "commands/study.py", "sampler=make_sampler(self.plan, (self.plan.seed",
+          "sampler=make_sampler(self.plan, (time.time_ns()", "depend", SEARCH),
+    Break("a trial that was left behind stays running", "commands/study.py", "self._left_behind(stack) or", "",
+          "killed or gone", SEARCH),
+    Break("a lock on a trial is not looked at", "commands/study.py", "if inner.enter_context(files.locked(lock)):",
+          "if inner.enter_context(files.locked(lock)) or True:", "exactly", SEARCH),
+    Break("a torn journal is left as it is", "commands/study.py", "        if end < size:", "        if False:", "torn",
+          SEARCH),
+    Break("another search is joined", "commands/study.py", "elif known != own:", "elif False:", "by_name", SEARCH),
+    Break("a trial that fails ends the search", "commands/trial.py", "            failure = error\n",
+          "            raise\n", "recorded_and", SEARCH),
+    Break("three failures end nothing", "commands/search.py", "            check_first(found, outcome)",
+          "            pass", "three_failures", SEARCH),
+    Break("a full disk is a failed trial", "commands/trial.py", "isinstance(error, OSError) and", "False and",
+          "full_disk", SEARCH),
+    Break("passwords are said", "commands/study.py", r'r"\1:***@"', r'r"\g<0>"', "password", SEARCH),
 ]
 
 

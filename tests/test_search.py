@@ -1,0 +1,533 @@
+"""--option search: a trial is the run that one types by hand; what is stopped or killed goes on and comes out the same;
+the total is exact; the end is honest. The judges are the program itself without a search, Optuna driven plainly, and
+counting."""
+
+import csv
+import json
+import os
+import random
+import shlex
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import optuna
+import pytest
+from conftest import ROOT, tiny_sentences, write_split
+from test_resume import lines, main
+
+from commands import one_run, study, trial
+from training import metrics
+
+posix = pytest.mark.skipif(os.name != "posix", reason="SIGKILL is POSIX's")
+SPACE = "lr=log:1e-4..3e-2 batch_size=8|16|32"
+SIZE = ["--epochs", "2", "--patience", "0", "--device", "cpu", "--dtype", "float32"]
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def search(inputs, *more, space=SPACE) -> int:
+    return main("--option", "search", *inputs, *SIZE, *(["--space", space] if space else []), *more)
+
+
+def table(folder) -> list[dict]:
+    """trials.csv without its times."""
+    with open(Path(folder) / "trials.csv", encoding="utf-8", newline="") as file:
+        return [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]
+
+
+def about(folder) -> dict:
+    return json.loads((Path(folder) / "search.json").read_text(encoding="utf-8"))
+
+
+def result(folder) -> dict:
+    return json.loads((Path(folder) / "result.json").read_text(encoding="utf-8"))
+
+
+def kept(storage: str) -> list[optuna.trial.FrozenTrial]:
+    """The trials, as Optuna itself reads them."""
+    return optuna.load_study(study_name="minllama", storage=storage).trials
+
+
+@pytest.fixture(scope="module")
+def searched(inputs, tmp_path_factory) -> tuple[Path, str]:
+    """An undisturbed search of six trials, and what it printed."""
+    folder = tmp_path_factory.mktemp("searched")
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "run_llama.py"), "--option", "search", *inputs, *SIZE, "--space", SPACE, "--trials",
+         "6", "--method", "tpe", "--finalists", "2", "--final_seeds", "2", "--output_dir", "all"],
+        cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return folder / "all", done.stdout
+
+
+# --------------------------------------------------------------------------- a trial is an ordinary run
+
+
+def by_hand(folder: Path) -> list[str]:
+    """The options that the args.json of a run says were typed."""
+    described = json.loads((folder / "args.json").read_text(encoding="utf-8"))
+    return [word for name in described["given"] if name != "output_dir"
+            for word in (f"--{name}", str(described["options"][name]))]
+
+
+@pytest.mark.parametrize("name", ["trial-0000", "trial-0004"])
+def test_a_trial_is_the_run_that_one_types_by_hand(searched, name):
+    """To the bit, the fifth trial of a process as the first one."""
+    folder, _ = searched
+    assert main(*by_hand(folder / name), "--output_dir", "hand") == 0
+    for log in ("steps.jsonl", "epochs.jsonl"):
+        assert lines(Path("hand") / log) == lines(folder / name / log)
+    for file in ("best/model.safetensors", "best/config.json", "dev-predictions.txt"):
+        assert (Path("hand") / file).read_bytes() == (folder / name / file).read_bytes(), file
+    ours, theirs = (json.loads((at / "args.json").read_text(encoding="utf-8")) for at in (folder / name, Path("hand")))
+    for at in (ours, theirs):
+        at["options"].pop("output_dir")
+    assert ours["options"] == theirs["options"] and ours["files"] == theirs["files"]
+
+
+def test_the_printed_command_repeats_the_winner(searched):
+    folder, said = searched
+    (command,) = [line.removeprefix("repeat :: ") for line in said.splitlines() if line.startswith("repeat :: ")]
+    assert main(*shlex.split(command)[2:], "--output_dir", "hand") == 0
+    winner = folder.parent / about(folder)["winner_run"]
+    assert lines(Path("hand/epochs.jsonl")) == lines(winner / "epochs.jsonl")
+    assert result("hand")["test"]["acc"] == about(folder)["test"]["acc"]
+    assert f"test acc :: {result('hand')['test']['acc']:.3f}" in said.splitlines()
+
+
+def test_no_trial_and_no_finalist_looks_at_the_test_split(searched):
+    folder, said = searched
+    runs = sorted(path.parent for path in folder.glob("*/result.json"))
+    assert len(runs) == 6 + 2 * 2
+    for run in runs:
+        assert "test" not in result(run) and not (run / "test-predictions.txt").exists()
+    assert said.count("test acc ::") == 1
+
+
+def test_test_is_looked_at_once_however_often_a_search_is_started(inputs, monkeypatch, capsys):
+    seen, real = [], metrics.predict
+
+    def predict(model, split, pad_id, device, label="eval", *more):
+        seen.append(label)
+        return real(model, split, pad_id, device, label, *more)
+
+    monkeypatch.setattr(metrics, "predict", predict)
+    words = ("--trials", "2", "--finalists", "1", "--final_seeds", "2", "--method", "random")
+    assert search(inputs, *words) == search(inputs, *words) == 0
+    assert seen.count("test") == 1 and capsys.readouterr().out.count("test acc ::") == 2
+
+
+def test_the_scores_are_those_of_the_runs(searched):
+    folder, said = searched
+    assert [row["number"] for row in table(folder)] == [str(i) for i in range(6)]
+    for row in table(folder):
+        accs = [line["dev_acc"] for line in lines(folder / row["folder"] / "epochs.jsonl")]
+        assert float(row["dev_acc"]) == max(accs) and int(row["evaluations"]) == len(accs)
+        assert f"trial {row['number']} :: dev_acc {max(accs):.3f}" in said
+    complete = [row for row in table(folder) if row["state"] == "complete"]
+    best = max(complete, key=lambda row: (float(row["dev_acc"]), -int(row["number"])))
+    known = about(folder)
+    assert str(known["best_trial"]) == best["number"]
+    again = next(one for one in known["finalists"] if one["trial"] == known["best_trial"])
+    means = []
+    for seed, score in again["scores"].items():
+        run = folder / f"final-{known['best_trial']:04d}-seed-{seed}"
+        assert int(seed) in (1338, 1339) and score == max(line["dev_acc"] for line in lines(run / "epochs.jsonl"))
+        means.append(score)
+    assert again["mean"] == pytest.approx(sum(means) / 2)
+    assert (f"flattered :: the best trial had {float(best['dev_acc']):.3f}; again with new seeds "
+            f"{again['mean']:.3f} +- ") in said
+
+
+def test_the_report_reads_the_folder_of_a_search(searched, capsys):
+    folder, _ = searched
+    assert main("--option", "report", "--run", folder, "--output_dir", "report") == 0
+    assert "report :: 10 runs" in capsys.readouterr().out
+
+
+# --------------------------------------------------------------------------- the options
+
+
+def test_method_grid_visits_each_point_once(inputs):
+    space = "lr=1e-3|1e-2 scheduler=cosine|step step_size[scheduler=step]=int:2..4:2"
+    words = ("--method", "grid", "--finalists", "0", "--epochs", "1")
+    assert search(inputs, *words, space=space) == 0
+    points = [(row["lr"], row["scheduler"], row["step_size"]) for row in table("runs/search")]
+    assert sorted(points) == sorted((lr, *rest) for lr in ("0.001", "0.01")
+                                    for rest in (("cosine", ""), ("step", "2"), ("step", "4")))
+    assert search(inputs, *words, space=space) == 0 and len(table("runs/search")) == 6, "there is nothing left"
+
+
+def test_space_is_what_is_tried(inputs):
+    Path("my.space").write_text("lr=2e-3|3e-3  # two rates\nlabel_smoothing=0.1\n", encoding="utf-8")
+    assert search(inputs, "--trials", "5", "--finalists", "0", "--epochs", "1", space="my.space") == 0
+    assert {(row["lr"], row["label_smoothing"]) for row in table("runs/search")} == {("0.002", "0.1"), ("0.003", "0.1")}
+    assert len(table("runs/search")) == 2, "two points are tried once each"
+    options = json.loads(Path("runs/search/trial-0001/args.json").read_text(encoding="utf-8"))["options"]
+    assert options["label_smoothing"] == 0.1 and str(options["lr"]) == table("runs/search")[1]["lr"]
+
+
+def test_trials_is_a_total_over_all_starts(inputs, capsys):
+    for n, there in ((2, 2), (3, 3), (3, 3)):
+        assert search(inputs, "--trials", n, "--finalists", "0", "--method", "random", "--epochs", "1") == 0
+        assert len(table("runs/search")) == len(kept("sqlite:///runs/search/search.db")) == there
+    assert capsys.readouterr().out.count("trial 2 ::") == 1
+
+
+def test_timeout_ends_the_trial_at_its_next_evaluation(inputs, monkeypatch):
+    """The second trial finds the time over at its first evaluation; no third one begins."""
+    real, now = trial.run_trial, time.monotonic
+
+    def run_trial(*arguments):
+        if arguments[1].name == "trial-0001":
+            monkeypatch.setattr(time, "monotonic", lambda: now() + 10_000)
+        return real(*arguments)
+
+    monkeypatch.setattr(trial, "run_trial", run_trial)
+    assert search(inputs, "--trials", "5", "--timeout", "9000", "--finalists", "0", "--method", "random") == 0
+    assert [(row["state"], row["reason"], row["evaluations"]) for row in table("runs/search")] == [
+        ("complete", "finished", "2"), ("pruned", "timeout", "1")]
+    assert result("runs/search/trial-0001")["stopped"] == "timeout"
+
+
+PRUNERS = {"median": lambda: optuna.pruners.MedianPruner(5, 1),
+           "halving": lambda: optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=3),
+           "hyperband": lambda: optuna.pruners.HyperbandPruner(1, 4, 3)}
+
+
+@pytest.mark.parametrize("prune", [*PRUNERS, "none"])
+def test_prune_ends_the_trials_that_optuna_ends(inputs, prune):
+    """Optuna, driven plainly with the numbers of the runs' logs, must end the same trials at the same evaluation."""
+    assert search(inputs, "--trials", "10", "--prune", prune, "--finalists", "0", "--method", "random", "--epochs",
+                  "4") == 0
+    plain = optuna.create_study(study_name="minllama", direction="maximize",
+                                pruner=PRUNERS[prune]() if prune != "none" else optuna.pruners.NopPruner())
+    ended = []
+    for row in table("runs/search"):
+        asked, is_pruned = plain.ask(), False
+        accs = [line["dev_acc"] for line in lines(Path("runs/search") / row["folder"] / "epochs.jsonl")]
+        for n, acc in enumerate(accs, 1):
+            assert not is_pruned, "it went on where Optuna ends it"
+            asked.report(acc, n)
+            is_pruned = asked.should_prune() and n < 4
+        assert (row["state"] == "pruned") == is_pruned == (len(accs) < 4), row
+        assert result(Path("runs/search") / row["folder"])["stopped"] == ("pruned" if is_pruned else "finished")
+        ended.append(is_pruned)
+        plain.tell(asked, None if is_pruned else max(accs),
+                   optuna.trial.TrialState.PRUNED if is_pruned else optuna.trial.TrialState.COMPLETE)
+    assert any(ended) == (prune != "none")
+
+
+def test_objective_decides_and_is_the_monitor(inputs):
+    assert search(inputs, "--trials", "3", "--objective", "dev_loss", "--finalists", "1", "--final_seeds", "1") == 0
+    rows = table("runs/search")
+    for row in rows:
+        assert float(row["dev_loss"]) == min(
+            line["dev_loss"] for line in lines(Path("runs/search") / row["folder"] / "epochs.jsonl"))
+    assert about("runs/search")["best_trial"] == min(range(3), key=lambda i: float(rows[i]["dev_loss"]))
+    options = json.loads(Path("runs/search/trial-0000/args.json").read_text(encoding="utf-8"))["options"]
+    assert options["monitor"] == "dev_loss"
+
+
+@pytest.mark.parametrize("storage", ["sqlite:///elsewhere.db", "trials.journal"])
+def test_storage_is_where_the_trials_are(inputs, storage):
+    words = ("--trials", "2", "--method", "random", "--finalists", "0", "--epochs", "1", "--storage", storage)
+    assert search(inputs, *words, "--output_dir", "one") == 0 and not Path("one/search.db").exists()
+    there = kept(storage) if "://" in storage else kept(
+        optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(storage)))
+    assert [one.params["lr"] for one in there] == [float(row["lr"]) for row in table("one")]
+    assert search(inputs, *words, "--output_dir", "two") == 0 and len(table("two")) == 2, "it is the same search"
+    assert not [*Path("two").glob("trial-*")]
+
+
+def test_finalists_and_final_seeds_say_what_runs_again(inputs):
+    assert search(inputs, "--trials", "3", "--method", "random", "--finalists", "2", "--final_seeds", "3", "--epochs",
+                  "1", "--prune", "none") == 0
+    ranked = sorted(table("runs/search"), key=lambda row: (-float(row["dev_acc"]), int(row["number"])))
+    assert {path.name for path in Path("runs/search").glob("final-*")} == {
+        f"final-{int(row['number']):04d}-seed-{seed}" for row in ranked[:2] for seed in (1338, 1339, 1340)}
+
+
+def test_seeds_give_a_trial_the_mean_of_its_runs(inputs):
+    assert search(inputs, "--trials", "2", "--method", "random", "--seeds", "2", "--finalists", "1", "--final_seeds",
+                  "1", "--prune", "none") == 0
+    for row in table("runs/search"):
+        best = [max(line["dev_acc"] for line in lines(
+            Path("runs/search") / row["folder"] / f"seed-{seed}" / "epochs.jsonl")) for seed in (1337, 1338)]
+        assert float(row["dev_acc"]) == pytest.approx(sum(best) / 2) and row["evaluations"] == "4"
+    assert [path.name[-9:] for path in Path("runs/search").glob("final-*")] == ["seed-1339"], "a new one"
+
+
+def test_without_a_space_there_is_one_for_the_data(inputs, capsys):
+    assert search(inputs, "--trials", "1", "--finalists", "0", "--epochs", "1", "--batch_size", "16", space=None) == 0
+    said = capsys.readouterr().err
+    assert "space :: lr=log:" in said and "batch_size=" not in said.partition("space :: ")[2].partition("\n")[0]
+
+
+# --------------------------------------------------------------------------- stopped, killed, side by side
+
+
+def start(inputs, *more, **how) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "run_llama.py"), "--option", "search", *map(str, inputs), *SIZE, "--space", SPACE,
+         *map(str, more)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **how)
+
+
+@posix
+def test_a_killed_search_goes_on_as_the_one_that_was_not(searched, inputs):
+    """Killed in the middle of trials, at moments that are drawn; the table and the end are those of the undisturbed
+    search."""
+    words = ("--trials", "6", "--method", "tpe", "--finalists", "2", "--final_seeds", "2", "--output_dir", "all")
+    draw = random.Random(3)
+    for n in (1, 3, 5, 7):  # of the runs, six trials and four of the finalists
+        one = start(inputs, *words)
+        while len([*Path("all").glob("*/epochs.jsonl")]) < n and one.poll() is None:
+            time.sleep(0.02)
+        time.sleep(draw.random() * 0.3)
+        one.kill()
+        one.communicate()
+    one = start(inputs, *words)
+    said, errors = one.communicate()
+    assert one.returncode == 0, errors
+    folder, expected = searched
+    assert table("all") == table(folder)
+    assert len(kept("sqlite:///all/search.db")) == 6
+    ends = [[line for line in text.splitlines() if line.startswith(("leader", "finalist", "winner ::", "test acc"))]
+            for text in (said, expected)]
+    assert ends[0] == ends[1] and len(ends[0]) > 4
+    for run in Path(folder).glob("*/epochs.jsonl"):
+        assert lines(Path("all") / run.parent.name / "epochs.jsonl") == lines(run)
+
+
+@posix
+def test_a_signal_stops_the_trial_and_says_how_the_search_goes_on(inputs, capfd, monkeypatch):
+    real = trial.run_trial
+
+    def run_trial(*arguments):
+        if arguments[1].name == "trial-0001":
+            original = one_run.train
+
+            def train(*more, **named):
+                monkeypatch.setattr(one_run, "train", original)
+                report = named["on_evaluation"]
+
+                def on_evaluation(n, record):
+                    signal.raise_signal(signal.SIGTERM)
+                    return report(n, record)
+                return original(*more, **{**named, "on_evaluation": on_evaluation})
+            monkeypatch.setattr(one_run, "train", train)
+        return real(*arguments)
+
+    monkeypatch.setattr(trial, "run_trial", run_trial)
+    words = ("--trials", "3", "--method", "random", "--prune", "none", "--finalists", "0")
+    assert search(inputs, *words) == 143
+    last = capfd.readouterr().err.splitlines()[-1]
+    assert last.startswith("stopped; the search goes on with: python run_llama.py --option search ")
+    monkeypatch.setattr(trial, "run_trial", real)
+    assert main(*shlex.split(last)[shlex.split(last).index("run_llama.py") + 1:]) == 0
+    assert "resuming" in Path("runs/search/trial-0001/trial.log").read_text(encoding="utf-8")
+    assert [(row["state"], row["evaluations"]) for row in table("runs/search")] == [("complete", "2")] * 3
+
+
+@pytest.mark.parametrize("storage", ["", "trials.journal"])
+def test_processes_on_one_storage_make_the_total_exactly(inputs, storage):
+    """Three processes, seven trials: none lost, none doubled, and one of them runs the finalists."""
+    words = ["--trials", "7", "--finalists", "1", "--final_seeds", "1", "--output_dir", "all"]
+    words += ["--storage", storage] if storage else []
+    processes = [start(inputs, *words) for _ in range(3)]
+    said = [one.communicate() for one in processes]
+    assert [one.returncode for one in processes] == [0] * 3, said
+    assert sorted(path.name for path in Path("all").glob("trial-*")) == [f"trial-{i:04d}" for i in range(7)]
+    tried = [line.split()[1] for out, _ in said for line in out.splitlines() if line.startswith("trial ")]
+    assert sorted(tried) == [str(i) for i in range(7)]
+    assert [row["state"] in ("complete", "pruned") for row in table("all")] == [True] * 7
+    assert len([*Path("all").glob("final-*")]) == 1
+
+
+def test_a_trial_of_a_machine_that_is_gone_is_taken_up(inputs):
+    """Its folder is not here, and there has been no sign of life: it begins anew, under its number."""
+    words = ("--trials", "2", "--method", "random", "--prune", "none", "--finalists", "0", "--epochs", "1")
+    assert search(inputs, *words) == 0
+    before = table("runs/search")
+    with sqlite3.connect("runs/search/search.db") as database:
+        database.execute("update trials set state = 'RUNNING', datetime_complete = null where number = 1")
+        database.execute("delete from trial_values where trial_id = 2")
+        database.execute("update trial_user_attributes set value_json = '\"/nowhere/trial-0001\"' "
+                         "where trial_id = 2 and key = 'folder'")
+        database.execute("update trial_heartbeats set heartbeat = '2001-01-01 00:00:00'")
+    Path("runs/search/trial-0001").rename("gone")
+    assert search(inputs, *words) == 0
+    assert table("runs/search") == before and Path("runs/search/trial-0001/result.json").is_file()
+
+
+def test_a_journal_whose_last_line_is_torn_is_mended(inputs):
+    words = ("--method", "random", "--finalists", "0", "--epochs", "1", "--storage", "trials.journal")
+    assert search(inputs, "--trials", "1", *words) == 0
+    whole = Path("trials.journal").read_bytes()
+    Path("trials.journal").write_bytes(whole + b'{"op_code":4,"worker_id":"abc')
+    assert search(inputs, "--trials", "2", *words) == 0
+    assert len(table("runs/search")) == 2
+    assert Path("trials.journal").read_bytes().startswith(whole)
+    for line in Path("trials.journal").read_bytes().splitlines():
+        json.loads(line)
+
+
+# --------------------------------------------------------------------------- what fails
+
+
+def failing(monkeypatch, numbers, error) -> None:
+    real = one_run.train
+
+    def train(config, *more, **named):
+        if any(f"trial-{n:04d}" in config.output_dir for n in numbers):
+            raise error
+        return real(config, *more, **named)
+
+    monkeypatch.setattr(one_run, "train", train)
+
+
+@pytest.mark.parametrize("error, reason", [
+    (MemoryError("no room for 9 GB"), "out of memory: no room for 9 GB"),
+    (ZeroDivisionError("division by zero"), "ZeroDivisionError: division by zero")])
+def test_a_trial_that_fails_is_recorded_and_the_search_goes_on(inputs, monkeypatch, capsys, error, reason):
+    failing(monkeypatch, [0, 2], error)
+    assert search(inputs, "--trials", "4", "--method", "random", "--finalists", "1", "--final_seeds", "1") == 0
+    assert [(row["state"], row["reason"]) for row in table("runs/search")] == [
+        ("fail", reason), ("complete", "finished"), ("fail", reason), ("complete", "finished")]
+    assert f"failed :: trial 2: {reason}" in capsys.readouterr().out
+
+
+def test_a_trial_that_diverges_is_recorded_as_such(inputs):
+    assert search(inputs, "--method", "grid", "--finalists", "0", "--epochs", "30", "--optimizer", "sgd",
+                  "--max_grad_norm", "0", space="lr=1e-3|1e6") == 0
+    assert [(row["state"], row["reason"]) for row in table("runs/search")] == [
+        ("complete", "finished"), ("fail", "diverged")]
+
+
+def test_three_failures_of_the_first_three_end_the_search(inputs, monkeypatch, capsys):
+    failing(monkeypatch, [0, 1, 2], ZeroDivisionError("division by zero"))
+    with pytest.raises(ZeroDivisionError):
+        search(inputs, "--trials", "8", "--method", "random")
+    assert "the first 3 trials have failed, so the search ends: trial 0: ZeroDivisionError" in capsys.readouterr().err
+    assert len(kept("sqlite:///runs/search/search.db")) == 3
+
+
+def test_a_full_disk_ends_the_search_and_loses_nothing(inputs, monkeypatch, capsys):
+    words = ("--trials", "3", "--method", "random", "--prune", "none", "--finalists", "0")
+    with monkeypatch.context() as patch:
+        failing(patch, [1], OSError(28, "No space left on device", "trial-0001/last"))
+        assert search(inputs, *words) == 2
+    assert "No space left on device" in capsys.readouterr().err
+    assert [one.state.name for one in kept("sqlite:///runs/search/search.db")] == ["COMPLETE", "RUNNING"]
+    assert search(inputs, *words) == 0
+    assert [row["state"] for row in table("runs/search")] == ["complete"] * 3
+
+
+# --------------------------------------------------------------------------- what is refused
+
+
+@pytest.mark.parametrize("change, words", [
+    (["--space", "lr=log:1e-4..1e-2"], "the space is lr=log:1e-4..3e-2 batch_size=8|16|32 there"),
+    (["--objective", "dev_loss"], "the objective is dev_acc there, dev_loss here"),
+    (["--train", "OTHER"], "the data is "),
+    (["--label_smoothing", "0.1"], "the options is "),
+])
+def test_a_storage_of_another_search_is_refused_by_name(inputs, capsys, change, words):
+    base = ("--trials", "1", "--method", "random", "--finalists", "0", "--epochs", "1")
+    assert search(inputs, *base) == 0
+    before = Path("runs/search/search.db").read_bytes()
+    other = write_split(Path("other-train.txt"), tiny_sentences(60, 9))
+    changed = [str(other) if word == "OTHER" else word for word in change]
+    assert search(inputs, *base, *changed) == 2
+    said = capsys.readouterr().err
+    assert "it belongs to another search" in said and words in said
+    assert Path("runs/search/search.db").read_bytes() == before
+
+
+@pytest.mark.parametrize("storage, words", [
+    ("sqlite:////nowhere/at/all/search.db", "expected a file in a folder that there is"),
+    ("postgresql://me:s3cret%21@127.0.0.1:1/x", "postgresql://me:***@127.0.0.1:1/x"),
+    ("nosuch://x", "nosuch"),
+    ("nowhere/at/all.journal", "expected a file in a folder that there is"),
+])
+def test_a_storage_that_cannot_be_reached_is_one_message_without_its_password(inputs, capsys, storage, words):
+    assert search(inputs, "--trials", "1", "--storage", storage) == 2
+    said = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+    assert len(said) == 1 and words in said[0] and "s3cret" not in said[0]
+
+
+@pytest.mark.parametrize("name, storage", [("x.db", "sqlite:///x.db"), ("x.journal", "x.journal")])
+def test_a_corrupt_storage_is_one_message(inputs, capsys, name, storage):
+    Path(name).write_bytes(b"this is no storage\n" * 300)
+    before = Path(name).read_bytes()
+    assert search(inputs, "--trials", "1", "--storage", storage) == 2
+    assert f"--storage {storage}: " in capsys.readouterr().err and Path(name).read_bytes() == before
+
+
+@pytest.mark.parametrize("more, words", [
+    (["--space", "lrr=1|2"], "did you mean lr?"),
+    (["--method", "grid"], "lr is a continuous range"),
+    (["--method", "bohb", "--prune", "median"], "--method bohb prunes by hyperband"),
+    (["--lr", "1e-3"], "--lr is typed and is in the space too"),
+    (["--space", "n_layers=1|9"], "--n_layers 9: "),
+    (["--space", "warmup_steps=1|1000"], "there is no run at warmup_steps 1000"),
+    (["--objective", "dev_qwk", "--monitor", "dev_acc"], "needs --ordinal"),
+])
+def test_a_search_that_cannot_be_is_refused_before_anything_is_written(inputs, capsys, more, words):
+    assert search(inputs, *more) == 2
+    assert words in capsys.readouterr().err and not Path("runs").exists()
+
+
+def test_the_folder_of_a_run_is_refused(inputs, capsys):
+    Path("run").mkdir()
+    Path("run/args.json").write_text("{}", encoding="utf-8")
+    assert search(inputs, "--output_dir", "run") == 2
+    assert "there is a run in this folder" in capsys.readouterr().err
+
+
+# --------------------------------------------------------------------------- on a closed form
+
+
+def regret(method: str, seed: int, n: int = 30) -> float:
+    """How far the best of n points is from the optimum, at lr 1e-3 and dropout 0.3."""
+    import math
+
+    from commands import space as spaces
+
+    space = spaces.parse("lr=log:1e-6..1e-1 hidden_dropout_prob=0..0.9 weight_decay=0..1")
+    plan = study.Plan(space, method, "none", False, n, 1, seed)
+    trials: list = []
+    told = study.Trials.__new__(study.Trials)
+    told.plan, told.points, told.n_points = plan, None, None
+    told.study = optuna.create_study(direction="minimize")
+    for _ in range(n):
+        point = told.propose(trials)
+        value = ((math.log10(point["lr"]) + 3) / 5) ** 2 + (point["hidden_dropout_prob"] - 0.3) ** 2 + (
+            point["weight_decay"] - 0.5) ** 2
+        asked = told.study.enqueue_trial(point) or told.study.ask()
+        spaces.walk(space, lambda one, asked=asked: study.suggest(asked, one))
+        told.study.tell(asked, value)
+        trials = told.study.get_trials()
+    return told.study.best_value
+
+
+def test_tpe_finds_an_optimum_better_than_chance():
+    """Paired over seeds; benchmarks/bench_search.py has 30 of them."""
+    pairs = [(regret("tpe", seed), regret("random", seed)) for seed in range(6)]
+    assert sum(tpe < chance for tpe, chance in pairs) >= 5, pairs
+
+
+def test_the_points_depend_on_the_seed_and_the_trials_alone():
+    assert regret("tpe", 1, 14) == regret("tpe", 1, 14) != regret("tpe", 2, 14)
+
+
+def test_a_password_is_hidden_in_all_that_is_said():
+    assert study.hidden("mysql+pymysql://me:secret@host:3306/x") == "mysql+pymysql://me:***@host:3306/x"
+    assert study.hidden("sqlite:///search.db") == "sqlite:///search.db"
