@@ -28,6 +28,7 @@ from training.run_folder import RESULT
 from training.streams import without_readers
 from training.task import Job
 
+FEWEST = 10  # steps with a finite loss, for a range test to say anything
 PICTURES = ("lr_find.csv", "lr_find.png")
 
 
@@ -65,7 +66,7 @@ def lr_find(make_job: Callable[[RunConfig], Job[ClassificationTask]], config: Ru
     tests, curves, found = [], [], []
     for i in range(config.lr_repeats):
         points = range_test(make_job(replace(config, seed=config.seed + i)), config, device)
-        if len(points) < 10:
+        if len(points) < FEWEST:
             raise InputError(f"--lr_min {config.lr_min:g}: the loss was finite for {counted(len(points), 'step')} "
                              "only; begin lower")
         tests.append(points)

@@ -1,7 +1,9 @@
 """--option search: many runs over a space of options, each an ordinary one; then the best again with new seeds, and the
 command that repeats the winner."""
 
+import math
 import shlex
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from commands import defaults, finalists, inputs, one_run, results, trial
+from commands import defaults, finalists, inputs, lr_find, one_run, results, trial
 from commands import job as jobs
 from commands import space as spaces
 from commands.inputs import Inputs
@@ -28,6 +30,7 @@ from training.streams import without_readers
 
 N_TRIALS = 20
 FIRST = 3  # when so many trials have failed, and none has come out, the search ends
+AUTO, ANY_RATE = "lr=auto", "log:1e-7..1e-2"  # --option lr_find tries these
 DATABASE, ABOUT = "search.db", "search.json"
 PLACES = {"option", "output_dir", "plots", "logger"}  # no number of a trial depends on them
 
@@ -38,7 +41,7 @@ def run(config: RunConfig) -> int:
     results.check_outputs(config)
     loggers.check_installed(config)
     text = spaces.read(config.space) if config.space else ""
-    space = spaces.parse(text)
+    asked, space = text, spaces.parse(text.replace(AUTO, f"lr={ANY_RATE}"))
     objective = objective_of(config)
     whole = inputs.load(config, need=("train", "dev"))
     typed, config = config, defaults.with_defaults(config, whole)
@@ -52,18 +55,25 @@ def run(config: RunConfig) -> int:
     spaces.check(space, replace(config, given=typed.given))
     ground = Ground(trial.base_config(config, objective), trial.without_test(whole), devices.choose_device(config),
                     objective)
-    plan = plan_of(config, text, space, ground)
+    plan_of(config, text, space, ground)  # what cannot be is refused before anything is written
     folder = folder_of(config)
+    if AUTO in text.split():
+        before = finalists.read_about(folder / ABOUT)
+        text = before["space"] if before.get("asked") == asked else text.replace(AUTO, f"lr={rates_of(ground)}")
+        logs.notice(f"space :: {text} (the rates are the range test's)")
+        space = spaces.parse(text)
+    plan = plan_of(config, text, space, ground)
     storage = config.storage or f"sqlite:///{(folder / DATABASE).as_posix()}"
     trials = Trials(plan, storage, folder)
     files.write_json(folder / ABOUT, {**finalists.read_about(folder / ABOUT), "command": command_of(typed),
-                                      "method": config.method, "space": text, "objective": objective,
+                                      "method": config.method, "asked": asked, "space": text, "objective": objective,
                                       "prune": plan.prune, "storage": hidden(storage)})
     if config.trials and trials.n_wanted < config.trials:
         logs.notice(f"--trials {config.trials}: the space has {counted(trials.n_wanted, 'point')}, and each is tried "
                     "once")
     logs.say(f"search :: {folder}, {counted(trials.n_wanted, 'trial')} by {config.method}, pruning: {plan.prune}, "
              f"{objective} decides")
+    warn_of_room(folder, trials.n_wanted - len(trials.all()), config, whole)
     with going_on(command_of(typed)):
         ground = replace(ground, baselines=one_run.compute_baselines(ground.inputs))
         search(config, trials, ground)
@@ -116,6 +126,27 @@ def plan_of(config: RunConfig, text: str, space: Space, ground: Ground) -> Plan:
     return Plan(space, config.method, config.prune or by_method.get(config.method, "median"), ground.rises,
                 config.trials or (spaces.MOST_POINTS if config.method == "grid" else N_TRIALS),
                 n_evaluations * n_seeds, config.seed, name)
+
+
+def rates_of(ground: Ground) -> str:
+    """The interval of the range test (see --option lr_find) as a range of a space."""
+    config = replace(ground.config, option="lr_find")
+    with logs.doing("testing the range of the learning rate"):
+        points = lr_find.range_test(jobs.build_job(config, ground.inputs, ground.device), config, ground.device)
+    if len(points) < lr_find.FEWEST:
+        raise InputError(f"--space {AUTO}: the loss was finite for {counted(len(points), 'step')} of the range test "
+                         "only; type the rates")
+    low, _, high = lr_find.suggestion(points)
+    return f"log:{low:.1e}..{high:.1e}"
+
+
+def warn_of_room(folder: Path, n_trials: int, config: RunConfig, found: Inputs) -> None:
+    """Each trial keeps its best weights: say so where they may not fit."""
+    bytes_each = sum(map(math.prod, found.weights.shapes.values())) * (2 if config.save_dtype == "bfloat16" else 4)
+    free = shutil.disk_usage(folder).free
+    if n_trials * bytes_each > free:
+        logs.warn(f"{counted(n_trials, 'trial')} may keep {n_trials * bytes_each / 1e9:.1f} GB of weights in {folder}, "
+                  f"where {free / 1e9:.1f} GB are free; --save_dtype bfloat16 halves them")
 
 
 def n_evaluations_of(config: RunConfig, found: Inputs) -> int:

@@ -226,7 +226,7 @@ class Trials:
         if not any(one.state == TrialState.WAITING for one in trials):  # one that a killed process has drawn
             if len(trials) >= self.n_wanted:
                 return None
-            self.study.enqueue_trial(self.propose(trials))
+            self.study.enqueue_trial(propose(self.plan, self.points, self.n_points, trials))
         trial = self.study.ask()
         if trial.number >= self.plan.n_trials:  # a machine that shares no file with this one was faster
             self.study.tell(trial, state=TrialState.FAIL)
@@ -280,28 +280,6 @@ class Trials:
         with get_heartbeat_thread(trial._trial_id, self.study._storage):
             yield
 
-    def propose(self, trials: list[Any]) -> dict[str, Any]:
-        """The point of the next trial. It depends on the trials so far, the seed and the trial's number alone."""
-        import optuna
-
-        number = len(trials)
-        had = [one.params for one in trials]
-        if self.points is not None:
-            return next(point for point in self.points if point not in had)
-        point: dict[str, Any] = {}
-        for draw in range(DRAWS):
-            study = optuna.create_study(
-                study_name=STUDY, direction=self.study.direction, pruner=make_pruner(self.plan),
-                sampler=make_sampler(self.plan, (self.plan.seed * 1_000_003 + number + draw * 7_919) % 2**32))
-            study.add_trials(trials)
-            trial = study.ask()
-            point = spaces.walk(self.plan.space, partial(suggest, trial))
-            if point not in had:
-                return point
-        if self.n_points is not None and self.n_points <= 1000:  # chance hits the last ones of a small space seldom
-            return next((one for one in spaces.grid(self.plan.space) if one not in had), point)
-        return point
-
     # ----------------------------------------------------------------------- what comes out
 
     def report(self, trial: Any, value: float, n: int) -> bool:
@@ -322,6 +300,29 @@ class Trials:
                 trial.set_user_attr("score", score)
             states = {"complete": TrialState.COMPLETE, "pruned": TrialState.PRUNED, "failed": TrialState.FAIL}
             self.study.tell(trial, score if state == "complete" else None, state=states[state])
+
+
+def propose(plan: Plan, points: list[dict[str, Any]] | None, n_points: int | None, trials: list[Any]) -> dict[str, Any]:
+    """The point of the next trial. It depends on the trials so far, the seed and the trial's number alone. `points`: of
+    a grid; `n_points`: of the space, where they can be counted."""
+    import optuna
+
+    number = len(trials)
+    had = [one.params for one in trials]
+    if points is not None:
+        return next(point for point in points if point not in had)
+    point: dict[str, Any] = {}
+    for draw in range(DRAWS):
+        study = optuna.create_study(
+            study_name=STUDY, direction="maximize" if plan.rises else "minimize", pruner=make_pruner(plan),
+            sampler=make_sampler(plan, (plan.seed * 1_000_003 + number + draw * 7_919) % 2**32))
+        study.add_trials(trials)
+        point = spaces.walk(plan.space, partial(suggest, study.ask()))
+        if point not in had:
+            return point
+    if n_points is not None and n_points <= 1000:  # chance hits the last ones of a small space seldom
+        return next((one for one in spaces.grid(plan.space) if one not in had), point)
+    return point
 
 
 def optuna_finished() -> type[Exception]:

@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager
 from pathlib import Path
@@ -150,8 +151,14 @@ def locked(path: Path, waits: bool = False) -> Iterator[bool]:
                 import msvcrt
 
                 file.seek(0)
-                how = msvcrt.LK_LOCK if waits else msvcrt.LK_NBLCK  # type: ignore[attr-defined]
-                msvcrt.locking(file.fileno(), how, 1)  # type: ignore[attr-defined]
+                while True:
+                    try:
+                        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
+                        break
+                    except OSError:
+                        if not waits:
+                            raise
+                        time.sleep(0.05)
             else:
                 fcntl.flock(file, fcntl.LOCK_EX | (0 if waits else fcntl.LOCK_NB))
             is_ours = True

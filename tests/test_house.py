@@ -15,6 +15,7 @@ FLOORS = [
     ["run_llama"],
     [f"commands.{name}" for name in (
         # one for each --option
+        "search",
         "inspect", "inspect_run", "inspect_data", "inspect_pages",
         "finetune", "evaluate", "predict", "serve", "prompt", "generate", "lr_find", "verify_resume", "report",
         # what they share
@@ -22,7 +23,7 @@ FLOORS = [
         "report_pictures",
         "past_runs",
         "confirm",
-        "search", "finalists", "trial", "study", "space",
+        "finalists", "trial", "study", "space",
         "series",
         "one_run",
         "resume",

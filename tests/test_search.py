@@ -4,6 +4,7 @@ counting."""
 
 import csv
 import json
+import math
 import os
 import random
 import shlex
@@ -12,6 +13,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import optuna
@@ -20,6 +22,7 @@ from conftest import ROOT, tiny_sentences, write_split
 from test_resume import lines, main
 
 from commands import one_run, study, trial
+from commands import space as spaces
 from training import metrics
 
 posix = pytest.mark.skipif(os.name != "posix", reason="SIGKILL is POSIX's")
@@ -271,6 +274,17 @@ def test_without_a_space_there_is_one_for_the_data(inputs, capsys):
     assert "space :: lr=log:" in said and "batch_size=" not in said.partition("space :: ")[2].partition("\n")[0]
 
 
+def test_lr_auto_takes_the_interval_of_the_range_test(inputs, capsys):
+    """That of lr_find with the same options, and it stays when the search goes on."""
+    words = ("--finalists", "0", "--epochs", "1", "--attention", "causal", "--method", "random")
+    for n in (1, 2):
+        assert search(inputs, "--trials", n, *words, space="lr=auto batch_size=16|32") == 0
+    text = about("runs/search")["space"]
+    assert main("--option", "lr_find", *inputs, *SIZE, "--attention", "causal", "--output_dir", "range") == 0
+    low, high = (f"{result('range')[name]:.1e}" for name in ("low", "high"))
+    assert text == f"lr=log:{low}..{high} batch_size=16|32" and len(table("runs/search")) == 2
+
+
 # --------------------------------------------------------------------------- stopped, killed, side by side
 
 
@@ -497,25 +511,18 @@ def test_the_folder_of_a_run_is_refused(inputs, capsys):
 
 def regret(method: str, seed: int, n: int = 30) -> float:
     """How far the best of n points is from the optimum, at lr 1e-3 and dropout 0.3."""
-    import math
-
-    from commands import space as spaces
-
     space = spaces.parse("lr=log:1e-6..1e-1 hidden_dropout_prob=0..0.9 weight_decay=0..1")
     plan = study.Plan(space, method, "none", False, n, 1, seed)
-    trials: list = []
-    told = study.Trials.__new__(study.Trials)
-    told.plan, told.points, told.n_points = plan, None, None
-    told.study = optuna.create_study(direction="minimize")
+    done = optuna.create_study(direction="minimize")
     for _ in range(n):
-        point = told.propose(trials)
+        point = study.propose(plan, None, None, done.get_trials())
         value = ((math.log10(point["lr"]) + 3) / 5) ** 2 + (point["hidden_dropout_prob"] - 0.3) ** 2 + (
             point["weight_decay"] - 0.5) ** 2
-        asked = told.study.enqueue_trial(point) or told.study.ask()
-        spaces.walk(space, lambda one, asked=asked: study.suggest(asked, one))
-        told.study.tell(asked, value)
-        trials = told.study.get_trials()
-    return told.study.best_value
+        done.enqueue_trial(point)
+        asked = done.ask()
+        assert spaces.walk(space, partial(study.suggest, asked)) == point
+        done.tell(asked, value)
+    return done.best_value
 
 
 def test_tpe_finds_an_optimum_better_than_chance():
