@@ -12,6 +12,7 @@ chance without pruning.
 import argparse
 import math
 import statistics
+import warnings
 from functools import partial
 
 import optuna
@@ -68,10 +69,9 @@ def main() -> None:
     arguments.add_argument("--methods", nargs="+", choices=SETTINGS, default=["random", "tpe", "hyperband", "bohb"])
     asked = arguments.parse_args()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    import warnings
-
     warnings.filterwarnings("ignore")
-    found = {method: [searched(method, seed, asked.trials) for seed in range(asked.repeats)] for method in asked.methods}
+    found = {method: [searched(method, seed, asked.trials) for seed in range(asked.repeats)]
+             for method in asked.methods}
     print(f"{asked.trials} trials, {asked.repeats} repetitions")
     chance = [regret for regret, _ in found.get("random", [])]
     for method, results in found.items():
