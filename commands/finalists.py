@@ -112,7 +112,9 @@ def tell(found: list[Any], leaders: list[Any], trials: Trials, ground: Ground) -
         planned = len(pruned) * trials.plan.n_evaluations
         logs.say(f"pruned :: {len(pruned)} of {counted(len(found), 'trial')}: {done} of their "
                  f"{counted(planned, 'evaluation')} were made, {planned - done} were saved")
-    for name, value in importances(trials).items():
+    found_important = importances(trials)
+    files.write_json(trials.folder / ABOUT, {**read_about(trials.folder / ABOUT), "importances": found_important})
+    for name, value in found_important.items():
         logs.say(f"importance :: {name} {value:.2f}")
     if 1 < len(leaders) < ENOUGH:
         logs.notice(f"importances of {counted(len(leaders), 'complete trial')} say little; of {ENOUGH} and more they "

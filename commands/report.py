@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from commands import past_runs, report_pages, report_pictures
+from commands import past_runs, report_pages, report_pictures, search_pages
 from commands.report_pages import Card, Report
 from config import InputError, RunConfig, counted, no_effect
 from formats import files
@@ -52,7 +52,17 @@ def write(config: RunConfig) -> int:
     tell(report)
     for name in PAGES:
         logs.say(f"report :: {folder / name}")
+    write_searches(config.run, folder)
     return 0
+
+
+def write_searches(paths: Sequence[str], folder: Path) -> None:
+    """search.html of the search whose folder is among these paths; of several, the first."""
+    for path in [Path(path) for path in paths if search_pages.is_search(Path(path))][:1]:
+        try:
+            logs.say(f"report :: {search_pages.write(path, folder)}")
+        except InputError as error:
+            logs.warn(str(error))
 
 
 def make_report(runs: Sequence[PastRun], faults: Sequence[str], n_dev: int | None) -> Report:

@@ -362,7 +362,7 @@ def make_sampler(plan: Plan, seed: int) -> Any:
     """What draws the points of a method."""
     import optuna
 
-    first = min(10, max(4, plan.n_trials // 4))  # drawn by chance
+    first = min(10, max(5, plan.n_trials // 6))  # drawn by chance
     if plan.method in ("tpe", "bohb"):
         return optuna.samplers.TPESampler(seed=seed, n_startup_trials=first, multivariate=True, constant_liar=True,
                                           group=any(one.conditions for one in plan.space))

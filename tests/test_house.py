@@ -20,6 +20,7 @@ FLOORS = [
         "finetune", "evaluate", "predict", "serve", "prompt", "generate", "lr_find", "verify_resume", "report",
         # what they share
         "report_pages",
+        "search_pages",
         "report_pictures",
         "past_runs",
         "confirm",

@@ -8,6 +8,7 @@ import math
 import os
 import random
 import shlex
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -21,7 +22,7 @@ import pytest
 from conftest import ROOT, tiny_sentences, write_split
 from test_resume import lines, main
 
-from commands import one_run, study, trial
+from commands import one_run, search_pages, study, trial
 from commands import space as spaces
 from training import metrics
 
@@ -152,7 +153,30 @@ def test_the_scores_are_those_of_the_runs(searched):
 def test_the_report_reads_the_folder_of_a_search(searched, capsys):
     folder, _ = searched
     assert main("--option", "report", "--run", folder, "--output_dir", "report") == 0
-    assert "report :: 10 runs" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "report :: 10 runs" in said and f"report :: {Path('report/search.html')}" in said
+    page = Path("report/search.html").read_text(encoding="utf-8")
+    for title in ("History", "Parallel coordinates", "Slices", "Importance"):
+        assert f"<h2>{title}</h2>\n<figure><svg role" in page
+    for row in table(folder):
+        assert f"<td>{row['lr']}</td>" in page and f"<td>{row['dev_acc']}</td>" in page
+
+
+def test_a_page_of_a_damaged_search_is_no_page(searched, capsys):
+    folder, _ = searched
+    shutil.copytree(folder, "copy")
+    Path("copy/trials.csv").write_text("number,state\n1,complete\n", encoding="utf-8")
+    assert main("--option", "report", "--run", "copy", "--output_dir", "report") == 0
+    assert "trials.csv: this is not what a search writes" in capsys.readouterr().err
+    assert not Path("report/search.html").exists()
+
+
+def test_places_on_an_axis():
+    assert search_pages.positions(["1", "", "3", "2"])[0] == pytest.approx([0, math.nan, 1, 0.5], nan_ok=True)
+    places, _, is_log = search_pages.positions(["1e-6", "1e-4", "1e-2"])
+    assert is_log and places == pytest.approx([0, 0.5, 1])
+    assert search_pages.positions(["sgd", "adamw", ""])[:2] == (pytest.approx([1, 0, math.nan], nan_ok=True),
+                                                               [(0.0, "adamw"), (1.0, "sgd")])
 
 
 # --------------------------------------------------------------------------- the options

@@ -1,0 +1,213 @@
+"""search.html: a search in pictures, from its trials.csv and search.json. --option report writes it.
+
+Nothing here imports torch.
+"""
+
+import csv
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from commands import plot
+from commands.plot import BLUE, GREY, VERMILION
+from config import InputError, shown
+from formats import files
+from training import logs
+
+PAGE, TABLE, ABOUT = "search.html", "trials.csv", "search.json"
+TEMPLATE = Path(__file__).with_name("search.html")
+FIXED = ("number", "state", "reason", "evaluations", "seconds", "folder")  # columns of trials.csv that are no parameter
+WIDTH = 7.0  # inches
+MOST_ACROSS = 4  # slices beside each other
+MOST_DRAWN = 2000  # trials
+
+
+@dataclass(frozen=True)
+class Search:
+    """A search as its folder has it. `rows`: of trials.csv; `names`: of its parameters; `facts`: what stands on top."""
+
+    objective: str
+    rows: tuple[dict[str, str], ...]
+    columns: tuple[str, ...]
+    names: tuple[str, ...]
+    importances: dict[str, float]
+    facts: tuple[tuple[str, str], ...]
+
+    @property
+    def rises(self) -> bool:
+        return self.objective not in ("dev_loss", "dev_mae")
+
+    def score(self, row: dict[str, str]) -> float:
+        """NaN for a trial without one."""
+        try:
+            return float(row[self.objective])
+        except ValueError:
+            return math.nan
+
+    def drawn(self) -> list[dict[str, str]]:
+        """The trials with a score."""
+        return [row for row in self.rows if math.isfinite(self.score(row))][:MOST_DRAWN]
+
+
+def is_search(path: Path) -> bool:
+    """Is this the folder of a search?"""
+    return (path / ABOUT).is_file() and (path / TABLE).is_file()
+
+
+def read(path: Path) -> Search:
+    """The search in a folder. Raises InputError for one that is damaged, and OSError for a link in it."""
+    for name in (ABOUT, TABLE):
+        files.check_plain(path / name)
+    about = files.read_json(path / ABOUT)
+    objective = about.get("objective")
+    try:
+        with open(path / TABLE, encoding="utf-8", newline="") as file:
+            reader = csv.DictReader(file, strict=True)
+            rows = tuple({k: v for k, v in row.items() if isinstance(k, str) and isinstance(v, str)} for row in reader)
+            columns = tuple(reader.fieldnames or ())
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise InputError(f"{path / TABLE}: it cannot be read ({error})") from None
+    if not isinstance(objective, str) or not {objective, *FIXED} <= {*columns} or any(
+            len(row) < len(columns) for row in rows):
+        raise InputError(f"{path / TABLE}: this is not what a search writes")
+    known = about.get("importances")
+    importances = {str(k): float(v) for k, v in known.items() if isinstance(v, int | float)} if isinstance(
+        known, dict) else {}
+    facts = tuple((what, str(about[what])) for what in (
+        "command", "space", "method", "prune", "objective", "winner_run", "repeat") if about.get(what) is not None)
+    names = tuple(name for name in columns if name not in (*FIXED, objective))
+    return Search(objective, rows, columns, names, importances, facts)
+
+
+def write(path: Path, folder: Path) -> Path:
+    """Write search.html of the search in `path` into `folder`; returns where it is. A picture that cannot be drawn is
+    left out, and a warning says so."""
+    from jinja2 import Environment, StrictUndefined
+    from markupsafe import Markup
+
+    search = read(path)
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["shown"] = shown
+    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
+    text = template.render(search=search, pictures=pictures(search), svg=Markup)
+    files.write_text(folder / PAGE, text, follow=False)
+    return folder / PAGE
+
+
+# --------------------------------------------------------------------------- the pictures
+
+
+def pictures(search: Search) -> list[tuple[str, str]]:
+    """(title, SVG) of each picture."""
+    rows = search.drawn()
+    if not rows:
+        return []
+    all_of_them: list[tuple[str, str, Callable[..., Any]]] = [
+        ("History", "the score of each trial, and the best so far", history),
+        ("Parallel coordinates", "a line for each trial through its parameters to its score", parallel),
+        ("Slices", "the score over each parameter", slices)]
+    if search.importances:
+        all_of_them.append(("Importance", "how much of the differences each parameter explains", importance))
+    found = []
+    try:
+        with plot.drawing():
+            for title, description, draw in all_of_them:
+                try:
+                    found.append((title, plot.svg(draw(search, rows), title.split()[0].lower(), description)))
+                except Exception as error:  # a page without a picture is a page
+                    logs.warn(f"the picture `{title}` could not be drawn ({type(error).__name__}: {error})")
+    except ImportError as error:
+        logs.warn(f"{PAGE} has no pictures: {error}")
+    return found
+
+
+def history(search: Search, rows: Sequence[dict[str, str]]) -> Any:
+    """The score over the trial's number; trials that were ended early are crosses."""
+    figure = plot.page_figure(WIDTH, 3.0, left=0.11, bottom=0.15)
+    axes = figure.subplots()
+    for state, colour, marker in (("complete", BLUE, "o"), ("pruned", GREY, "x")):
+        some = [row for row in rows if row["state"] == state]
+        axes.plot([int(row["number"]) for row in some], [search.score(row) for row in some], marker, color=colour,
+                  markersize=4, linestyle="", label=state)
+    best: list[float] = []
+    done = [row for row in rows if row["state"] == "complete"]
+    for row in done:
+        best.append((max if search.rises else min)([search.score(row), *best[-1:]]))
+    axes.step([int(row["number"]) for row in done], best, where="post", color=VERMILION, label="best so far")
+    plot.legend_above(axes)
+    axes.set(xlabel="trial", ylabel=search.objective)
+    return figure
+
+
+def positions(values: Sequence[str]) -> tuple[list[float], list[tuple[float, str]], bool]:
+    """Where values stand between 0 and 1 ("" is NaN), some of them with their places, and whether the scale is
+    logarithmic: numbers that span a hundredfold have one, and what is no number stands in the order of the words."""
+    there = sorted({value for value in values if value})
+    try:
+        numbers = sorted({float(value) for value in there})
+    except ValueError:
+        numbers = []
+    if not there:
+        return [math.nan] * len(values), [], False
+    if not numbers:
+        place = {value: i / max(1, len(there) - 1) for i, value in enumerate(there)}
+        return [place.get(value, math.nan) for value in values], [(at, value) for value, at in place.items()], False
+    is_log = numbers[0] > 0 and numbers[-1] >= 100 * numbers[0]
+    scaled = math.log if is_log else float
+    low, high = scaled(numbers[0]), scaled(numbers[-1])
+    found = [(scaled(float(value)) - low) / ((high - low) or 1) if value else math.nan for value in values]
+    marked = numbers if len(numbers) <= 5 else [numbers[0], numbers[-1]]
+    return found, [((scaled(x) - low) / ((high - low) or 1), f"{x:.3g}") for x in marked], is_log
+
+
+def parallel(search: Search, rows: Sequence[dict[str, str]]) -> Any:
+    """A line a trial; the best tenth stand out."""
+    figure = plot.page_figure(WIDTH, 3.4, left=0.06, right=0.94, bottom=0.12)
+    axes = figure.subplots()
+    names = [*search.names, search.objective]
+    places = [positions([row[name] for row in rows]) for name in names]
+    ranked = sorted(range(len(rows)), key=lambda i: -search.score(rows[i]) if search.rises else search.score(rows[i]))
+    best = {*ranked[: max(1, len(rows) // 10)]}
+    for i in reversed(ranked):
+        axes.plot(range(len(names)), [place[0][i] for place in places], color=BLUE if i in best else GREY,
+                  alpha=1.0 if i in best else 0.35, linewidth=1.8 if i in best else 0.8, zorder=3 if i in best else 2)
+    for x, (_, marks, _) in enumerate(places):
+        axes.axvline(x, color=GREY, linewidth=0.8)
+        for at, text in marks:
+            axes.text(x + 0.03, at, text, fontsize=7, va="center")
+    axes.set_xticks(range(len(names)), names)
+    axes.set_yticks([])
+    axes.grid(False)
+    return figure
+
+
+def slices(search: Search, rows: Sequence[dict[str, str]]) -> Any:
+    """The score over each parameter."""
+    n = len(search.names)
+    across = min(MOST_ACROSS, n)
+    down = -(-n // across)
+    figure = plot.page_figure(WIDTH, 2.2 * down, left=0.11, right=0.98, bottom=0.2 / down, top=0.97, wspace=0.45,
+                              hspace=0.5)
+    grid = figure.subplots(down, across, squeeze=False)
+    for i, name in enumerate(search.names):
+        axes = grid[i // across][i % across]
+        places, marks, _ = positions([row[name] for row in rows])
+        axes.plot(places, [search.score(row) for row in rows], "o", color=BLUE, markersize=3, alpha=0.7)
+        axes.set_xticks([at for at, _ in marks], [text for _, text in marks])
+        axes.set_xlim(-0.08, 1.08)
+        axes.set(xlabel=name, ylabel=search.objective if i % across == 0 else "")
+    for i in range(n, down * across):
+        grid[i // across][i % across].set_axis_off()
+    return figure
+
+
+def importance(search: Search, rows: Sequence[dict[str, str]]) -> Any:
+    """A bar for each parameter."""
+    found = sorted(search.importances.items(), key=lambda pair: pair[1])
+    figure = plot.page_figure(WIDTH, 0.8 + 0.3 * len(found), left=0.3, bottom=0.5 / (0.8 + 0.3 * len(found)))
+    axes = figure.subplots()
+    axes.barh([name for name, _ in found], [value for _, value in found], color=BLUE)
+    axes.set(xlabel="importance")
+    return figure
