@@ -125,7 +125,7 @@ def pictures(search: Search) -> list[tuple[str, str]]:
 
 def history(search: Search, rows: Sequence[dict[str, str]]) -> Any:
     """The score over the trial's number; trials that were ended early are crosses."""
-    figure = plot.page_figure(WIDTH, 3.0, left=0.11, bottom=0.15)
+    figure = plot.page_figure(WIDTH, 3.0, bottom=0.15)
     axes = figure.subplots()
     for state, colour, marker in (("complete", BLUE, "o"), ("pruned", GREY, "x")):
         some = [row for row in rows if row["state"] == state]
@@ -188,7 +188,7 @@ def slices(search: Search, rows: Sequence[dict[str, str]]) -> Any:
     n = len(search.names)
     across = min(MOST_ACROSS, n)
     down = -(-n // across)
-    figure = plot.page_figure(WIDTH, 2.2 * down, left=0.11, right=0.98, bottom=0.2 / down, top=0.97, wspace=0.45,
+    figure = plot.page_figure(WIDTH, 2.2 * down, right=0.98, bottom=0.2 / down, top=0.97, wspace=0.45,
                               hspace=0.5)
     grid = figure.subplots(down, across, squeeze=False)
     for i, name in enumerate(search.names):

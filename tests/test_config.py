@@ -375,6 +375,7 @@ NEEDS = {
     "new_head": ("", "--pretrained_model_path runs/x", "it needs --pretrained_model_path RUN"),
     "use_gpu": ("--device cpu", "", "--device decides"),
     "dev_out": ("x --seeds 2", "x", "each run has its predictions in its own folder"),
+    "final_seeds": ("2 --option search --finalists 0", "2 --option search", "there are no --finalists"),
     "test_out": ("x --folds 3", "x --folds 3 --fold 1", "each run has its predictions in its own folder"),
 }
 

@@ -43,20 +43,23 @@ def end_of(said: str) -> list[str]:
     return [line for line in said.splitlines() if line.startswith(ENDS)]
 
 
+def written(folder: Path) -> int:
+    """How many bytes the logs of all the runs have."""
+    return sum(path.stat().st_size for path in folder.glob("*/steps.jsonl"))
+
+
 def kills(place: Path, n: int, draw: random.Random) -> None:
     words = command(place, "--trials", str(N_TRIALS), "--output_dir", "all")
     (place / "straight").mkdir()
-    began = time.monotonic()
     straight = subprocess.run(words, cwd=place / "straight", capture_output=True, text=True, check=True)
-    seconds = time.monotonic() - began
     (place / "killed").mkdir()
     folder, finished, n_killed = place / "killed/all", set(), 0
     while n_killed < n:
         one = subprocess.Popen(words, cwd=place / "killed", stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        # The start takes most of the time of a tiny search: somewhere behind it, so that there is always some progress.
-        end = time.monotonic() + draw.uniform(0.5, 1.5) * seconds / 4
-        while one.poll() is None and time.monotonic() < end:
+        before = written(folder)  # the start takes most of the time of a tiny search: kill it behind that
+        while one.poll() is None and written(folder) == before:
             time.sleep(0.01)
+        time.sleep(draw.uniform(0, 1.5))
         was_over = one.poll() is not None
         one.kill()
         one.communicate()
