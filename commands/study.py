@@ -197,9 +197,10 @@ class Trials:
         return self.plan.n_trials if self.n_points is None else min(self.plan.n_trials, self.n_points)
 
     def all(self) -> list[Any]:
-        """Every trial (Optuna's FrozenTrial) of the search, by number."""
+        """Every trial (Optuna's FrozenTrial) that somebody has worked on, by number."""
         with faults_named(self.storage):
-            return [one for one in self.study.get_trials(deepcopy=False) if one.number < self.plan.n_trials]
+            return [one for one in self.study.get_trials(deepcopy=False)
+                    if one.number < self.plan.n_trials or "folder" in one.user_attrs]
 
     def folder_of(self, number: int) -> Path:
         return self.folder / f"trial-{number:04d}"
@@ -253,7 +254,8 @@ class Trials:
             lock = folder / WORKED_ON
             if lock.is_file():
                 inner = ExitStack()
-                if inner.enter_context(files.locked(lock)):
+                is_free = inner.enter_context(files.locked(lock))
+                if is_free and self.kept.get_trial(one._trial_id).state == optuna.trial.TrialState.RUNNING:
                     stack.enter_context(inner)
                     trial = optuna.trial.Trial(self.study, one._trial_id)
                     trial.set_user_attr("folder", str(folder.resolve()))

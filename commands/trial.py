@@ -64,7 +64,8 @@ class Outcome:
 def base_config(config: RunConfig, objective: str) -> RunConfig:
     """The options of a trial, as if they had been typed, from those of the search: without its own, and without what
     no trial has, which is the test file and a folder."""
-    own = {f.name: f.default for f in options() if f.metadata["only"] == ("search",)}
+    own = {f.name: f.default for f in options()
+           if f.metadata["only"] == ("search",) or "search" not in f.metadata["only"]}
     changed: dict[str, Any] = {**own, "option": "finetune", "test": None, "seeds": None, "output_dir": None}
     given = config.given - changed.keys() | {"option", "seed"}
     if "monitor" not in given and config.monitor != objective:

@@ -344,7 +344,8 @@ def test_messages_count_one_as_one(arguments, capsys):
 @pytest.mark.parametrize("line, words", [
     ("--lr 1e-5", "--lr belongs to --option finetune, lr_find, verify_resume or search: type one of them"),
     ("--max-new-tokens 3", "--max_new_tokens belongs to --option generate: type it"),
-    ("--patience 3 --lr 1e-5", "--lr and --patience belong to --option finetune, verify_resume or search: type one of them"),
+    ("--patience 3 --lr 1e-5", "--lr and --patience belong to --option finetune, verify_resume or search: type one of "
+                               "them"),
     ("--plan --seeds 2 --lr 1", "--lr, --plan and --seeds belong to --option finetune: type it"),
     ("--lr 1e-3 --input x", "no --option uses --input and --lr together: type --option and the one that you want, see "
                             "--help"),

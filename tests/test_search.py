@@ -14,6 +14,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from test_resume import lines, main
 
 from commands import one_run, search_pages, study, trial
 from commands import space as spaces
+from formats import files
 from training import metrics
 
 posix = pytest.mark.skipif(os.name != "posix", reason="SIGKILL is POSIX's")
@@ -387,6 +389,33 @@ def test_processes_on_one_storage_make_the_total_exactly(inputs, storage):
     assert sorted(tried) == [str(i) for i in range(7)]
     assert [row["state"] in ("complete", "pruned") for row in table("all")] == [True] * 7
     assert len([*Path("all").glob("final-*")]) == 1
+
+
+def test_a_trial_that_ends_while_its_lock_is_tried_is_not_taken_up(tmp_path, monkeypatch):
+    plan = study.Plan(spaces.parse("lr=1e-4..1e-3"), "random", "none", True, 3, 1, 0, {"space": "x"})
+    trials, real = study.Trials(plan, "sqlite:///x.db", tmp_path), files.locked
+    with trials.take() as taken:
+        first = taken[0]
+    assert first.number == 0
+
+    @contextmanager
+    def locked(path, waits=False):
+        if path.name == study.WORKED_ON and not waits:
+            trials.tell(first, "complete", 0.5)
+        with real(path, waits) as is_ours:
+            yield is_ours
+
+    monkeypatch.setattr(files, "locked", locked)
+    with trials.take() as taken:
+        assert taken[0].number == 1
+    assert [one.state.name for one in trials.all()] == ["COMPLETE", "RUNNING"]
+
+
+def test_an_option_that_no_trial_has_is_in_no_trial(inputs, capsys):
+    assert search(inputs, "--trials", "1", "--finalists", "0", "--epochs", "1", "--max_minutes", "9") == 0
+    assert "no effect: --max_minutes: it belongs to another --option" in capsys.readouterr().err
+    assert json.loads(Path("runs/search/trial-0000/args.json").read_text(encoding="utf-8"))["options"][
+        "max_minutes"] is None
 
 
 def test_a_trial_of_a_machine_that_is_gone_is_taken_up(inputs):
