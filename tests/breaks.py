@@ -472,7 +472,7 @@ BREAKS = [
     Break("finalists are always three", "commands/finalists.py", "leaders[: config.finalists]", "leaders[:3]",
           "finalists_and", SEARCH),
     Break("there are always three final seeds", "commands/finalists.py", "first_new + config.final_seeds",
-          "first_new + 3", "trials_look or finalist", SEARCH),
+          "first_new + 3", "scores_are or seeds_give", SEARCH),
     Break("the new seeds are the old ones", "commands/finalists.py", "config.seed + (config.seeds or 1)", "config.seed",
           "finalists_and or seeds_give", SEARCH),
     Break("a trial has one seed", "commands/search.py", "for i in range(config.seeds or 1)", "for i in range(1)",
