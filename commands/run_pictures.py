@@ -170,8 +170,11 @@ def draw(folder: RunFolder, result: Mapping[str, Any], about: str) -> None:
     try:
         with plot.drawing():
             curves = read_curves(logs.read_log(folder.epochs), result["best_epoch"])
-            figure = plot.figure(7, 6.4, f"{folder.path.name}: {about}")
-            draw_curves(figure, curves, len(result["label_names"]))
+            # With margins that are given: finding them out takes as long as drawing.
+            figure = plot.figure(7, 6.4, f"{folder.path.name}: {about}", layout="none")
+            figure.subplots_adjust(left=0.14, right=0.98, top=0.92, bottom=0.075, hspace=0.17)
+            for axes in draw_curves(figure, curves, len(result["label_names"])):
+                axes.yaxis.set_label_coords(-0.115, 0.5)
             plot.save(figure, folder.path / CURVES)
             dev = result["dev"]
             counts = matrix_of(dev, len(result["label_names"]))
