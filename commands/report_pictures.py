@@ -216,7 +216,7 @@ def _draw_lengths(axes: Any, bins: Sequence[LengthBin]) -> None:
     axes.set_xticks(range(len(bins)), [f"{one.low}-{one.high}" if one.low < one.high else str(one.low) for one in bins],
                     fontsize=7)
     axes.set_xlim(-0.5, len(bins) - 0.5)
-    axes.set_title("accuracy by length, with 95%")
+    axes.set_title("accuracy by length (95%)")
     axes.set_xlabel(f"{bins[0].unit} in the sentence")
 
 

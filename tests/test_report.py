@@ -226,6 +226,15 @@ class Tags(html.parser.HTMLParser):
         self.text += data
 
 
+def test_advised_commands_are_code(tmp_path):
+    text = "train longer: python run_llama.py --option finetune --lr 1e-5 --train 'a b<i>.txt'"
+    found = report_pages.Report((), (), (), (), (text,), (), "")
+    assert "- train longer: `python run_llama.py --option finetune --lr 1e-5 --train 'a b<i>.txt'`" in (
+        report_pages.markdown(found))
+    assert ("train longer: <code><span>python run_llama.py</span> <span>--option finetune</span> "
+            "<span>--lr 1e-5</span> <span>--train &#39;a b&lt;i&gt;.txt&#39;</span></code>") in report_pages.html(found)
+
+
 def test_hostile_text_stays_text(tmp_path):
     (tmp_path / "a.log").write_text(f"### {HOSTILE}\n{rising(4)}### =1+1\n{rising(3)}", encoding="utf-8")
     rows = reported(tmp_path / "report", "--run", str(tmp_path / "a.log"))
