@@ -44,7 +44,8 @@ class Final:
 
 @dataclass(frozen=True)
 class Ended:
-    """`best :: epoch 2 of 10 (chosen by dev_acc), stopped: patience`."""
+    """`best :: epoch 2, counted from 0, of 10 (chosen by dev_acc), stopped: patience`; older versions leave out the
+    words between the commas."""
 
     line: int
     epoch: float
@@ -92,7 +93,8 @@ EPOCH = re.compile(
     rf"(?:,\s{{0,3}}lr\s{{0,3}}::\s{{0,3}}({NUMBER}))?(, collapsed: )?", re.IGNORECASE)
 FINAL = re.compile(rf"(?:^|(?<=\]))\s*(dev|test) acc\s{{0,3}}::\s{{0,3}}({NUMBER})(?![\d.]*\s*(?:\+-|±|\+/-))",
                    re.IGNORECASE)
-ENDED = re.compile(r"best :: epoch ([\d.]{1,20}) of (\d{1,9}) \(chosen by (\w{1,20})\), stopped: ([\w -]{1,60})")
+ENDED = re.compile(r"best :: epoch ([\d.]{1,20})(?:, counted from 0,)? of (\d{1,9}) \(chosen by (\w{1,20})\), "
+                   r"stopped: ([\w -]{1,60})")
 LOADED = re.compile(r"load (\d{1,9}) data from (\S.{0,500})")
 HELD_OUT = re.compile(r"dev :: (\d{1,9}) of \d{1,9} sentences of .{1,500} held out")
 STARTED = re.compile(r"run :: (\S.{0,500}), on \S")

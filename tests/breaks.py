@@ -227,6 +227,8 @@ BREAKS = [
     # The report
     Break("a log's own number of dev sentences is not read", "formats/run_logs.py",
           'None if is_fold else _n_dev(draft.loaded, options.get("dev", ""))', "None", "how_many", "test_run_logs"),
+    Break("the line with the best epoch is not read", "formats/log_lines.py", "(?:, counted from 0,)?", "", "a_tie",
+          "test_report"),
     Break("a rollback begins a new run", "formats/run_logs.py", "if self.folder and not started and not",
           "if False and not", "rolled", "test_run_logs"),
     Break("n_dev is ignored", "training/pairs.py", "return run.n_dev or n_dev or ASSUMED_N",

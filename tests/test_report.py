@@ -66,6 +66,27 @@ def test_a_run_has_the_same_row_from_its_folder_and_from_what_it_printed(finishe
     assert one["test"] == f"{result['test']['acc']:.3f}" and float(one["best epoch"]) == result["best_epoch"]
 
 
+def test_a_tie_and_a_stop_by_patience_are_read_from_the_log(inputs, tmp_path):
+    """Such small steps change no prediction: all epochs have the same dev accuracy, and the lowest loss, a later
+    epoch's, decides which one is kept."""
+    folder = tmp_path / "small"
+    done = subprocess.run([sys.executable, str(ROOT / "run_llama.py"), "--option", "finetune", *inputs, "--lr", "1e-6",
+                           "--epochs", "9", "--patience", "2", "--device", "cpu", "--output_dir", str(folder)],
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=True, encoding="utf-8")
+    result = json.loads((folder / "result.json").read_text("utf-8"))
+    assert result["stopped"] == "patience" and result["best_epoch"] > 0
+    (run,) = run_logs.read_runs(done.stdout, "log")
+    assert len({epoch.dev_acc for epoch in run.epochs}) == 1
+    assert (run.said_best, run.stopped, run.planned) == (result["best_epoch"], "patience", 9)
+    (tmp_path / "printed.log").write_text(done.stdout, encoding="utf-8")
+    rows = reported(tmp_path / "report", "--run", str(folder), str(tmp_path / "printed.log"))
+    assert float(rows["small"]["best epoch"]) == result["best_epoch"]
+    own = ("rank", "run", "from")
+    one, other = ({k: v for k, v in rows[name].items() if k not in own and not k.startswith("--")}
+                  for name in ("small", "printed.log"))
+    assert one == other
+
+
 def test_two_runs_with_held_out_dev_are_compared_sentence_by_sentence(inputs, tmp_path, capsys):
     for dropout in ("0.1", "0.6"):
         assert run_llama.main(["--option", "finetune", *inputs[:4], "--epochs", "1", "--lr", "3e-3", "--output_dir",

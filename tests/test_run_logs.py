@@ -52,6 +52,8 @@ def test_the_epochs_of_a_log_keep_their_numbers():
     assert [e.number for e in runs["1e-4"].epochs] == [0, 1, 3, 4, 6]
     assert "2 of the epochs up to 6 are not in the log" in runs["1e-4"].notes
     assert runs["Seeds/seed-1337"].majority == .262 and runs["Seeds/seed-1337"].planned == 2
+    for seed in (1337, 1338):  # the first has the line as it is printed now, the other as an older version did
+        assert (runs[f"Seeds/seed-{seed}"].said_best, runs[f"Seeds/seed-{seed}"].stopped) == (1, "finished")
 
 
 def test_a_number_that_was_copied_wrongly_is_named_with_both():
