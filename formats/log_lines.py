@@ -4,12 +4,11 @@ Everything takes time linear in the text. Nothing is guessed: what does not look
 """
 
 import re
-import shlex
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 
-from formats.past_run import FLAGS, NAMES, NUMBER, Claim, Epoch, option_name, plain
+from formats.command_lines import Command, command_of, options_in, program_at
+from formats.past_run import NUMBER, Claim, Epoch, plain
 
 LONGEST = 20_000  # characters of a line that are looked at for a command, a heading or a summary
 SERIES_LEVEL = 7  # the rank of `seed-1337:`, below every heading of Markdown
@@ -22,14 +21,6 @@ class Heading:
     line: int
     level: int
     text: str
-    options: dict[str, str]
-
-
-@dataclass(frozen=True)
-class Command:
-    """python run_llama.py --lr 1e-5 ..."""
-
-    line: int
     options: dict[str, str]
 
 
@@ -100,15 +91,12 @@ HELD_OUT = re.compile(r"dev :: (\d{1,9}) of \d{1,9} sentences of .{1,500} held o
 STARTED = re.compile(r"run :: (\S.{0,500}), on \S")
 MAJORITY = re.compile(rf"dev baselines :: majority ({NUMBER})")
 SERIES = re.compile(r"(seed|fold)-(\d{1,19}):")
-IN_HEADING = re.compile(r"(?:--([A-Za-z][\w-]{0,40})(?:\s?=\s?|\s)|(?<![\w-])([A-Za-z][\w-]{0,40})\s?=\s?)"
-                        r"([^\s,;()|`*]{1,80})")
 # What a summary says: `best dev accuracy: 0.435`, `test acc = 40.8%`, `best epoch 7`.
 CLAIM = re.compile(
     r"(?<![\w/-])(?:(best|peak|highest|max)\s)?(dev|test)\s(?:set\s)?acc(?:uracy)?(?![a-z])[\s:=*|`]{1,8}"
     r"(?:(?:is|was|of)[\s*`]{1,4})?(\d{0,3}\.?\d{1,9}(?!\d))(\s?%)?", re.IGNORECASE)
 CLAIMED_EPOCH = re.compile(
     r"(?<![\w-])best\sepoch[\s:=*|`]{1,8}(?:(?:is|was)[\s*`]{1,4})?(\d{1,6}(?:\.\d{1,4})?)(?!\d)", re.IGNORECASE)
-PROMPT_WORDS = {"nohup", "time", "srun", "sudo", "torchrun", "exec", "-m", "then", "do"}
 
 
 def lines_of(text: str) -> Iterator[tuple[int, str]]:
@@ -121,7 +109,7 @@ def lines_of(text: str) -> Iterator[tuple[int, str]]:
         for part in whole.split("\r"):
             line = part.replace("\ufeff", "").rstrip()
             goes_on = line.endswith(("\\", " ^", " `")) and len(joined) < LONGEST
-            if goes_on and (joined or _program_at(line) is not None):
+            if goes_on and (joined or program_at(line) is not None):
                 first, joined = first or number, f"{joined}{line[:-1]} "
                 continue
             if joined:
@@ -174,54 +162,6 @@ def _measured(number: int, line: str) -> Iterator[Said]:
             yield Final(number, final[1].lower(), value)
 
 
-# --------------------------------------------------------------------------- commands and headings
-
-
-def _program_at(line: str) -> int | None:
-    """Where the arguments of a command line begin: behind the `.py` of a program that nothing but a prompt, an
-    interpreter and settings stand in front of. None where the line is prose."""
-    found = ".py" in line and re.search(r"(?:^|[\s`/\\\"'])([\w.-]{1,80}\.py)(?![\w.])", line[:2000])
-    if not found:
-        return None
-    for word in line[: found.start(1)].split():
-        bare = word.strip("`*_|\"'")
-        is_path = bare.endswith(("/", "\\"))
-        if not (not re.search(r"\w", bare) or bare.endswith(("$", "#", ">", "%", "!", ":")) or is_path or "=" in bare
-                or (bare.startswith("(") and bare.endswith(")")) or bare.isdigit() or bare.lower() in PROMPT_WORDS
-                or re.search(r"python[\d.]*(\.exe)?$", bare) or bare.startswith("--")):
-            return None
-    return found.end(1)
-
-
-def command_of(number: int, line: str) -> Command | None:
-    """The options of a command line that is, but for a prompt, the whole line. One that has no option at all, such as
-    `python data/prepare.py movies`, starts no run."""
-    at = _program_at(line)
-    if at is None or "--" not in line[at:]:
-        return None
-    rest = re.split(r"\s(?:\||>|>>|2>|&>|&&|&|;)|`|;\s|\s#\s", line[at:], maxsplit=1)[0]
-    words = rest.split()
-    if re.search(r"[\"'\\]", rest):
-        with suppress(ValueError):  # a quote that is not closed
-            words = shlex.split(rest)
-    found: dict[str, str] = {}
-    i = 0
-    while i < len(words):
-        word = words[i]
-        i += 1
-        if not re.match(r"--\w", word):
-            continue
-        typed, equals, value = word.partition("=")
-        name = option_name(typed)
-        if not equals:
-            value = "on"
-            if name not in FLAGS and i < len(words) and not words[i].startswith("--"):
-                value = words[i]
-                i += 1
-        found[name] = plain(value)
-    return Command(number, found) if found else None
-
-
 def heading_of(number: int, line: str) -> Heading | None:
     """A Markdown heading, or the line `seed-1337:` with which a series announces a run."""
     if "#" not in line[:10] and not line.endswith(":"):
@@ -233,12 +173,6 @@ def heading_of(number: int, line: str) -> Heading | None:
         own = {"seed": plain(found[2])} if found[1] == "seed" else {"fold": plain(found[2])}
         return Heading(number, SERIES_LEVEL, f"{found[1]}-{found[2]}", own)
     return None
-
-
-def options_in(text: str) -> dict[str, str]:
-    """The options that a heading names: `lr=1e-5`, `--lr 1e-5`, `lr = 1e-5`. A number alone says nothing."""
-    pairs = [(option_name(dashed or typed), value) for dashed, typed, value in IN_HEADING.findall(text)]
-    return {name: plain(value) for name, value in pairs if name in NAMES.values()}
 
 
 # --------------------------------------------------------------------------- summaries

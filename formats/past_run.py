@@ -47,7 +47,8 @@ class Claim:
 @dataclass(frozen=True)
 class PastRun:
     """`options` has each option that is known, as text. `known_by` says how: "folder" and "table" know every option
-    that there is, on a "command" line the others were not given, and with "heading" or "" they are unknown.
+    that there is, on a "command" line the others were not given, and with "heading", "partly" (a command line in which
+    the shell put a value) or "" they are unknown. `heading`: what the heading over a command line says.
 
     `epochs` stand in the order of their numbers, each once. `dev` and `test` are the accuracies at the end; `score` is
     what a table says. `n_dev`: sentences in dev. `majority`: the most frequent class's share of dev. `seconds`: the
@@ -59,6 +60,7 @@ class PastRun:
     options: dict[str, str] = field(default_factory=dict)
     known_by: str = ""
     given: frozenset[str] = frozenset()  # the options that were typed
+    heading: dict[str, str] = field(default_factory=dict)
     epochs: tuple[Epoch, ...] = ()
     dev: float | None = None
     test: float | None = None

@@ -113,6 +113,83 @@ def test_prose_is_not_a_command_and_not_a_result():
     assert run.options == {} and run.known_by == "" and run.dev is None and run.claims == ()
 
 
+# --------------------------------------------------------------------------- where the options stand
+
+EPOCHS = LINE.format(0, .3) + LINE.format(1, .35)
+
+
+def options_of(*lines: str) -> list[dict[str, str]]:
+    """The options of each run of a log with two epochs behind every line."""
+    return [run.options for run in run_logs.read_runs("".join(f"{line}\n{EPOCHS}" for line in lines), "log")]
+
+
+@pytest.mark.parametrize("front", [
+    "", "$ ", "PS C:\\x> ", "PS C:\\my x> ", "C:\\x>", "(base) me@host:~/minllama$ ",
+    "➜  minllama git:(main) ✗ ", "- `", "1. `",
+    "CUDA_VISIBLE_DEVICES=0 nohup ", "uv run ", "poetry run ", "accelerate launch ", "conda run -n x ", "nice -n 10 ",
+    "!",
+    "cd minllama && ", "for seed in 1 2 3; do ", "$ for %s in (1 2 3) do "])
+@pytest.mark.parametrize("python", ["python ", "python3 -u ", ""])
+def test_a_command_line_has_many_things_in_front_of_it(front, python):
+    assert options_of(f"{front}{python}run_llama.py --lr 1e-5 --epochs 2") == [{"lr": "1e-05", "epochs": "2"}]
+
+
+@pytest.mark.parametrize("line", [
+    "I then ran python run_llama.py --lr 3e-5 and got:", "See run_llama.py --lr 3e-5",
+    "We run python run_llama.py --lr 3"])
+def test_prose_about_a_command_gives_no_options(line):
+    assert options_of(line) == [{}]
+
+
+@pytest.mark.parametrize("typed, options", [
+    ("--epochs 3;", {"epochs": "3"}), ("--epochs 3&", {"epochs": "3"}), ("--lr 1e-5|tee log", {"lr": "1e-05"}),
+    ("--lr 1e-5>log", {"lr": "1e-05"}), ("--lr 1e-5 2>&1 | tee x", {"lr": "1e-05"}),
+    ("--lr '1e-5'; ls", {"lr": "1e-05"}),
+    ("--train C:\\data\\new\\t.txt", {"train": "C:\\data\\new\\t.txt"}),
+    ("--train 'C:\\my data\\t.txt' --lr 1", {"train": "C:\\my data\\t.txt", "lr": "1"}),
+    ("--label_names \"a; b\"", {"label_names": "a; b"}), ("--lr 1 # --epochs 3", {"lr": "1"}),
+    *((f"--epochs 2 --lr {value}", {"epochs": "2"}) for value in ("$lr", "${lr}", "%LR%", "$(x)", "{lr}", '"$lr"'))])
+def test_a_value_ends_where_the_shell_ends_it_and_what_the_shell_puts_in_is_unknown(typed, options):
+    assert options_of(f"python run_llama.py {typed}") == [options]
+
+
+@pytest.mark.parametrize("loop", [
+    "for lr in 1e-5 2e-5; do\n  python run_llama.py --lr $lr --epochs 2\ndone\n",
+    "for lr in 1e-5 2e-5; do python run_llama.py --lr $lr --epochs 2; done\n"])
+def test_all_runs_of_a_loop_belong_to_its_command_line(loop):
+    runs = run_logs.read_runs(loop + 2 * EPOCHS + "python run_llama.py --lr 3\n" + 2 * EPOCHS, "log")
+    assert [run.options for run in runs] == [{"epochs": "2"}] * 2 + [{"lr": "3"}, {}]
+    assert [run.known_by for run in runs] == ["partly"] * 2 + ["command", ""]
+    assert runs[0].notes == ("--lr is not known: its command line says $lr",)
+
+
+def test_the_command_line_is_right_and_a_heading_that_disagrees_is_named():
+    text = f"### lr=2e-5, epochs=3\npython run_llama.py --lr 1e-5\n{EPOCHS}"
+    run, = run_logs.read_runs(text, "log")
+    assert run.options == {"lr": "1e-05", "epochs": "3"}
+    assert contradictions(run) == ["its heading says lr 2e-05, its command line 1e-05"]
+    run, = run_logs.read_runs(text.replace("2e-5", "0.00001"), "log")
+    assert contradictions(run) == []
+
+
+@pytest.mark.parametrize("heading, options", [
+    ("lr=1e-5: dropout next", {"lr": "1e-05"}), ("lr=1e-5.", {"lr": "1e-05"}), ("lr=1e-5?", {"lr": "1e-05"}),
+    ("lr=1e-5/epochs=3", {"lr": "1e-05", "epochs": "3"}), ('"lr=1e-5"', {"lr": "1e-05"}), ("lr=1e-5 vs lr=2e-5", {}),
+    ("lr=1e-5→2e-5", {}), ("--use_gpu run", {"use_gpu": "on"}), ("why is epochs = better?", {}), ("optimizer=my", {}),
+    ("train=data/x.txt", {"train": "data/x.txt"})])
+def test_a_heading_gives_only_values_that_an_option_can_have(heading, options):
+    assert options_of(f"### {heading}") == [options]
+
+
+def test_a_command_that_does_not_train_is_no_run_s_own():
+    for other in ("python run_llama.py --option evaluate --run runs/a", "python plot.py --lr 3 --log a.log"):
+        assert options_of("### Try") == [{}]
+        run, = run_logs.read_runs(f"### Try\n{EPOCHS}{other}\ndev acc :: 0.9\n", "log")
+        assert run.options == {} and run.dev is None
+    run, = run_logs.read_runs(f"### Try\n{EPOCHS}python run_llama.py --option finetune --lr 3\n", "log")
+    assert run.options == {"option": "finetune", "lr": "3"}
+
+
 # --------------------------------------------------------------------------- tables
 
 

@@ -8,7 +8,8 @@ from formats.past_run import Claim, PastRun
 def contradictions(run: PastRun) -> list[str]:
     """A line for each disagreement. Where epochs are missing from the log, a number that none of the others has may be
     that of a missing one, and nothing is said of it."""
-    found = []
+    found = [f"its heading says {name} {value}, its command line {run.options[name]}"
+             for name, value in sorted(run.heading.items()) if run.options.get(name, value) != value]
     best = run.best()
     is_whole = not any("not in the log" in note for note in run.notes)
     if best is not None and run.said_best is not None and run.monitor in ("", "dev_acc"):
