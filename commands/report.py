@@ -112,6 +112,12 @@ def _on_seeds(found: Sequence[Setting]) -> list[str]:
     return lines
 
 
+def _score_columns(report: Report) -> list[str]:
+    """For each table, which of its columns the runs are ranked by."""
+    return list(dict.fromkeys(f"{card.run.source.rpartition(':')[0]}: the column {card.run.score_column!r} (--score)"
+                              for card in report.cards if card.run.score_column))
+
+
 def tell(report: Report) -> None:
     """The summary on stdout."""
     logs.say(f"report :: {counted(len(report.cards), 'run')}")
@@ -124,7 +130,8 @@ def tell(report: Report) -> None:
         logs.say(f"{card.rank:4} {card.run.name[:40]:{width}}  {', '.join(filter(None, said))}")
     if len(report.cards) > SHOWN:
         logs.say(f"     and {len(report.cards) - SHOWN} more: report.csv")
-    for title, lines in (("runs", report.between), ("option", report.pair_lines), ("try", report.advice),
+    for title, lines in (("score", _score_columns(report)), ("runs", report.between),
+                         ("option", report.pair_lines), ("try", report.advice),
                          ("contradiction", report.contradictions()), ("assumed", [report.assumed])):
         for line in [line for line in lines if line][:SHOWN]:
             logs.say(f"{title} :: {line}")

@@ -90,6 +90,8 @@ def details(card: Card) -> list[tuple[str, str]]:
                "command": f"{typed} (typed; the others were not given)", "table": typed,
                "folder": f"{typed} (typed; all of them: args.json)"}
     rows.append(("options", unknown[run.known_by]))
+    if run.score_column:
+        rows.append(("score", f"the column {run.score_column!r}"))
     rows += run.inspected
     rows.append(("from", run.source))
     rows += [("contradiction", line) for line in card.contradictions]

@@ -78,23 +78,26 @@ class NumberedEpoch:
 
 Said = Heading | Command | Final | Ended | Majority | Claim | Loaded | Started | NumberedEpoch
 
+# A number as it is printed, or as a spreadsheet writes it: 0.41, 0,41, 41%
+MEASURED = r"[-+]?\d{1,20},\d{1,20}(?:[eE][-+]?\d{1,4})?(?!\d)|" + NUMBER
+SHARE = rf"(?:{MEASURED})(?:\s?%)?"
 EPOCH = re.compile(
-    rf"epoch\s{{0,3}}(\d{{1,9}}(?:\.\d{{1,9}})?)\s{{0,3}}:\s{{0,3}}train loss\s{{0,3}}::\s{{0,3}}({NUMBER}),\s{{0,3}}"
-    rf"train acc\s{{0,3}}::\s{{0,3}}({NUMBER}),\s{{0,3}}dev acc\s{{0,3}}::\s{{0,3}}({NUMBER})"
-    rf"(?:,\s{{0,3}}lr\s{{0,3}}::\s{{0,3}}({NUMBER}))?(, collapsed: )?", re.IGNORECASE)
-FINAL = re.compile(rf"(?:^|(?<=\]))\s*(dev|test) acc\s{{0,3}}::\s{{0,3}}({NUMBER})(?![\d.]*\s*(?:\+-|±|\+/-))",
-                   re.IGNORECASE)
+    rf"epoch\s{{0,3}}(\d{{1,9}}(?:\.\d{{1,9}})?)\s{{0,3}}:\s{{0,3}}train loss\s{{0,3}}::\s{{0,3}}({MEASURED}),\s{{0,3}}"
+    rf"train acc\s{{0,3}}::\s{{0,3}}({SHARE}),\s{{0,3}}dev acc\s{{0,3}}::\s{{0,3}}({SHARE})"
+    rf"(?:,\s{{0,3}}lr\s{{0,3}}::\s{{0,3}}({MEASURED}))?(, collapsed: )?", re.IGNORECASE)
+FINAL = re.compile(rf"(?:^|(?<=\]))\s*(dev|test) acc\s{{0,3}}::\s{{0,3}}({SHARE})"
+                   r"(?![\d.,]{0,40}\s{0,3}%?\s{0,3}(?:\+-|±|\+/-))", re.IGNORECASE)
 ENDED = re.compile(r"best :: epoch ([\d.]{1,20})(?:, counted from 0,)? of (\d{1,9}) \(chosen by (\w{1,20})\), "
                    r"stopped: ([\w -]{1,60})")
 LOADED = re.compile(r"load (\d{1,9}) data from (\S.{0,500})")
 HELD_OUT = re.compile(r"dev :: (\d{1,9}) of \d{1,9} sentences of .{1,500} held out")
 STARTED = re.compile(r"run :: (\S.{0,500}), on \S")
-MAJORITY = re.compile(rf"dev baselines :: majority ({NUMBER})")
+MAJORITY = re.compile(rf"dev baselines :: majority ({SHARE})")
 SERIES = re.compile(r"(seed|fold)-(\d{1,19}):")
 # What a summary says: `best dev accuracy: 0.435`, `test acc = 40.8%`, `best epoch 7`.
 CLAIM = re.compile(
     r"(?<![\w/-])(?:(best|peak|highest|max)\s)?(dev|test)\s(?:set\s)?acc(?:uracy)?(?![a-z])[\s:=*|`]{1,8}"
-    r"(?:(?:is|was|of)[\s*`]{1,4})?(\d{0,3}\.?\d{1,9}(?!\d))(\s?%)?", re.IGNORECASE)
+    r"(?:(?:is|was|of)[\s*`]{1,4})?(\d{0,3}[.,]?\d{1,9}(?!\d))(\s?%)?", re.IGNORECASE)
 CLAIMED_EPOCH = re.compile(
     r"(?<![\w-])best\sepoch[\s:=*|`]{1,8}(?:(?:is|was)[\s*`]{1,4})?(\d{1,6}(?:\.\d{1,4})?)(?!\d)", re.IGNORECASE)
 
@@ -143,7 +146,7 @@ def _measured(number: int, line: str) -> Iterator[Said]:
     for found in EPOCH.finditer(line):
         end = found.end()
         at, loss, train, dev, lr, collapsed = found.groups()
-        yield NumberedEpoch(Epoch(float(at), float(loss), float(train), float(dev), float(lr) if lr else None,
+        yield NumberedEpoch(Epoch(float(at), _value(loss), _value(train), _value(dev), _value(lr) if lr else None,
                                   bool(collapsed), number))
     rest = line[end:]
     if ended := ENDED.search(rest):
@@ -155,11 +158,17 @@ def _measured(number: int, line: str) -> Iterator[Said]:
     if held_out := HELD_OUT.match(rest):
         yield Loaded(number, "", int(held_out[1]))
     if share := MAJORITY.search(rest):
-        yield Majority(number, float(share[1]))
+        yield Majority(number, _value(share[1]))
     for final in FINAL.finditer(rest):
-        value = float(final[2])
+        value = _value(final[2])
         if 0 <= value <= 1:
             yield Final(number, final[1].lower(), value)
+
+
+def _value(text: str) -> float:
+    """The number in a text that MEASURED or SHARE has found; 41% is 0.41."""
+    number = float(text.rstrip("% ").replace(",", "."))
+    return number / 100 if text.endswith("%") else number
 
 
 def heading_of(number: int, line: str) -> Heading | None:
@@ -191,8 +200,8 @@ def _claims(number: int, line: str) -> Iterator[Claim]:
 
 def accuracy_claim(number: int, split: str, text: str, is_best: bool = False,
                    row: dict[str, str] | None = None) -> Claim | None:
-    """An accuracy from a person's text: 0.408, 40.8%, **0.408**. None where it is none."""
-    digits = re.search(r"\d+\.\d+|\.\d+|\d+", text)
+    """An accuracy from a person's text: 0.408, 0,408, 40.8%, **0.408**. None where it is none."""
+    digits = re.search(r"\d+\.\d+|\.\d+|\d+", re.sub(r"(?<=\d),(?=\d)", ".", text))
     if not digits:
         return None
     value, decimals = float(digits[0]), len(digits[0].partition(".")[2])

@@ -136,12 +136,22 @@ def test_n_dev_says_how_much_is_chance(tmp_path, capsys):
     assert {row["n dev"] for row in rows.values()} == {"100"}
 
 
-def test_score_names_the_column_of_a_table(tmp_path):
+def test_score_names_the_column_of_a_table(tmp_path, capsys):
     (tmp_path / "t.csv").write_text("name,lr,dev acc,test acc\na,1e-5,0.41,0.43\nb,3e-5,0.42,0.40\n", encoding="utf-8")
     last = reported(tmp_path / "a", "--run", str(tmp_path / "t.csv"))
     assert last["a"]["rank"] == "1" and last["a"]["peak dev"] == "0.430"
     named = reported(tmp_path / "b", "--run", str(tmp_path / "t.csv"), "--score", "dev acc")
     assert named["b"]["rank"] == "1" and named["b"]["peak dev"] == "0.420"
+    said = capsys.readouterr().out
+    assert f"score :: {tmp_path / 't.csv'}: the column 'test acc' (--score)\n" in said
+    assert f"score :: {tmp_path / 't.csv'}: the column 'dev acc' (--score)\n" in said
+
+
+def test_a_table_of_lr_dev_and_test_has_a_pair(tmp_path, capsys):
+    (tmp_path / "t.md").write_text("| lr | dev | test |\n|--|--|--|\n| 1e-5 | 0.41 | 0.40 |\n| 3e-5 | 0.42 | 0.43 |\n",
+                                   encoding="utf-8")
+    reported(tmp_path / "a", "--run", str(tmp_path / "t.md"))
+    assert "option :: lr 1e-05 -> 3e-05: " in capsys.readouterr().out
 
 
 def test_several_runs_are_read_and_the_best_comes_first(tmp_path, finished):

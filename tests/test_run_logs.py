@@ -113,6 +113,21 @@ def test_prose_is_not_a_command_and_not_a_result():
     assert run.options == {} and run.known_by == "" and run.dev is None and run.claims == ()
 
 
+def test_decimal_commas_and_percent_are_read():
+    comma = "epoch 0: train loss :: 1,611, train acc :: 0,360, dev acc :: 0,337, lr :: 9,05e-06\ntest acc :: 0,41\n"
+    run, = run_logs.read_runs(comma, "log")
+    epoch = run.epochs[0]
+    assert (epoch.train_loss, epoch.train_acc, epoch.dev_acc, epoch.lr) == (1.611, .36, .337, 9.05e-6)
+    assert run.test == .41
+    percent = "epoch 0: train loss :: 1.6, train acc :: 36.0%, dev acc :: 33.7 %\ndev acc :: 33.7%\ntest acc :: 41%\n"
+    run, = run_logs.read_runs(percent + "test acc :: 40.1% +- 2.0% over 3 seeds\n", "log")
+    assert (run.epochs[0].train_acc, run.epochs[0].dev_acc) == (.36, pytest.approx(.337))
+    assert (run.dev, run.test) == (pytest.approx(.337), .41)
+    assert run_logs.read_runs(LINE.format(0, "0.3") + "dev acc :: " + "1" * 100 + "\n", "log")[0].dev is None
+    run, = run_logs.read_runs(LINE.format(0, "0.3") + "dev accuracy: 41,9%\n", "log")
+    assert [claim.value for claim in run.claims] == [pytest.approx(.419)]
+
+
 # --------------------------------------------------------------------------- where the options stand
 
 EPOCHS = LINE.format(0, .3) + LINE.format(1, .35)
@@ -210,6 +225,28 @@ def test_a_table_has_a_run_in_each_row():
 def test_csv_tsv_and_decimal_commas(text):
     runs, faults = run_tables.read_runs(text, "t.csv", None)
     assert [(run.options, run.score) for run in runs] == [({"lr": "1e-05"}, .41), ({"lr": "2e-05"}, .42)] and not faults
+
+
+def test_a_row_with_too_many_cells_is_a_fault():
+    runs, faults = run_tables.read_runs("lr,acc\n1e-5,0,412\n2e-5,0.42,\n", "t.csv", None)
+    assert [run.score for run in runs] == [.42]
+    assert faults == ["t.csv:2: this row has 3 cells, and the table 2 columns; the row is left out"]
+
+
+@pytest.mark.parametrize("title", ["dev", "test", "train", "loss"])
+def test_a_column_of_numbers_that_is_called_like_an_option_is_a_result(title):
+    text = f"| lr | {title} | train_limit | acc |\n|--|--|--|--|\n| 1 | 0.4 | 9 | 0,41 |\n| 2 | 0.5 | 9 | 0.42 |\n"
+    runs, _ = run_tables.read_runs(text, "t.md", None)
+    assert [(run.options, run.score) for run in runs] == [
+        ({"lr": "1", "train_limit": "9"}, .41), ({"lr": "2", "train_limit": "9"}, .42)]
+    assert {run.score_column for run in runs} == {"acc"}
+    assert run_tables.read_runs(text.replace("0.4 ", "a.txt ").replace("0.5", "b"), "t.md", None)[0][0].options == {
+        "lr": "1", title: "a.txt", "train_limit": "9"}
+
+
+@pytest.mark.parametrize("text", [";\n", ";;\n;\n", ",\n", "\t\n"])
+def test_a_table_of_empty_cells_is_none(text):
+    assert run_tables.read_runs(text, "t.csv", None) == ([], [])
 
 
 def test_a_table_without_a_number_and_an_unknown_column_are_refused():
