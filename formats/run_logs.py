@@ -11,6 +11,8 @@ from formats.command_lines import Command
 from formats.log_lines import Ended, Final, Heading, Loaded, Majority, NumberedEpoch, Started
 from formats.past_run import Claim, Epoch, PastRun, name_of_column, plain
 
+MOST_COLUMN_SETS = 100  # tables with other columns than these have the runs in their rows by name only; each costs time
+
 
 @dataclass
 class _Draft:
@@ -278,11 +280,11 @@ def _with_tables(runs: list[PastRun], rows: list[tuple[int, str]]) -> list[PastR
             named = {by_name[cell.casefold()] for cell in row.values() if cell.casefold() in by_name}
             cells = {name_of_column(header): plain(cell) for header, cell in row.items()}
             columns = tuple(sorted(cells.keys() & known))
-            if columns not in by_options:
+            if columns not in by_options and len(by_options) < MOST_COLUMN_SETS:
                 by_options[columns] = {}
                 for i, run in enumerate(runs):
                     by_options[columns].setdefault(tuple(run.options.get(c) for c in columns), []).append(i)
-            alike = by_options[columns].get(tuple(cells[c] for c in columns), []) if columns else []
+            alike = by_options.get(columns, {}).get(tuple(cells[c] for c in columns), []) if columns else []
             if not named and not columns and len(table) == 1:
                 alike = [bisect.bisect(starts, line) - 1]
             which = next(iter(named)) if len(named) == 1 else alike[0] if not named and len(alike) == 1 else -1

@@ -128,6 +128,17 @@ def test_decimal_commas_and_percent_are_read():
     assert [claim.value for claim in run.claims] == [pytest.approx(.419)]
 
 
+def test_what_would_take_more_than_linear_time_is_bounded():
+    """A number of a thousand digits is none; of the tables with ever other columns the first are looked up."""
+    run, = run_logs.read_runs(LINE.format(0, "0.3") + f"dev acc :: 0.{'1' * 1000}\n", "log")
+    assert run.dev is None
+    n = run_logs.MOST_COLUMN_SETS + 1
+    runs = "".join(f"### run {i}\npython run_llama.py --mine{i} 1\n{LINE.format(0, '0.3')}" for i in range(n))
+    tables = "".join(f"\n| mine{i} | dev acc |\n|--|--|\n| 1 | 0.44 |\n" for i in range(n))
+    has_claim = [bool(run.claims) for run in run_logs.read_runs(runs + tables, "log")]
+    assert has_claim == [True] * (n - 1) + [False]
+
+
 # --------------------------------------------------------------------------- where the options stand
 
 EPOCHS = LINE.format(0, .3) + LINE.format(1, .35)
