@@ -79,7 +79,7 @@ class NumberedEpoch:
 Said = Heading | Command | Final | Ended | Majority | Claim | Loaded | Started | NumberedEpoch
 
 # A number as it is printed, or as a spreadsheet writes it: 0.41, 0,41, 41%
-MEASURED = r"[-+]?\d{1,20},\d{1,20}(?:[eE][-+]?\d{1,4})?(?!\d)|" + NUMBER
+MEASURED = r"[-+]?\d{1,20},\d{1,20}(?:[eE][-+]?\d{1,4})?(?![.,]?\d)|" + NUMBER
 SHARE = rf"(?:{MEASURED})(?:\s?%)?"
 EPOCH = re.compile(
     rf"epoch\s{{0,3}}(\d{{1,9}}(?:\.\d{{1,9}})?)\s{{0,3}}:\s{{0,3}}train loss\s{{0,3}}::\s{{0,3}}({MEASURED}),\s{{0,3}}"

@@ -104,7 +104,8 @@ class PastRun:
 # --------------------------------------------------------------------------- options and numbers as text
 
 # The digits are bounded: a pattern with a number in it then takes time linear in the text, whatever stands behind it.
-NUMBER = (r"(?:[-+]?(?:\d{1,40}(?:\.\d{0,40})?|\.\d{1,40})(?:[eE][-+]?\d{1,4})?(?!\d)|[-+]?(?:nan|inf)(?![a-z]))")
+NUMBER = (r"(?:[-+]?(?:\d{1,40}(?:\.\d{0,40})?|\.\d{1,40})(?:[eE][-+]?\d{1,4})?(?![.,]?\d)|"
+          r"[-+]?(?:nan|inf)(?![a-z]))")
 
 
 def plain(value: object) -> str:
