@@ -213,6 +213,40 @@ def test_what_cannot_be_read_is_named_and_the_rest_is_reported(tmp_path, capsys)
     assert all(path in said for path in bad) and "no run could be read" in said
 
 
+def small_folder(folder: Path, n: object = 30, lr: object = 1e-5) -> None:
+    folder.mkdir(parents=True)
+    (folder / "args.json").write_text(json.dumps({"options": {"lr": lr, "epochs": n}, "given": ["lr"]}),
+                                      encoding="utf-8")
+    (folder / "result.json").write_text(json.dumps({"dev": {"acc": .4, "n": n}}), encoding="utf-8")
+    (folder / "epochs.jsonl").write_text('{"epoch": 0, "train_loss": 1.5, "train_acc": 0.3, "dev_acc": 0.4}\n',
+                                         encoding="utf-8")
+
+
+def test_text_that_is_no_text_and_numbers_without_end(tmp_path, capsys):
+    small_folder(tmp_path / "runs" / "a", lr="\ud800")
+    small_folder(tmp_path / "runs" / "b", n=10**400)
+    (tmp_path / "empty.csv").write_text(";\n", encoding="utf-8")
+    if sys.platform == "linux":  # other systems refuse such a name
+        small_folder(tmp_path / "runs" / "caf\udce9")
+    rows = reported(tmp_path / "report", "--run", str(tmp_path / "runs"), str(tmp_path / "empty.csv"))
+    assert {name: row["n dev"] for name, row in rows.items() if name in "ab"} == {"a": "30", "b": "1101"}
+    assert rows["a"]["--lr"] == "?" and (sys.platform != "linux" or "caf?" in rows)
+    assert f"{tmp_path / 'empty.csv'}: there is no line" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        run_llama.main(["--option", "report", "--run", str(LOG), "--n_dev", "1" + "0" * 400])
+    assert "at most a billion" in capsys.readouterr().err
+
+
+def test_without_jinja2_the_other_pages_are_written(tmp_path, capsys, monkeypatch):
+    reported(tmp_path, "--run", str(LOG))
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    capsys.readouterr()
+    assert len(reported(tmp_path, "--run", str(LOG))) == 12
+    said = capsys.readouterr()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.csv", "report.md"]
+    assert said.err.count("report.html is not written") == 1 and "report.html" not in said.out
+
+
 def test_a_command_that_uses_one_run_refuses_two(capsys):
     assert run_llama.main(["--option", "serve", "--run", "a", "b"]) == 2
     assert "uses one --run, and 2 are given: a, b" in capsys.readouterr().err
