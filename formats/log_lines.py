@@ -94,7 +94,11 @@ HELD_OUT = re.compile(r"dev :: (\d{1,9}) of \d{1,9} sentences of .{1,500} held o
 STARTED = re.compile(r"run :: (\S.{0,500}), on \S")
 MAJORITY = re.compile(rf"dev baselines :: majority ({SHARE})")
 SERIES = re.compile(r"(seed|fold)-(\d{1,19}):")
-# What a summary says: `best dev accuracy: 0.435`, `test acc = 40.8%`, `best epoch 7`.
+# What a summary says: `best dev accuracy: 0.435`, `test acc = 40.8%`, `best epoch 7`. Only a line that begins so, and
+# what follows at once, speaks of the run above it: within a sentence such words may be about any run.
+BEFORE_CLAIM = re.compile(r"[^\w\n]{0,20}(?:\d{1,3}[.)]\s)?(?:(?:final|results?|summary|overall)[\s:*_]{1,5})?",
+                          re.IGNORECASE)
+BETWEEN_CLAIMS = re.compile(r"[\s,;/|()*_`]{0,10}(?:(?:and|with|at)\s)?", re.IGNORECASE)
 CLAIM = re.compile(
     r"(?<![\w/-])(?:(best|peak|highest|max)\s)?(dev|test)\s(?:set\s)?acc(?:uracy)?(?![a-z])[\s:=*|`]{1,8}"
     r"(?:(?:is|was|of)[\s*`]{1,4})?(\d{0,3}[.,]?\d{1,9}(?!\d))(\s?%)?", re.IGNORECASE)
@@ -191,11 +195,18 @@ def _claims(number: int, line: str) -> Iterator[Claim]:
     lower = line.lower()
     if "acc" not in lower and "best" not in lower or is_row(line) or "+-" in line or "±" in line:  # a mean of several
         return
-    for found in CLAIM.finditer(line):
-        if claim := accuracy_claim(number, found[2], found[3] + (found[4] or ""), bool(found[1])):
+    at = _behind(BEFORE_CLAIM, line, 0)
+    while found := CLAIM.match(line, at) or CLAIMED_EPOCH.match(line, at):
+        if found.re is CLAIMED_EPOCH:
+            yield Claim(number, "best epoch", float(found[1]), 0)
+        elif claim := accuracy_claim(number, found[2], found[3] + (found[4] or ""), bool(found[1])):
             yield claim
-    for found in CLAIMED_EPOCH.finditer(line):
-        yield Claim(number, "best epoch", float(found[1]), 0)
+        at = _behind(BETWEEN_CLAIMS, line, found.end())
+
+
+def _behind(pattern: re.Pattern[str], line: str, at: int) -> int:
+    found = pattern.match(line, at)
+    return found.end() if found else at
 
 
 def accuracy_claim(number: int, split: str, text: str, is_best: bool = False,

@@ -2,6 +2,7 @@
 
 import bisect
 import math
+import posixpath
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
@@ -240,10 +241,17 @@ def _finished(draft: _Draft, command: Command | None, name: str, heading: Headin
 def _n_dev(loaded: Iterable[Loaded], typed: str) -> int | None:
     """How many sentences were read from the dev file: the one that was typed, or that is called so."""
     for one in loaded:
-        words = re.findall(r"[a-z]+", re.split(r"[/\\]", one.path.lower())[-1])
-        if not one.path or one.path == typed or not typed and {"dev", "val", "valid", "validation"} & {*words}:
+        path = _same_way(one.path)
+        words = re.findall(r"[a-z]+", path.lower().rpartition("/")[2])
+        is_called_so = not typed and {"dev", "val", "valid", "validation"} & {*words}
+        if not one.path or typed and path == _same_way(typed) or is_called_so:
             return one.n or None
     return None
+
+
+def _same_way(path: str) -> str:
+    """A path as it is written everywhere: ./a.txt is a.txt, and data\\a.txt is data/a.txt."""
+    return posixpath.normpath(path.replace("\\", "/"))
 
 
 def _with_names(runs: list[PastRun], name: str) -> list[PastRun]:

@@ -227,6 +227,9 @@ BREAKS = [
     # The report
     Break("a log's own number of dev sentences is not read", "formats/run_logs.py",
           'None if is_fold else _n_dev(draft.loaded, options.get("dev", ""))', "None", "how_many", "test_run_logs"),
+    Break("what a sentence says of other runs is a claim", "formats/log_lines.py",
+          "at = _behind(BEFORE_CLAIM, line, 0)",
+          "at = min([m.start() for m in CLAIM.finditer(line)], default=0)", "begins_with_it", "test_run_logs"),
     Break("the line with the best epoch is not read", "formats/log_lines.py", "(?:, counted from 0,)?", "", "a_tie",
           "test_report"),
     Break("a heading overrides the command line", "formats/run_logs.py", "if is_of_series else {**named, **typed}",

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import training.contradictions
 from config import InputError
 from formats import past_run, run_logs, run_tables
 from training.contradictions import contradictions
@@ -63,6 +64,44 @@ def test_a_number_that_was_copied_wrongly_is_named_with_both():
     assert "epoch is 2" in found["Last one"][0] and "0.415" in found["Last one"][0] and "0.421" in found["Last one"][0]
 
 
+@pytest.mark.parametrize("line, n_claims", [
+    ("The paper reports test accuracy of 0.538. My goal: dev accuracy = 0.50.", 0), ("Try 1 had dev acc 0.372", 0),
+    ("My goal: dev accuracy = 0.50", 0), ("test accuracy: 0.538", 1), ("- **Best dev accuracy**: 50.0%", 1),
+    ("Final test acc = 0.538", 1),
+    ("1. Result: best epoch: 1, dev accuracy 0.538 and test acc 0.55. Next: dev acc 0.6", 3)])
+def test_only_a_line_that_begins_with_it_says_something_of_the_run_above(line, n_claims):
+    text = LINE.format(0, "0.4") + LINE.format(1, "0.3") + "dev acc :: 0.400\ntest acc :: 0.410\n\n"
+    run, = run_logs.read_runs(text + line, "log")
+    assert len(run.claims) == n_claims == len(contradictions(run))
+
+
+class Counted(tuple):
+    """It counts how often it is gone through."""
+
+    times = 0
+
+    def __iter__(self):
+        self.times += 1
+        return super().__iter__()
+
+
+def test_each_claim_is_looked_up_and_not_searched_for(monkeypatch):
+    epochs = [past_run.Epoch(n, 1.5, .4, n / 1000) for n in range(900)]
+    counts = []
+    compared: list[float] = []
+    agree = training.contradictions._agree
+    monkeypatch.setattr(training.contradictions, "_agree", lambda *two: compared.append(two) or agree(*two))
+    for n in (1, 100):
+        run = past_run.PastRun("a", "a", epochs=Counted(epochs), test=.4, dev=.899, claims=tuple(
+            past_run.Claim(line, what, value, 3) for line in range(n) for what, value in (
+                ("best epoch", 3), ("dev", .9871), ("best dev", .4), ("test", .5))))
+        compared.clear()
+        assert len(contradictions(run)) == 4 * n
+        assert len(compared) <= 4 * n
+        counts.append(run.epochs.times)
+    assert counts[0] == counts[1]
+
+
 LINE = "epoch {}: train loss :: 1.0, train acc :: 0.4, dev acc :: {}\n"
 
 
@@ -86,7 +125,9 @@ def test_how_many_dev_sentences_there_are_is_read_where_the_log_says_it():
     assert sizes(LOADED.format(1101, "C:\\data\\sst_dev.txt"), epochs, "### next\n", epochs, other) == [
         1101, None, None]
     assert sizes(LOADED.format(90, "mine.csv"), epochs) == [None]
-    assert sizes("python run_llama.py --dev mine.csv\n", LOADED.format(90, "mine.csv"), epochs) == [90]
+    for typed, printed in (("mine.csv", "mine.csv"), ("./mine.csv", "mine.csv"), ("data\\mine.csv", "data/mine.csv"),
+                           ("data/mine.csv", "data\\mine.csv"), ("C:\\x\\..\\y.csv", "C:\\y.csv")):
+        assert sizes(f"python run_llama.py --dev {typed}\n", LOADED.format(90, printed), epochs) == [90]
     assert sizes("dev :: 105 of 1061 sentences of mine.txt held out (the same ones)\n", epochs) == [105]
     series = "".join(f"seed-{seed}:\n{epochs}dev acc :: 0.4\n" for seed in (1, 2))
     assert sizes(LOADED.format(1101, "dev.txt"), series, LOADED.format(872, "dev.txt"), series) == [
