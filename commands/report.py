@@ -45,14 +45,24 @@ def write(config: RunConfig) -> int:
     for name in PAGES:
         files.check_writable(folder / name, "--output_dir")
     report = make_report(found.runs, found.faults, config.n_dev)
-    pictures = report_pictures.draw([card.run for card in report.cards])
-    for name, text in zip(PAGES, (report_pages.markdown(report), report_pages.csv_text(report),
-                                  report_pages.html(report, pictures)), strict=True):
-        files.write_text(folder / name, text, follow=False)
+    texts = {"report.md": report_pages.markdown(report), "report.csv": report_pages.csv_text(report)}
+    try:
+        texts["report.html"] = report_pages.html(report, report_pictures.draw([card.run for card in report.cards]))
+    except ImportError as error:
+        (folder / "report.html").unlink(missing_ok=True)  # that of an earlier report
+        logs.warn(f"report.html is not written: {error}; `pip install jinja2` mends that")
+    for name, text in texts.items():
+        files.write_text(folder / name, _encodable(text), follow=False)
     tell(report)
-    for name in PAGES:
+    for name in texts:
         logs.say(f"report :: {folder / name}")
     return 0
+
+
+def _encodable(text: str) -> str:
+    """A text that UTF-8 can hold: the name of a folder may have bytes in it that are none, and JSON half a character;
+    each is a question mark."""
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def make_report(runs: Sequence[PastRun], faults: Sequence[str], n_dev: int | None) -> Report:
@@ -112,6 +122,12 @@ def _on_seeds(found: Sequence[Setting]) -> list[str]:
     return lines
 
 
+def _score_columns(report: Report) -> list[str]:
+    """For each table, which of its columns the runs are ranked by."""
+    return list(dict.fromkeys(f"{card.run.source.rpartition(':')[0]}: the column {card.run.score_column!r} (--score)"
+                              for card in report.cards if card.run.score_column))
+
+
 def tell(report: Report) -> None:
     """The summary on stdout."""
     logs.say(f"report :: {counted(len(report.cards), 'run')}")
@@ -124,7 +140,8 @@ def tell(report: Report) -> None:
         logs.say(f"{card.rank:4} {card.run.name[:40]:{width}}  {', '.join(filter(None, said))}")
     if len(report.cards) > SHOWN:
         logs.say(f"     and {len(report.cards) - SHOWN} more: report.csv")
-    for title, lines in (("runs", report.between), ("option", report.pair_lines), ("try", report.advice),
+    for title, lines in (("score", _score_columns(report)), ("runs", report.between),
+                         ("option", report.pair_lines), ("try", report.advice),
                          ("contradiction", report.contradictions()), ("assumed", [report.assumed])):
         for line in [line for line in lines if line][:SHOWN]:
             logs.say(f"{title} :: {line}")

@@ -87,9 +87,12 @@ def details(card: Card) -> list[tuple[str, str]]:
     given = sorted(run.given) if run.known_by == "folder" else sorted(run.options)
     typed = " ".join(f"--{name} {run.options[name]}" for name in given if name in run.options)
     unknown = {"": "unknown: there is no command line with it", "heading": f"{typed} (from its heading; the others are "
-               "unknown)", "command": f"{typed} (typed; the others were not given)", "table": typed,
+               "unknown)", "partly": f"{typed} (typed; the others are unknown)",
+               "command": f"{typed} (typed; the others were not given)", "table": typed,
                "folder": f"{typed} (typed; all of them: args.json)"}
     rows.append(("options", unknown[run.known_by]))
+    if run.score_column:
+        rows.append(("score", f"the column {run.score_column!r}"))
     rows += run.inspected
     rows.append(("from", run.source))
     rows += [("contradiction", line) for line in card.contradictions]

@@ -82,6 +82,7 @@ FLOORS = [
         "run_tables",
         "run_logs",
         "log_lines",
+        "command_lines",
         "past_run",
         "weights",
         "gguf",
