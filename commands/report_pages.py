@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from commands.report_pictures import Pictures
-from config import counted, shown
+from config import shown
 from formats.past_run import PastRun
-from training import pairs
+from training import pairs, verdicts
 from training.verdicts import Patience, Verdict, gap
 
 TEMPLATE = Path(__file__).with_name("report.html")
@@ -76,14 +76,7 @@ def details(card: Card) -> list[tuple[str, str]]:
     run = card.run
     rows = [("verdict", f"{card.verdict.words()}: {card.verdict.evidence}" if card.verdict.name != "none" else
              f"none: {card.verdict.evidence}")]
-    for one in card.patience:
-        if one.saved:
-            seconds = "" if one.seconds is None else f" (about {one.seconds:.0f} s)"
-            rows.append((f"--patience {one.n}", f"saves {counted(one.saved, 'evaluation')}{seconds}, and misses "
-                                                f"{one.missed:.3f} of the peak" if one.missed else
-                         f"saves {counted(one.saved, 'evaluation')}{seconds}, and misses nothing"))
-        else:
-            rows.append((f"--patience {one.n}", "saves nothing"))
+    rows += [(f"--patience {one.n}", one.words()) for one in card.patience]
     given = sorted(run.given) if run.known_by == "folder" else sorted(run.options)
     typed = " ".join(f"--{name} {run.options[name]}" for name in given if name in run.options)
     unknown = {"": "unknown: there is no command line with it", "heading": f"{typed} (from its heading; the others are "
@@ -96,7 +89,7 @@ def details(card: Card) -> list[tuple[str, str]]:
     rows += run.inspected
     rows.append(("from", run.source))
     rows += [("contradiction", line) for line in card.contradictions]
-    rows += [("note", note) for note in run.notes]
+    rows += [("note", note) for note in (*run.notes, verdicts.kept_another(run)) if note]
     return rows
 
 

@@ -5,6 +5,7 @@ import html.parser
 import io
 import json
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 
 import run_llama
 from commands import report, report_pages, report_pictures
+from config import parse_args
 from formats import run_logs
 
 LOG = Path(__file__).parent / "logs" / "twelve_runs.md"
@@ -187,6 +189,25 @@ def test_no_advice_against_the_evidence(tmp_path, capsys):
     reported(tmp_path / "report", "--run", str(tmp_path / "a.log"))
     said = capsys.readouterr().out
     assert "overfitting" in said and "try :: " in said and "raise --hidden_dropout_prob" not in said
+
+
+@pytest.mark.parametrize("options, more", [
+    ("--guards off --kernels off --plots on --use_gpu --lr 1e-5 --epochs 10", ""),
+    ("--folds 3 --lr 1e-5 --seed 3 --epochs 10", "--folds 10"), ("--seed 3 --lr 1e-5 --epochs 10", "--seeds 5")])
+def test_the_advised_commands_are_accepted(tmp_path, capsys, options, more):
+    """Each of them by the parser itself, with the options that the run had."""
+    run = "".join(f"fold-{i}:\n{rising(10)}" for i in range(3)) if "folds" in options else rising(10)
+    (tmp_path / "a.log").write_text("".join(f"### {rate}\npython run_llama.py {options} --hidden_dropout_prob {rate}\n"
+                                            f"{run}" for rate in (.1, .2)), encoding="utf-8")
+    reported(tmp_path / "report", "--run", str(tmp_path / "a.log"))
+    advice = [line for line in capsys.readouterr().out.splitlines() if line.startswith("try :: ")]
+    commands = [shlex.split(line.rpartition("python run_llama.py ")[2]) for line in advice]
+    assert len(commands) >= 2 and (not more or any(more in line for line in advice))
+    for words in commands:
+        config = parse_args(words)
+        assert {"lr", "hidden_dropout_prob", "epochs"} <= config.given
+        if "guards" in options:
+            assert config.guards == config.kernels == "off" and config.plots == "on" and config.use_gpu
 
 
 # --------------------------------------------------------------------------- bad input
