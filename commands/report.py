@@ -15,6 +15,7 @@ from formats import files
 from formats.past_run import PastRun
 from training import advice, comparisons, logs, pairs, verdicts
 from training.contradictions import contradictions
+from training.copies import copies
 from training.pairs import Leader, Setting
 
 PATIENCES = (3, 5)
@@ -74,7 +75,9 @@ def make_report(runs: Sequence[PastRun], faults: Sequence[str], n_dev: int | Non
         Card(rank, one, judgement, tuple(verdicts.patience(one, n) for n in PATIENCES) if one.epochs else (),
              tuple(contradictions(one)), size)
         for rank, (one, judgement, size) in enumerate(zip(ranked, judged, sizes, strict=True), 1))
-    found = pairs.settings(ranked)
+    doubled = copies(ranked)
+    is_copy = {id(run) for run, _ in doubled}
+    found = pairs.settings([one for one in ranked if id(one) not in is_copy])
     leaders = [lead for group in pairs.on_the_same_sentences(found) if (lead := pairs.leader(group, n_dev))]
     compared = pairs.pairs(found, n_dev)
     n_pairs = sum(pair.difference is not None for pair in compared)
@@ -86,6 +89,10 @@ def make_report(runs: Sequence[PastRun], faults: Sequence[str], n_dev: int | Non
     assumed = (f"How many dev sentences the accuracies of {counted(n_assumed, 'run')} are of is not said: "
                f"{pairs.ASSUMED_N:,} are assumed, as in SST-5 (--n_dev N says it)" if n_assumed else "")
     between = [line for lead in leaders for line in _on_leader(lead, len(leaders) > 1)] + _on_seeds(found)
+    if doubled:
+        names = ", ".join(f"{run.name} (as {of.name})" for run, of in doubled[:10])
+        more = f" and {len(doubled) - 10} more" if len(doubled) > 10 else ""
+        between.append(f"the same run over again, and compared once: {names}{more}")
     return Report(cards, tuple(pairs.differing(ranked)) if len(ranked) > 1 else (), tuple(between), tuple(pair_lines),
                   tuple(one.words() for one in given), tuple(faults), assumed)
 
@@ -134,9 +141,13 @@ def tell(report: Report) -> None:
     width = min(40, max(len(card.run.name) for card in report.cards))
     for card in report.cards[:SHOWN]:
         cells = report_pages.row(card)
-        said = [f"dev {cells['peak dev'] or '-'}" + (f" (epoch {cells['best epoch']})" if cells["best epoch"] else ""),
+        what = "score" if card.run.score is not None else "dev"
+        said = [f"{what} {cells['peak dev'] or '-'}"
+                + (f" (epoch {cells['best epoch']})" if cells["best epoch"] else ""),
                 f"test {cells['test']}" if cells["test"] else "",
-                f"gap {cells['gap at the end']}" if cells["gap at the end"] else "", cells["verdict"]]
+                f"gap {cells['gap at the peak']}" if cells["gap at the peak"] else "",
+                f"{cells['gap at the end']} at the end" if card.run.epochs and card.run.epochs[-1] != card.run.best()
+                else "", cells["verdict"]]
         logs.say(f"{card.rank:4} {card.run.name[:40]:{width}}  {', '.join(filter(None, said))}")
     if len(report.cards) > SHOWN:
         logs.say(f"     and {len(report.cards) - SHOWN} more: report.csv")

@@ -26,7 +26,7 @@ class _Draft:
     first: float = math.inf  # the lowest epoch, the highest, and the one that was read last
     top: float = -1.0
     last: float = -1.0
-    finals: dict[str, list[float]] = field(default_factory=lambda: {"dev": [], "test": []})
+    finals: dict[str, list[Final]] = field(default_factory=lambda: {"dev": [], "test": []})
     ended: Ended | None = None
     majority: float | None = None
     claims: list[Claim] = field(default_factory=list)
@@ -65,6 +65,14 @@ class _Draft:
         self.epochs[epoch.number] = epoch
         self.first, self.top = min(self.first, epoch.number), max(self.top, epoch.number)
         self.last = epoch.number
+
+
+    def add_final(self, final: Final) -> None:
+        """The last one counts; another one before it is a claim that it contradicts."""
+        values = self.finals[final.split]
+        if values and values[-1].value != final.value:
+            self.claims.append(Claim(values[-1].line, final.split, values[-1].value, 3))
+        values.append(final)
 
 
 @dataclass
@@ -144,7 +152,7 @@ def _sections(text: str) -> tuple[list[_Section], list[tuple[int, str]]]:
                     run_above.claims.append(said)
             elif draft is not None:  # final lines without epochs above them belong to no run that is known
                 if isinstance(said, Final):
-                    draft.finals[said.split].append(said.value)
+                    draft.add_final(said)
                 elif isinstance(said, Ended):
                     draft.ended = said
                 elif isinstance(said, Majority):
@@ -219,8 +227,8 @@ def _finished(draft: _Draft, command: Command | None, name: str, heading: Headin
         if missing > 0:
             notes.append(f"{missing} of the epochs up to {last} {'is' if missing == 1 else 'are'} not in the log")
     for split, values in draft.finals.items():
-        if len(set(values)) > 1:
-            said = ", ".join(f"{value:g}" for value in values[:5])
+        if len({one.value for one in values}) > 1:
+            said = ", ".join(f"{one.value:g}" for one in values[:5])
             notes.append(f"{split} acc stands there {len(values)} times: {said}; the last one counts")
     ended, is_fold = draft.ended, "fold" in options or "folds" in options
     typed_epochs = options.get("epochs", "")
@@ -231,8 +239,8 @@ def _finished(draft: _Draft, command: Command | None, name: str, heading: Headin
         known_by="partly" if unknown else "command" if command else "heading" if options else "",
         given=frozenset(options), heading={} if is_of_series or not command else named,
         epochs=tuple(draft.epochs[n] for n in numbers),
-        dev=draft.finals["dev"][-1] if draft.finals["dev"] else None,
-        test=draft.finals["test"][-1] if draft.finals["test"] else None,
+        dev=draft.finals["dev"][-1].value if draft.finals["dev"] else None,
+        test=draft.finals["test"][-1].value if draft.finals["test"] else None,
         said_best=ended.epoch if ended else None, monitor=ended.monitor if ended else options.get("monitor", ""),
         planned=planned, stopped=ended.stopped if ended else "", majority=draft.majority, claims=tuple(draft.claims),
         n_dev=None if is_fold else _n_dev(draft.loaded, options.get("dev", "")), notes=tuple(notes))
@@ -285,7 +293,9 @@ def _with_tables(runs: list[PastRun], rows: list[tuple[int, str]]) -> list[PastR
         for line, row in table:
             if not (found := _claims_of_row(line, row)):
                 continue
-            named = {by_name[cell.casefold()] for cell in row.values() if cell.casefold() in by_name}
+            in_order = [by_name[cell.casefold()] for cell in row.values() if cell.casefold() in by_name]
+            first = next(iter(row.values()), "").casefold()
+            named = {by_name[first]} if first in by_name else {*in_order}  # a run may be called as a value is: `1e-5`
             cells = {name_of_column(header): plain(cell) for header, cell in row.items()}
             columns = tuple(sorted(cells.keys() & known))
             if columns not in by_options and len(by_options) < MOST_COLUMN_SETS:

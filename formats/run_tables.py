@@ -79,13 +79,15 @@ def _bare(cell: str) -> str:
 
 
 def _decimal_point(cell: str, delimiter: str) -> str:
-    """0,412 as 0.412, where the comma does not part the columns."""
-    return cell.replace(",", ".") if delimiter != "," and re.fullmatch(r"[-+]?\d+,\d+%?", cell) else cell
+    """0,412 as 0.412, where the comma does not part the columns; between commas, a cell in quotes that begins so."""
+    number = r"[-+]?0,\d+" if delimiter == "," else r"[-+]?\d+,\d+%?"
+    return cell.replace(",", ".") if re.fullmatch(number, cell) else cell
 
 
 def _number(cell: str) -> float | None:
     """The number in a cell, without the emoji, the arrow or the +- behind it. 40.8% is 0.408. None for other text."""
-    kept = re.sub(r"\s*(±|\+-|\+/-).{0,40}", "", cell[:200])
+    kept = re.sub(r"~~.{0,100}?~~", "", cell[:200])
+    kept = re.sub(r"\s*(±|\+-|\+/-).{0,40}|\s*\([^()]{0,60}\)\W{0,5}$", "", kept)
     kept = "".join(sign for sign in kept if sign.isascii()).strip(" *_`~!?()")
     found = re.fullmatch(rf"({NUMBER})\s*(%?)", kept, re.IGNORECASE)
     return float(found[1]) / (100 if found[2] else 1) if found else None

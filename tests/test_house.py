@@ -48,6 +48,7 @@ FLOORS = [
     [f"training.{name}" for name in (
         "advice",
         "contradictions",
+        "copies",
         "pairs",
         "comparisons",
         "verdicts",

@@ -154,6 +154,21 @@ def test_prose_is_not_a_command_and_not_a_result():
     assert run.options == {} and run.known_by == "" and run.dev is None and run.claims == ()
 
 
+def test_another_number_at_the_end_of_the_same_run_contradicts_the_first():
+    epochs = "".join(f"epoch {i}: train loss :: 1.0, train acc :: 0.5, dev acc :: 0.4{i}\n" for i in range(3))
+    (run,) = run_logs.read_runs(epochs + "test acc :: 0.420\ntest acc :: 0.420\ntest acc :: 0.240\n", "a.log")
+    assert run.test == .24 and contradictions(run) == ["line 5 says test 0.420; the run itself printed 0.240"]
+
+
+def test_a_row_is_about_the_run_in_its_first_cell_though_another_is_called_like_a_value():
+    epochs = "".join(f"epoch {i}: train loss :: 1.0, train acc :: 0.5, dev acc :: 0.4{i}\n" for i in range(3))
+    text = f"### Try1\n{epochs}test acc :: 0.411\n### 1e-5\n{epochs}test acc :: 0.4\n\n" \
+           "| try | lr | test acc |\n|---|---|---|\n| Try1 | 1e-5 | **0.568** |\n"
+    first, second = run_logs.read_runs(text, "a.log")
+    assert contradictions(first) == ["line 14 says test 0.568; the run itself printed 0.411"]
+    assert not contradictions(second)
+
+
 def test_decimal_commas_and_percent_are_read():
     comma = "epoch 0: train loss :: 1,611, train acc :: 0,360, dev acc :: 0,337, lr :: 9,05e-06\ntest acc :: 0,41\n"
     run, = run_logs.read_runs(comma, "log")

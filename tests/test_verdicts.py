@@ -44,6 +44,14 @@ def test_a_flat_curve_is_not_unstable_however_long_it_is(n_epochs, dev, n):
 # --------------------------------------------------------------------------- few evaluations, no numbers
 
 
+def test_a_dev_accuracy_that_guessing_reaches_is_not_good():
+    devs = [.352, .355, .349, .344]
+    run = replace(past(devs, majority=.364), epochs=tuple(
+        replace(e, train_acc=.53 + .003 * i) for i, e in enumerate(past(devs).epochs)))
+    assert verdicts.verdict(run, 1110).name == "underfitting"
+    assert verdicts.verdict(replace(run, majority=.30), 1110).name == "good"
+
+
 def past(devs: list[float], **more) -> PastRun:
     losses = more.pop("losses", [None] * len(devs))
     return PastRun("a", "a", epochs=tuple(Epoch(i, 1.5 - .1 * i, .3 + .1 * i, dev, dev_loss=loss)

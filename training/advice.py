@@ -90,7 +90,8 @@ def _on_the_best(run: PastRun, found: Verdict, compared: Sequence[Pair]) -> list
     if found.name in ("diverged", "unstable") and rate and not _was_worse(compared, "lr", rises=False):
         return [Advice(f"{run.name} is {found.name} ({found.evidence}): lower --lr ({rate:g} now)",
                        command(run, lr=f"{rate / 3:.1e}"))]
-    if found.name == "underfitting" and rate and not _was_worse(compared, "lr", rises=True):
+    has_learned = last.train_acc >= verdicts.fitted_from(run)  # and nothing that holds on dev: a rate is not what lacks
+    if found.name == "underfitting" and rate and not has_learned and not _was_worse(compared, "lr", rises=True):
         return [Advice(f"{run.name}: {found.evidence}: raise --lr ({rate:g} now)", command(run, lr=f"{rate * 3:.1e}"))]
     if found.name in ("diverged", "unstable", "underfitting", "collapsed"):
         return [Advice(f"{run.name} is {found.name} ({found.evidence}): look for its learning rate first",

@@ -98,12 +98,18 @@ def options_of(run: PastRun) -> dict[str, str]:
 
 
 def differing(runs: Sequence[PastRun]) -> list[str]:
-    """The options, in the order of their names, whose values are not the same in all runs."""
-    values: dict[str, list[str]] = {}
-    for run in runs:
+    """The options, in the order of their names, whose values are not the same in all runs that say them. Beside a log,
+    which has only what was typed, of a run folder only that counts."""
+    has_logs = any(run.known_by != "folder" for run in runs)
+    values: dict[str, set[str]] = {}
+    n_saying: dict[str, int] = {}  # of those that say of each option whether they have it
+    says_all = [run.known_by == "command" or run.known_by == "folder" and not has_logs for run in runs]
+    for run, says in zip(runs, says_all, strict=True):
         for name, value in options_of(run).items():
-            values.setdefault(name, []).append(value)
-    return sorted(name for name, each in values.items() if len(each) < len(runs) or len(set(each)) > 1)
+            if run.known_by != "folder" or not has_logs or name in run.given:
+                values.setdefault(name, set()).add(value)
+                n_saying[name] = n_saying.get(name, 0) + says
+    return sorted(name for name, each in values.items() if len(each) > 1 or n_saying[name] < sum(says_all))
 
 
 def shown_value(run: PastRun, option: str) -> str:
@@ -177,13 +183,17 @@ def _differ_in_one(found: Sequence[Setting]) -> list[tuple[str, str, str, Settin
     every option, with a log's by those that were typed."""
     result: list[tuple[str, str, str, Setting, Setting]] = []
     seen: set[tuple[int, int]] = set()
-    for group in _comparable([setting for setting in found if not setting.is_lone_fold()]):
+    repeated = [setting for setting in found if len(setting.runs) > 1 and setting.unit == "seeds"]
+    alone = {setting.runs[0].options.get("seed") for setting in found if len(setting.runs) == 1}
+    members = [Setting((run,)) for setting in repeated for run in setting.runs if run.options.get("seed") in alone]
+    of_many = {*map(id, members)}  # one run of several stands beside a single run with its seed
+    for group in _comparable([*(setting for setting in found if not setting.is_lone_fold()), *members]):
         for option, by_value in _alike_but_for_one(group):
             for old, new in combinations(sorted(by_value, key=_place), 2):
                 for a, b in product(by_value[old], by_value[new]):
                     if len(result) == MOST_PAIRS:
                         return result
-                    if (id(a), id(b)) not in seen:
+                    if (id(a), id(b)) not in seen and not {id(a), id(b)} <= of_many:
                         seen |= {(id(a), id(b)), (id(b), id(a))}
                         result.append((option, old or NOT_GIVEN, new or NOT_GIVEN, a, b))
     return result

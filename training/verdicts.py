@@ -266,6 +266,11 @@ def _still_improving(run: PastRun, n: int) -> Verdict | None:
 
 def _underfits(run: PastRun, n: int) -> Verdict | None:
     last, limit = run.epochs[-1], fitted_from(run)
+    best = max(e.dev_acc for e in run.epochs)
+    if run.majority is not None and best < run.majority + error_of(run.majority, n):
+        return Verdict("underfitting", f"dev is {best:.3f} at its best, and always answering the most frequent class "
+                                       f"has {run.majority:.3f}: nothing was learned that holds there (training "
+                                       f"{last.train_acc:.3f})")
     if not last.train_acc < limit:  # a NaN is not below it
         return None
     return Verdict("underfitting", f"training accuracy is {last.train_acc:.3f} at the end, and guessing gives about "
