@@ -167,6 +167,8 @@ def test_decimal_commas_and_percent_are_read():
     assert run_logs.read_runs(LINE.format(0, "0.3") + "dev acc :: " + "1" * 100 + "\n", "log")[0].dev is None
     run, = run_logs.read_runs(LINE.format(0, "0.3") + "dev accuracy: 41,9%\n", "log")
     assert [claim.value for claim in run.claims] == [pytest.approx(.419)]
+    run, = run_logs.read_runs(LINE.format(0, "0.3") + "dev acc :: 1,435\ndev accuracy: 41.9\n", "log")
+    assert run.dev is None and [claim.value for claim in run.claims] == [pytest.approx(.419)]
 
 
 def test_what_would_take_more_than_linear_time_is_bounded():
