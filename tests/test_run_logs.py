@@ -298,6 +298,12 @@ def test_a_column_of_numbers_that_is_called_like_an_option_is_a_result(title):
         "lr": "1", title: "a.txt", "train_limit": "9"}
 
 
+def test_words_behind_a_number_leave_it_a_number():
+    cells = ("0.412 (best)", "**0.40** (epoch 3)", "41% (!)", "0.43±0.02", "(0.4)", "🔥0.44🔥")
+    text = "lr,dev\n" + "".join(f"{i},{cell}\n" for i, cell in enumerate(cells))
+    assert [run.score for run in run_tables.read_runs(text, "t.csv", None)[0]] == [.412, .40, .41, .43, .4, .44]
+
+
 @pytest.mark.parametrize("text", [";\n", ";;\n;\n", ",\n", "\t\n"])
 def test_a_table_of_empty_cells_is_none(text):
     assert run_tables.read_runs(text, "t.csv", None) == ([], [])
