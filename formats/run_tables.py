@@ -84,7 +84,8 @@ def _decimal_point(cell: str, delimiter: str) -> str:
 
 
 def _number(cell: str) -> float | None:
-    """The number in a cell, without the emoji, the arrow, the +- or the (words) behind it. 40.8% is 0.408. None for other text."""
+    """The number in a cell, without the emoji, the arrow, the +- or the (words) behind it. 40.8% is 0.408. None for
+    other text."""
     kept = re.sub(r"\s*(±|\+-|\+/-|(?<=[\d%*])\s*\().{0,40}", "", cell[:200])
     kept = "".join(sign for sign in kept if sign.isascii()).strip(" *_`~!?()")
     found = re.fullmatch(rf"({NUMBER})\s*(%?)", kept, re.IGNORECASE)
