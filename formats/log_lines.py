@@ -218,8 +218,8 @@ def accuracy_claim(number: int, split: str, text: str, is_best: bool = False,
     value, decimals = float(digits[0]), len(digits[0].partition(".")[2])
     if "%" in text or value > 1:
         value, decimals = value / 100, decimals + 2
-    if not 0 <= value <= 1 or decimals < 2:
-        return None
+    if not 0 <= value <= 1 or decimals < 2 or "%" not in text and 0 < value < 0.1 and digits[0][0] not in "0.":
+        return None  # 1.435 is no accuracy, though 43.5 is one
     what = "test" if split.lower() == "test" else "best dev" if is_best else "dev"
     return Claim(number, what, value, decimals, row or {})
 

@@ -85,9 +85,10 @@ def _decimal_point(cell: str, delimiter: str) -> str:
 
 
 def _number(cell: str) -> float | None:
-    """The number in a cell, without the emoji, the arrow or the +- behind it. 40.8% is 0.408. None for other text."""
-    kept = re.sub(r"~~.{0,100}?~~", "", cell[:200])
-    kept = re.sub(r"\s*(±|\+-|\+/-).{0,40}|\s*\([^()]{0,60}\)\W{0,5}$", "", kept)
+    """The number in a cell, without the emoji, the arrow, the +- or the (words) behind it. 40.8% is 0.408. None for
+    other text."""
+    kept = re.sub(r"~~.{0,100}?~~", "", cell[:200])  # struck out
+    kept = re.sub(r"\s*(±|\+-|\+/-|(?<=[\d%*])\s*\().{0,40}", "", kept)
     kept = "".join(sign for sign in kept if sign.isascii()).strip(" *_`~!?()")
     found = re.fullmatch(rf"({NUMBER})\s*(%?)", kept, re.IGNORECASE)
     return float(found[1]) / (100 if found[2] else 1) if found else None

@@ -182,6 +182,8 @@ def test_decimal_commas_and_percent_are_read():
     assert run_logs.read_runs(LINE.format(0, "0.3") + "dev acc :: " + "1" * 100 + "\n", "log")[0].dev is None
     run, = run_logs.read_runs(LINE.format(0, "0.3") + "dev accuracy: 41,9%\n", "log")
     assert [claim.value for claim in run.claims] == [pytest.approx(.419)]
+    run, = run_logs.read_runs(LINE.format(0, "0.3") + "dev acc :: 1,435\ndev accuracy: 41.9\n", "log")
+    assert run.dev is None and [claim.value for claim in run.claims] == [pytest.approx(.419)]
 
 
 def test_what_would_take_more_than_linear_time_is_bounded():
@@ -309,6 +311,12 @@ def test_a_column_of_numbers_that_is_called_like_an_option_is_a_result(title):
     assert {run.score_column for run in runs} == {"acc"}
     assert run_tables.read_runs(text.replace("0.4 ", "a.txt ").replace("0.5", "b"), "t.md", None)[0][0].options == {
         "lr": "1", title: "a.txt", "train_limit": "9"}
+
+
+def test_words_behind_a_number_leave_it_a_number():
+    cells = ("0.412 (best)", "**0.40** (epoch 3)", "41% (!)", "0.43±0.02", "(0.4)", "🔥0.44🔥")
+    text = "lr,dev\n" + "".join(f"{i},{cell}\n" for i, cell in enumerate(cells))
+    assert [run.score for run in run_tables.read_runs(text, "t.csv", None)[0]] == [.412, .40, .41, .43, .4, .44]
 
 
 @pytest.mark.parametrize("text", [";\n", ";;\n;\n", ",\n", "\t\n"])
