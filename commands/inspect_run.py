@@ -285,7 +285,7 @@ def on_words(found: list[Decision], names: list[str], is_typed: bool) -> Section
         mean = float(np.mean(known))
         trust = "they agree" if mean >= 0.6 else "they agree loosely" if mean >= 0.3 else "they do not agree"
         advice = "" if mean >= 0.6 else "; believe the deletion, which is what the model does"
-        verdict += f", mean rank correlation r {mean:+.2f}: {trust}{advice}"
+        verdict += f"; over all words the mean rank correlation r is {mean:+.2f}: {trust}{advice}"
         values_all["rank_correlation"] = mean
     brief = "; ".join(f"{quoted(one.text, 60)}: " + ", ".join(
         f"{quoted(one.units[i], 20)} {one.deletion[i]:+.2f}" for i in np.argsort(-np.abs(one.deletion))[:2])

@@ -88,7 +88,7 @@ def make_report(runs: Sequence[PastRun], faults: Sequence[str], n_dev: int | Non
     n_assumed = sum(one.n_dev is None and bool(one.epochs) for one in ranked) if n_dev is None else 0
     assumed = (f"How many dev sentences the accuracies of {counted(n_assumed, 'run')} are of is not said: "
                f"{pairs.ASSUMED_N:,} are assumed, as in SST-5 (--n_dev N says it)" if n_assumed else "")
-    between = [line for lead in leaders for line in _on_leader(lead, len(leaders) > 1)] + _on_seeds(found)
+    between = [line for lead in leaders for line in _on_leader(lead, len(leaders) > 1)] + _on_seeds(found, n_dev)
     if doubled:
         names = ", ".join(f"{run.name} (as {of.name})" for run, of in doubled[:10])
         more = f" and {len(doubled) - 10} more" if len(doubled) > 10 else ""
@@ -99,7 +99,7 @@ def make_report(runs: Sequence[PastRun], faults: Sequence[str], n_dev: int | Non
 
 def _on_leader(lead: Leader, is_one_of_many: bool) -> list[str]:
     best = lead.setting
-    of = f" of those on {_dev_file(best)}" if is_one_of_many else ""
+    of = f" of those on {pairs.dev_words(best)}" if is_one_of_many else ""
     lines = [f"the best{of} is {best.name}, {best.mean():.3f}"]
     if lead.alike:
         names = ", ".join(f"{one.name} ({one.mean():.3f})" for one in lead.alike[:10])
@@ -110,20 +110,14 @@ def _on_leader(lead: Leader, is_one_of_many: bool) -> list[str]:
     return lines
 
 
-def _dev_file(setting: Setting) -> str:
-    one = setting.runs[0]
-    known = f"the dev file {one.dev_file}" if one.dev_file else one.dev_sha256[:24]
-    return known or "a dev file that is not known"
-
-
-def _on_seeds(found: Sequence[Setting]) -> list[str]:
+def _on_seeds(found: Sequence[Setting], n_dev: int | None) -> list[str]:
     """Mean and deviation of each setting with several seeds, and what so many of them could have shown."""
     lines = []
     for setting in found:
         scores = setting.scores()
         if len(scores) > 1:
             spread = statistics.stdev(scores)
-            shown = comparisons.smallest_shown(scores)
+            shown = comparisons.smallest_shown(scores, pairs.size_of(setting.runs[0], n_dev))
             lines.append(f"{setting.name}: {setting.mean():.3f} +- {spread:.3f} over {len(scores)} {setting.unit}; so "
                          f"many can show a difference of {shown:.3f} or more between two settings")
     return lines

@@ -296,6 +296,14 @@ def test_csv_tsv_and_decimal_commas(text):
     assert [(run.options, run.score) for run in runs] == [({"lr": "1e-05"}, .41), ({"lr": "2e-05"}, .42)] and not faults
 
 
+def test_a_struck_out_number_a_remark_and_an_emoji_leave_the_number():
+    text = ("| run | dev acc |\n|---|---|\n| a | ~~0.3~~ **0.45**🔥 |\n| b | 0.447 (best) |\n| c | 40.1 % |\n")
+    runs, faults = run_tables.read_runs(text, "a.md", None)
+    assert [run.score for run in runs] == [.45, .447, .401] and not faults
+    runs, faults = run_tables.read_runs('run,dev acc\na,"0,455"\nb,0.4\n', "a.csv", None)
+    assert [run.score for run in runs] == [.455, .4] and not faults
+
+
 def test_a_row_with_too_many_cells_is_a_fault():
     runs, faults = run_tables.read_runs("lr,acc\n1e-5,0,412\n2e-5,0.42,\n", "t.csv", None)
     assert [run.score for run in runs] == [.42]
