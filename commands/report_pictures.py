@@ -165,7 +165,7 @@ class LengthBin:
         middle = (self.accuracy + z * z / (2 * self.n)) / (1 + z * z / self.n)
         half = z / (1 + z * z / self.n) * math.sqrt(self.accuracy * (1 - self.accuracy) / self.n
                                                     + z * z / (4 * self.n * self.n))
-        return middle - half, middle + half
+        return min(self.accuracy, middle - half), max(self.accuracy, middle + half)  # at 0 and 1 but for rounding
 
 
 def length_bins(run: PastRun) -> list[LengthBin]:
