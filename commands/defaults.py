@@ -32,7 +32,8 @@ def with_defaults(config: RunConfig, inputs: Inputs) -> RunConfig:
         classic = {name: getattr(config, name) for name in chosen if name not in config.given}
         if classic:
             some = ", ".join(f"--{name}" for name in SETTINGS if name in typed)
-            logs.notice(f"settings :: {in_words(classic)} (the classic defaults, since {some} was typed; without it: "
+            logs.notice(f"settings :: {in_words(classic)} (the classic defaults, since {some} "
+                        f"{'was' if len(typed & {*SETTINGS}) == 1 else 'were'} typed; without: "
                         f"{in_words({name: chosen[name] for name in classic})})")
         return config
     chosen = {name: value for name, value in chosen.items() if name not in config.given}

@@ -125,17 +125,21 @@ def warn_of_training(runs: Sequence[Member], splits: Mapping[str, Split]) -> Non
     """Warns of a file that is scored and that a run was trained on."""
     digests = {name: files.sha256(split.path) for name, split in splits.items()}
     for member in runs:
-        home = saved.home_of(Path(member.path))
-        if not home.has_run():
-            continue
-        described = state.read_description(home)
-        parts = ("train", "dev") if described["options"].get("folds") else ("train",)
-        learned = {described["files"].get(part, {}).get("sha256") for part in parts} | {
-            described.get("splits", {}).get("train")}
+        learned = learned_from(saved.home_of(Path(member.path)))
         for name, digest in digests.items():
             if digest in learned:
                 logs.warn(f"{splits[name].path}: {member.path} was trained on it, or on a part: this {name} accuracy "
                           "says nothing about other sentences")
+
+
+def learned_from(home: RunFolder) -> set[str]:
+    """The checksums of the files that a run was trained on, or on a part of; empty where that is not known."""
+    if not home.has_run():
+        return set()
+    described = state.read_description(home)
+    parts = ("train", "dev") if described["options"].get("folds") else ("train",)
+    found = [described["files"].get(part, {}).get("sha256") for part in parts]
+    return {digest for digest in (*found, described.get("splits", {}).get("train")) if digest}
 
 
 def outputs_of(member: Member, config: RunConfig, splits: Mapping[str, Split], device: Device) -> dict[str, Tensor]:
@@ -164,6 +168,16 @@ def tokenised_for(run: SavedRun, split: Split) -> Split:
 def averaged(outputs: Sequence[Tensor]) -> Tensor:
     """The logarithm of the mean of several runs' probabilities, from their log-probabilities: (N, C) float32."""
     return (torch.logsumexp(torch.stack(list(outputs)).double(), 0) - np.log(len(outputs))).float()
+
+
+def is_ordinal(runs: Sequence[Member]) -> bool:
+    """Do the classes have an order, in which the first run numbers them: was one of the runs trained with it? Where it
+    numbers them otherwise, it is said that there is no error and no kappa."""
+    found = next((member for member in runs if member.settings.loss == "ordinal"), None)
+    if found is not None and found.order != sorted(found.order):
+        logs.notice(f"without mae and qwk: {runs[0].path} has the labels in another order than {found.path}")
+        return False
+    return found is not None
 
 
 def say_singles(runs: Sequence[Member], singles: Sequence[Mapping[str, Tensor]], splits: Mapping[str, Split]) -> None:

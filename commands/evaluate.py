@@ -75,6 +75,7 @@ def run(config: RunConfig) -> int:
     default_out = {name: Path(f"ensemble-{name}-predictions.txt") for name in splits}  # in none of the runs' folders
     ensemble.warn_of_training(runs, splits)
     ensemble.say_singles(runs, singles, splits)
+    config = replace(config, loss="ordinal" if ensemble.is_ordinal(runs) else "ce")  # whichever run comes first
     results.report_splits(config, splits, together, default_out, names, baselines, with_tables=True)
     ensemble.say_gains(runs, singles, together, splits)
     return 0

@@ -216,4 +216,5 @@ def on_hardest(parts: dict[str, Part], names: list[str], leaks: dict[str, data_c
         accuracies["tfidf_without_leak"] = float(is_right[~is_known].mean())
         summary += f" ({accuracies['tfidf_without_leak']:.3f} without those that are in train)"
     summary += f", majority {accuracies['majority']:.3f}; a wrong label, or hard to say from words"
+    summary += "" if lines else "; none of dev is wrong"
     return Section("hardest", summary, lines, {**accuracies, "examples": values}, HARDEST)

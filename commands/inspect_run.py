@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from commands import inputs
+from commands import ensemble, inputs
 from commands import splits as run_splits
 from commands.evaluate import own_files
 from commands.finished import columns_of, load_run
@@ -19,6 +19,7 @@ from formats import labels as class_labels
 from training import calibration, logs, metrics, mistakes, saliency
 from training import device as devices
 from training.device import Device
+from training.run_folder import options_in
 from training.saliency import Decision
 from training.saved import SavedRun
 
@@ -67,7 +68,9 @@ def inspected(config: RunConfig) -> Inspected:
     devices.accelerate(config, saved.model.to(device.where), device)
     looked = [look(saved, name, split, device) for name, split in splits.items()]
     names, main = saved.settings.label_names, looked[0]
-    sections = [on_accuracy(looked, saved, config), on_classes(main, names), on_length(looked), *on_calibration(looked),
+    learned = ensemble.learned_from(saved.home)
+    sections = [on_accuracy(looked, saved, config), on_classes(main, names), on_length(looked),
+                *on_calibration(looked, files.sha256(main.split.path) in learned),
                 on_confusion(main, names), on_mistakes(main, names)]
     texts = typed or [main.split.sentences[row] for row in mistakes.surest_mistakes(
         main.probabilities, main.labels, TIPPED)]
@@ -75,6 +78,7 @@ def inspected(config: RunConfig) -> Inspected:
                                saved.settings.max_sentence_len)
     sections.append(on_words(found, names, bool(typed)))
     card = [(section.title, f"{main.name}: {section.brief}") for section in sections if section.brief]
+    card = card if is_own(config) else []  # the report's card is about the run's own sentences
     return Inspected(saved.home.path, sections, card, files.manifest_digest(saved.best) or "")
 
 
@@ -95,19 +99,31 @@ def read_input(config: RunConfig) -> list[str]:
     return texts[:MOST_INPUT]
 
 
+def is_own(config: RunConfig) -> bool:
+    """Are the sentences those that the run itself was scored on?"""
+    return not config.given & {"dataset", "dev", "test"}
+
+
 def read_splits(config: RunConfig, saved: SavedRun) -> dict[str, Split]:
-    """Dev and test, those that there are: the run's own files, or those that were typed."""
+    """Dev and test, those that there are: the run's own files, or those that were typed. Of one of several --folds test
+    alone is its own: it was trained on a part of its dev file."""
     columns = columns_of(saved.home)
     reading = replace(config, max_sentence_len=saved.settings.max_sentence_len, loss=saved.settings.loss)
     if config.train:
         logs.warn("--train: no effect, of a --run its dev and test sentences are looked at")
-    if config.given & {"dataset", "dev", "test"}:
+    if not is_own(config):
         used = inputs.find_files(replace(config, train=None))
     elif not saved.home.has_run():
         raise InputError(f"{saved.typed}: which dev file the run used is not known (no args.json); name one with --dev "
                          "FILE")
     else:
         used, _ = own_files(saved)
+        if options_in(saved.home).get("folds"):
+            if used.test is None:
+                raise InputError(f"{saved.typed}: it is one of several --folds, which was trained on a part of its dev "
+                                 "file, and it has no test file; name sentences that it has not seen with --dev FILE")
+            logs.notice("dev is not looked at: the run was trained on a part of it")
+            used = replace(used, dev=None)
         reading = replace(reading, text_column=columns[0], label_column=columns[1])
     read = run_splits.read_tables(reading, {"dev": used.dev, "test": used.test}, columns)
     if not read:
@@ -132,8 +148,8 @@ def on_accuracy(looked: list[Looked], saved: SavedRun, config: RunConfig) -> Sec
     values = {one.name: {"n": len(one.split), "accuracy": float((one.predicted == one.labels).mean())}
               for one in looked}
     said = ", ".join(f"{name} {found['accuracy']:.3f} of {found['n']:,} sentences" for name, found in values.items())
-    is_own = not config.given & {"dataset", "dev", "test"} and saved.home.has_run() and saved.home.is_finished()
-    before = saved.home.read_result().get(looked[0].name, {}).get("acc") if is_own else None
+    has_result = is_own(config) and saved.home.has_run() and saved.home.is_finished()
+    before = saved.home.read_result().get(looked[0].name, {}).get("acc") if has_result else None
     lines = [f"the run itself found {before:.3f}, in another precision"] if before is not None and (
         abs(before - values[looked[0].name]["accuracy"]) > 1e-9) else []
     return Section("accuracy", said, lines, values)
@@ -169,26 +185,35 @@ def on_length(looked: list[Looked]) -> Section:
                    lines, values)
 
 
-def on_calibration(looked: list[Looked]) -> list[Section]:
-    """ECE, and what a temperature that is fitted on dev (where there is none, test) does for it."""
+def on_calibration(looked: list[Looked], is_learned: bool = False) -> list[Section]:
+    """ECE, and what a temperature that is fitted on dev (where there is none, test) does for it. `is_learned`: the run
+    was trained on these sentences, of which it is surer than of others."""
     main = looked[0]
     bins = calibration.reliability(main.probabilities, main.labels)
     values: dict[str, Any] = {"bins": [vars(one) for one in bins if one.n]}
-    if len(main.labels) < FEWEST_TO_CALIBRATE:
+    if is_learned or len(main.labels) < FEWEST_TO_CALIBRATE:
         now = calibration.ece(main.probabilities, main.labels)
-        return [Section("calibration", f"ECE {now:.3f}; {counted(len(main.labels), 'sentence')} are too few for a "
-                                       "temperature", (), {**values, "ece": now})]
+        why = "the run was trained on these sentences, or on a part of them: no temperature is fitted on them" if (
+            is_learned) else f"{counted(len(main.labels), 'sentence')} are too few for a temperature"
+        return [Section("calibration", f"ECE {now:.3f}; {why}", (), {**values, "ece": now})]
     found = calibration.mended(main.log_probs, main.labels)
     confidence, accuracy = main.probabilities.max(1).mean(), (main.predicted == main.labels).mean()
     is_sound = found.before <= 2 * found.by_chance
     tendency = "too sure" if confidence > accuracy else "not sure enough"
     summary = (f"ECE {found.before:.3f} (about {found.by_chance:.3f} would be chance"
                + (")" if is_sound else f"; {tendency}: confidence {confidence:.3f}, accuracy {accuracy:.3f})"))
+    values |= {"ece": found.before, "ece_by_chance": found.by_chance, "temperature": found.t, "ece_after": found.after,
+               "temperature_helps": found.helps()}
+    if not found.helps():
+        summary += "; no temperature is needed" + ("" if found.before <= found.by_chance else
+                                                   f": with {found.t:.2f} it is {found.after:.3f}")
+        lines = [f"{one.name}: ECE {calibration.ece(one.probabilities, one.labels):.3f}" for one in looked[1:]]
+        values |= {one.name: {"ece": calibration.ece(one.probabilities, one.labels)} for one in looked[1:]}
+        return [Section("calibration", summary, lines, values, brief=summary)]
     summary += f"; with temperature {found.t:.2f} {found.after:.3f}"
     lines = [f"measured on halves of {main.name}, each with the temperature fitted on the other half "
              f"({found.halves[0]:.2f}, {found.halves[1]:.2f}); {found.t:.2f} is fitted on all of it: divide the logits "
              "(or log p) by it"]
-    values |= {"ece": found.before, "ece_by_chance": found.by_chance, "temperature": found.t, "ece_after": found.after}
     for one in looked[1:]:
         before = calibration.ece(one.probabilities, one.labels)
         after = calibration.ece(calibration.scaled(one.log_probs, found.t), one.labels)
@@ -260,7 +285,7 @@ def on_words(found: list[Decision], names: list[str], is_typed: bool) -> Section
         mean = float(np.mean(known))
         trust = "they agree" if mean >= 0.6 else "they agree loosely" if mean >= 0.3 else "they do not agree"
         advice = "" if mean >= 0.6 else "; believe the deletion, which is what the model does"
-        verdict += f", mean rank correlation r {mean:+.2f}: {trust}{advice}"
+        verdict += f"; over all words the mean rank correlation r is {mean:+.2f}: {trust}{advice}"
         values_all["rank_correlation"] = mean
     brief = "; ".join(f"{quoted(one.text, 60)}: " + ", ".join(
         f"{quoted(one.units[i], 20)} {one.deletion[i]:+.2f}" for i in np.argsort(-np.abs(one.deletion))[:2])

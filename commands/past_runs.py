@@ -20,6 +20,7 @@ from training import logs
 from training.run_folder import RunFolder, asks_for_series, has_changed
 
 DEEPEST = 4  # folders inside a folder in which runs are looked for
+MOST = 10**9  # no run has more sentences or epochs: a larger number is damage
 NOT_WALKED = {"best", "last"}
 
 
@@ -161,7 +162,7 @@ def of_folder(folder: RunFolder, name: str) -> PastRun:
         known_by="folder", given=frozenset(str(g) for g in given) if isinstance(given, list) else frozenset(),
         epochs=tuple(epochs[n] for n in sorted(epochs)), dev=dev, test=test,
         said_best=_number(result.get("best_epoch")), monitor=str(options.get("monitor", "")),
-        planned=options.get("epochs") if type(options.get("epochs")) is int else None,
+        planned=_count(options.get("epochs")),
         stopped=str(result.get("stopped", "")), majority=_rounded(_inside(result, "baselines", "dev", "majority")),
         n_dev=_count(_inside(result, "dev", "n")) or _n_held_out(folder, described),
         seconds=_number(result.get("train_seconds")) or _seconds(lines),
@@ -224,7 +225,7 @@ def _number(value: Any) -> float | None:
 
 
 def _count(value: Any) -> int | None:
-    return value if type(value) is int and value > 0 else None
+    return value if type(value) is int and 0 < value <= MOST else None
 
 
 def _rounded(value: Any) -> float | None:

@@ -57,9 +57,12 @@ def fit_fall(axes: Any, smoothed: Sequence[Sequence[float]]) -> None:
 
 def schedule(rates: Sequence[float], steps_per_epoch: int, title: str) -> Any:
     """A figure of the learning rate of each optimizer step, with the ends of the epochs marked."""
+    from matplotlib.ticker import MaxNLocator
+
     figure = plot.figure(7, 4, title)
     axes = figure.subplots()
     axes.set(xlabel="optimizer step", ylabel="learning rate")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.plot(range(1, len(rates) + 1), rates, color=BLUE, linewidth=2, marker="o" if len(rates) <= 30 else "",
               markersize=4)
     plot.fit(axes, [*rates, 0.0])

@@ -11,13 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from commands.report_pictures import Pictures
-from config import counted, shown
+from config import shown
 from formats.past_run import PastRun
-from training import pairs
+from training import pairs, verdicts
 from training.verdicts import Patience, Verdict, gap
 
 TEMPLATE = Path(__file__).with_name("report.html")
 LONGEST = 80  # characters of a name or a value in a Markdown table
+COMMAND = re.compile(r"(.*?)(python run_llama\.py .*)", re.DOTALL)  # a text that ends with a command
 MOST_CARDS, MOST_PAIRS = 200, 50  # on the pages; report.csv has every run
 
 
@@ -55,10 +56,10 @@ def row(card: Card) -> dict[str, str]:
     run, best = card.run, card.run.best()
     last = run.epochs[-1] if run.epochs else None
     cells = {
+        "peak dev": _three(run.peak()), "test": _three(run.test),
         "verdict": card.verdict.words() if card.verdict.name != "none" else "",
-        "best epoch": f"{best.number:g}" if best else "",
-        "peak dev": _three(run.peak()), "dev at the end": _three(last.dev_acc if last else run.dev),
-        "test": _three(run.test), "epochs": str(len(run.epochs)) if run.epochs else "",
+        "best epoch": f"{best.number:g}" if best else "", "dev at the end": _three(last.dev_acc if last else run.dev),
+        "epochs": str(len(run.epochs)) if run.epochs else "",
         "gap at the peak": f"{gap(best):+.3f}" if best else "", "gap at the end": f"{gap(last):+.3f}" if last else ""}
     for one in card.patience:
         cells[f"patience {one.n} saves"] = str(one.saved)
@@ -75,24 +76,20 @@ def details(card: Card) -> list[tuple[str, str]]:
     run = card.run
     rows = [("verdict", f"{card.verdict.words()}: {card.verdict.evidence}" if card.verdict.name != "none" else
              f"none: {card.verdict.evidence}")]
-    for one in card.patience:
-        if one.saved:
-            seconds = "" if one.seconds is None else f" (about {one.seconds:.0f} s)"
-            rows.append((f"--patience {one.n}", f"saves {counted(one.saved, 'evaluation')}{seconds}, and misses "
-                                                f"{one.missed:.3f} of the peak" if one.missed else
-                         f"saves {counted(one.saved, 'evaluation')}{seconds}, and misses nothing"))
-        else:
-            rows.append((f"--patience {one.n}", "saves nothing"))
+    rows += [(f"--patience {one.n}", one.words()) for one in card.patience]
     given = sorted(run.given) if run.known_by == "folder" else sorted(run.options)
     typed = " ".join(f"--{name} {run.options[name]}" for name in given if name in run.options)
     unknown = {"": "unknown: there is no command line with it", "heading": f"{typed} (from its heading; the others are "
-               "unknown)", "command": f"{typed} (typed; the others were not given)", "table": typed,
+               "unknown)", "partly": f"{typed} (typed; the others are unknown)",
+               "command": f"{typed} (typed; the others were not given)", "table": typed,
                "folder": f"{typed} (typed; all of them: args.json)"}
     rows.append(("options", unknown[run.known_by]))
+    if run.score_column:
+        rows.append(("score", f"the column {run.score_column!r}"))
     rows += run.inspected
     rows.append(("from", run.source))
     rows += [("contradiction", line) for line in card.contradictions]
-    rows += [("note", note) for note in run.notes]
+    rows += [("note", note) for note in (*run.notes, verdicts.kept_another(run)) if note]
     return rows
 
 
@@ -147,7 +144,7 @@ def markdown(report: Report) -> str:
                          ("What to try next", report.advice), ("Contradictions", report.contradictions()),
                          ("What could not be read", report.faults)):
         if texts:
-            lines += ["", f"## {title}", "", *(f"- {_md(text)}" for text in texts)]
+            lines += ["", f"## {title}", "", *(f"- {_md_with_code(text)}" for text in texts)]
     if len(report.pair_lines) > MOST_PAIRS:
         lines += ["", f"{len(report.pair_lines) - MOST_PAIRS} more pairs are told apart less."]
     if report.differing:
@@ -175,6 +172,14 @@ def _md(text: str) -> str:
     return re.sub(r"([\\`*\[\]|~]|(?<!\w)_|_(?!\w))", r"\\\1", plain)
 
 
+def _md_with_code(text: str) -> str:
+    """A text with the command at its end as code. One with a backtick in it stays text."""
+    found = COMMAND.fullmatch(text)
+    if not found or "`" in text or "\n" in text:
+        return _md(text)
+    return f"{_md(found[1])}`{shown(found[2])}`"
+
+
 # --------------------------------------------------------------------------- HTML
 
 
@@ -182,10 +187,18 @@ def html(report: Report, pictures: Pictures | None = None) -> str:
     """The report as one page that needs no network and no script. The SVGs of the pictures are put in as they are: this
     program has drawn them itself; everything else is escaped."""
     from jinja2 import Environment, StrictUndefined
-    from markupsafe import Markup
+    from markupsafe import Markup, escape
+
+    def with_code(text: str) -> Markup:
+        """Escaped, with the command at the end as code that breaks between its options, and not inside of one."""
+        plain = shown(text)
+        found = COMMAND.fullmatch(plain)
+        before, command = (found[1], found[2]) if found else (plain, "")
+        words = [Markup("<span>{}</span>").format(word) for word in re.split(r" (?=--)", command) if word]
+        return escape(before) + (Markup("<code>{}</code>").format(Markup(" ").join(words)) if words else "")
 
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["shown"] = shown
+    environment.filters |= {"shown": shown, "with_code": with_code}
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     pictures = pictures or Pictures()
     columns = header(report.cards)

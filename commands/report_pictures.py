@@ -17,8 +17,8 @@ from config import counted
 from formats.past_run import PastRun
 from training import logs, pairs
 
-MOST_DRAWN = 30  # runs in the picture of all, and cards with curves: each picture takes about a tenth of a second
-MOST_EXAMINED = 10  # cards with the accuracy by length and the calibration
+MOST_DRAWN = 30  # runs in the picture of all, and cards with curves: a picture takes about a tenth of a second
+MOST_EXAMINED = 5  # cards with the accuracy by length and the calibration
 MOST_COLOURED = len(LINES)  # the best ones; the others stand grey behind them
 LENGTH_BINS = 5
 WIDTH = 4.6  # inches
@@ -58,7 +58,7 @@ def draw(runs: Sequence[PastRun]) -> Pictures:
                                                     ("all-loss", "training loss", "train_loss"))]
             cards: dict[int, tuple[tuple[str, str], ...]] = {}
             for rank, run in shown:
-                found = [("curves", attempt(f"run-{rank}-curves", f"loss, accuracy and learning rate of run {rank}",
+                found = [("curves", attempt(f"run-{rank}-curves", f"loss and accuracy of run {rank}",
                                             curves_of, run))]
                 is_examined = len(cards) < MOST_EXAMINED
                 if is_examined and ((by_length := length_bins(run)) or run.reliability):
@@ -143,8 +143,9 @@ def curves_from(run: PastRun) -> run_pictures.Curves:
 
 
 def curves_of(run: PastRun) -> Any:
-    figure = plot.page_figure(WIDTH, 4.2, bottom=0.11, top=0.94, hspace=0.28)
-    run_pictures.draw_curves(figure, curves_from(run), run.n_classes)
+    """Loss and accuracy; the rate is in the run's own curves.png."""
+    figure = plot.page_figure(WIDTH, 3.6, bottom=0.13, top=0.93, hspace=0.28)
+    run_pictures.draw_curves(figure, curves_from(run), run.n_classes, with_rate=False)
     return figure
 
 
@@ -164,7 +165,7 @@ class LengthBin:
         middle = (self.accuracy + z * z / (2 * self.n)) / (1 + z * z / self.n)
         half = z / (1 + z * z / self.n) * math.sqrt(self.accuracy * (1 - self.accuracy) / self.n
                                                     + z * z / (4 * self.n * self.n))
-        return middle - half, middle + half
+        return min(self.accuracy, middle - half), max(self.accuracy, middle + half)  # at 0 and 1 but for rounding
 
 
 def length_bins(run: PastRun) -> list[LengthBin]:
@@ -215,7 +216,7 @@ def _draw_lengths(axes: Any, bins: Sequence[LengthBin]) -> None:
     axes.set_xticks(range(len(bins)), [f"{one.low}-{one.high}" if one.low < one.high else str(one.low) for one in bins],
                     fontsize=7)
     axes.set_xlim(-0.5, len(bins) - 0.5)
-    axes.set_title("accuracy by length, with 95%")
+    axes.set_title("accuracy by length (95%)")
     axes.set_xlabel(f"{bins[0].unit} in the sentence")
 
 

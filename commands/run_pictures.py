@@ -48,9 +48,11 @@ def _number(value: Any) -> float:
 # --------------------------------------------------------------------------- curves
 
 
-def draw_curves(figure: Any, curves: Curves, n_classes: int | None) -> list[Any]:
-    """Loss, accuracy and learning rate over the epochs, one below the other. Returns the three axes."""
-    loss, accuracy, rate = figure.subplots(3, 1, sharex=True, height_ratios=(3, 3, 1.4))
+def draw_curves(figure: Any, curves: Curves, n_classes: int | None, with_rate: bool = True) -> list[Any]:
+    """Loss, accuracy and, `with_rate`, learning rate over the epochs, one below the other. Returns their axes."""
+    ratios = (3, 3, 1.4)[: 2 + with_rate]
+    every = figure.subplots(len(ratios), 1, sharex=True, height_ratios=ratios)
+    loss, accuracy = every[:2]
     _lines(loss, curves, LOSSES)
     plot.fit(loss, *(curves.columns.get(name, ()) for name in LOSSES))
     if n_classes and n_classes > 1:
@@ -59,23 +61,28 @@ def draw_curves(figure: Any, curves: Curves, n_classes: int | None) -> list[Any]
     _lines(accuracy, curves, ACCURACIES)
     plot.fit(accuracy, *(curves.columns.get(name, ()) for name in ACCURACIES), least=0, most=1.02)
     accuracy.set_ylabel("accuracy")
-    rates = curves.columns.get(RATE, ())
-    rate.plot(curves.epochs, rates or [math.nan] * len(curves.epochs), **plot.Line(INK, (), ".").options(
-        len(curves.epochs)))
-    plot.fit(rate, (*rates, 0.0) if np.isfinite(rates).any() else ())
-    rate.set_ylabel("lr")
-    plot.plain_numbers(rate.yaxis)
-    rate.set_xlabel("epoch")
-    fit_epochs(rate, curves.epochs)
+    if with_rate:
+        _draw_rate(every[2], curves)
+    every[-1].set_xlabel("epoch")
+    fit_epochs(every[-1], curves.epochs)
     chosen = curves.value_at("dev_acc", curves.best)
     if curves.best is not None and curves.best in curves.epochs:
-        for axes in (loss, accuracy, rate):
+        for axes in every:
             axes.axvline(curves.best, color=GREY, linestyle=(0, (2, 2)), linewidth=1, zorder=1)
         accuracy.plot([curves.best], [chosen], color=INK, marker="*", markersize=11, linestyle="none", zorder=5,
                       label=f"best: epoch {curves.best:g}, dev {chosen:.3f}")
     for axes in (loss, accuracy):
         plot.legend_above(axes)
-    return [loss, accuracy, rate]
+    return list(every)
+
+
+def _draw_rate(axes: Any, curves: Curves) -> None:
+    rates = curves.columns.get(RATE, ())
+    axes.plot(curves.epochs, rates or [math.nan] * len(curves.epochs), **plot.Line(INK, (), ".").options(
+        len(curves.epochs)))
+    plot.fit(axes, (*rates, 0.0) if np.isfinite(rates).any() else ())
+    axes.set_ylabel("lr")
+    plot.plain_numbers(axes.yaxis)
 
 
 def _lines(axes: Any, curves: Curves, columns: Sequence[str]) -> None:
@@ -163,8 +170,11 @@ def draw(folder: RunFolder, result: Mapping[str, Any], about: str) -> None:
     try:
         with plot.drawing():
             curves = read_curves(logs.read_log(folder.epochs), result["best_epoch"])
-            figure = plot.figure(7, 6.4, f"{folder.path.name}: {about}")
-            draw_curves(figure, curves, len(result["label_names"]))
+            # With margins that are given: finding them out takes as long as drawing.
+            figure = plot.figure(7, 6.4, f"{folder.path.name}: {about}", layout="none")
+            figure.subplots_adjust(left=0.14, right=0.98, top=0.92, bottom=0.075, hspace=0.17)
+            for axes in draw_curves(figure, curves, len(result["label_names"])):
+                axes.yaxis.set_label_coords(-0.115, 0.5)
             plot.save(figure, folder.path / CURVES)
             dev = result["dev"]
             counts = matrix_of(dev, len(result["label_names"]))

@@ -307,7 +307,8 @@ class RunConfig:
     score: str | None = _report(None, "the column of a table of experiments that has the score (default: the last one "
         "with numbers)", metavar="NAME")
     n_dev: int | None = _report(None, "how many dev sentences an accuracy was measured on, where a log does not say it "
-        "(default: 1101, those of SST-5, and the report says that it assumed so)", metavar="N", check=AT_LEAST_TWO)
+        "(default: 1101, those of SST-5, and the report says that it assumed so)", metavar="N",
+        check=Check(lambda x: 2 <= x <= 10**9, "2 or more, and at most a billion"))
 
     prefix: str = _text(GENERATE_PREFIX, "the text to continue", metavar="TEXT", show_default=False, common=True,
         also="prompt_text text")

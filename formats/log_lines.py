@@ -4,12 +4,11 @@ Everything takes time linear in the text. Nothing is guessed: what does not look
 """
 
 import re
-import shlex
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 
-from formats.past_run import FLAGS, NAMES, NUMBER, Claim, Epoch, option_name, plain
+from formats.command_lines import Command, command_of, options_in, program_at
+from formats.past_run import NUMBER, Claim, Epoch, plain
 
 LONGEST = 20_000  # characters of a line that are looked at for a command, a heading or a summary
 SERIES_LEVEL = 7  # the rank of `seed-1337:`, below every heading of Markdown
@@ -26,14 +25,6 @@ class Heading:
 
 
 @dataclass(frozen=True)
-class Command:
-    """python run_llama.py --lr 1e-5 ..."""
-
-    line: int
-    options: dict[str, str]
-
-
-@dataclass(frozen=True)
 class Final:
     """`dev acc :: 0.435` at the end of a run. `split`: "dev" or "test"."""
 
@@ -44,7 +35,8 @@ class Final:
 
 @dataclass(frozen=True)
 class Ended:
-    """`best :: epoch 2 of 10 (chosen by dev_acc), stopped: patience`."""
+    """`best :: epoch 2, counted from 0, of 10 (chosen by dev_acc), stopped: patience`; older versions leave out the
+    words between the commas."""
 
     line: int
     epoch: float
@@ -86,27 +78,32 @@ class NumberedEpoch:
 
 Said = Heading | Command | Final | Ended | Majority | Claim | Loaded | Started | NumberedEpoch
 
+# A number as it is printed, or as a spreadsheet writes it: 0.41, 0,41, 41%
+MEASURED = r"[-+]?\d{1,20},\d{1,20}(?:[eE][-+]?\d{1,4})?(?![.,]?\d)|" + NUMBER
+SHARE = rf"(?:{MEASURED})(?:\s?%)?"
 EPOCH = re.compile(
-    rf"epoch\s{{0,3}}(\d{{1,9}}(?:\.\d{{1,9}})?)\s{{0,3}}:\s{{0,3}}train loss\s{{0,3}}::\s{{0,3}}({NUMBER}),\s{{0,3}}"
-    rf"train acc\s{{0,3}}::\s{{0,3}}({NUMBER}),\s{{0,3}}dev acc\s{{0,3}}::\s{{0,3}}({NUMBER})"
-    rf"(?:,\s{{0,3}}lr\s{{0,3}}::\s{{0,3}}({NUMBER}))?(, collapsed: )?", re.IGNORECASE)
-FINAL = re.compile(rf"(?:^|(?<=\]))\s*(dev|test) acc\s{{0,3}}::\s{{0,3}}({NUMBER})(?![\d.]*\s*(?:\+-|±|\+/-))",
-                   re.IGNORECASE)
-ENDED = re.compile(r"best :: epoch ([\d.]{1,20}) of (\d{1,9}) \(chosen by (\w{1,20})\), stopped: ([\w -]{1,60})")
+    rf"epoch\s{{0,3}}(\d{{1,9}}(?:\.\d{{1,9}})?)\s{{0,3}}:\s{{0,3}}train loss\s{{0,3}}::\s{{0,3}}({MEASURED}),\s{{0,3}}"
+    rf"train acc\s{{0,3}}::\s{{0,3}}({SHARE}),\s{{0,3}}dev acc\s{{0,3}}::\s{{0,3}}({SHARE})"
+    rf"(?:,\s{{0,3}}lr\s{{0,3}}::\s{{0,3}}({MEASURED}))?(, collapsed: )?", re.IGNORECASE)
+FINAL = re.compile(rf"(?:^|(?<=\]))\s*(dev|test) acc\s{{0,3}}::\s{{0,3}}({SHARE})"
+                   r"(?![\d.,]{0,40}\s{0,3}%?\s{0,3}(?:\+-|±|\+/-))", re.IGNORECASE)
+ENDED = re.compile(r"best :: epoch ([\d.]{1,20})(?:, counted from 0,)? of (\d{1,9}) \(chosen by (\w{1,20})\), "
+                   r"stopped: ([\w -]{1,60})")
 LOADED = re.compile(r"load (\d{1,9}) data from (\S.{0,500})")
 HELD_OUT = re.compile(r"dev :: (\d{1,9}) of \d{1,9} sentences of .{1,500} held out")
 STARTED = re.compile(r"run :: (\S.{0,500}), on \S")
-MAJORITY = re.compile(rf"dev baselines :: majority ({NUMBER})")
+MAJORITY = re.compile(rf"dev baselines :: majority ({SHARE})")
 SERIES = re.compile(r"(seed|fold)-(\d{1,19}):")
-IN_HEADING = re.compile(r"(?:--([A-Za-z][\w-]{0,40})(?:\s?=\s?|\s)|(?<![\w-])([A-Za-z][\w-]{0,40})\s?=\s?)"
-                        r"([^\s,;()|`*]{1,80})")
-# What a summary says: `best dev accuracy: 0.435`, `test acc = 40.8%`, `best epoch 7`.
+# What a summary says: `best dev accuracy: 0.435`, `test acc = 40.8%`, `best epoch 7`. Only a line that begins so, and
+# what follows at once, speaks of the run above it: within a sentence such words may be about any run.
+BEFORE_CLAIM = re.compile(r"[^\w\n]{0,20}(?:\d{1,3}[.)]\s)?(?:(?:final|results?|summary|overall)[\s:*_]{1,5})?",
+                          re.IGNORECASE)
+BETWEEN_CLAIMS = re.compile(r"[\s,;/|()*_`]{0,10}(?:(?:and|with|at)\s)?", re.IGNORECASE)
 CLAIM = re.compile(
     r"(?<![\w/-])(?:(best|peak|highest|max)\s)?(dev|test)\s(?:set\s)?acc(?:uracy)?(?![a-z])[\s:=*|`]{1,8}"
-    r"(?:(?:is|was|of)[\s*`]{1,4})?(\d{0,3}\.?\d{1,9}(?!\d))(\s?%)?", re.IGNORECASE)
+    r"(?:(?:is|was|of)[\s*`]{1,4})?(\d{0,3}[.,]?\d{1,9}(?!\d))(\s?%)?", re.IGNORECASE)
 CLAIMED_EPOCH = re.compile(
     r"(?<![\w-])best\sepoch[\s:=*|`]{1,8}(?:(?:is|was)[\s*`]{1,4})?(\d{1,6}(?:\.\d{1,4})?)(?!\d)", re.IGNORECASE)
-PROMPT_WORDS = {"nohup", "time", "srun", "sudo", "torchrun", "exec", "-m", "then", "do"}
 
 
 def lines_of(text: str) -> Iterator[tuple[int, str]]:
@@ -119,7 +116,7 @@ def lines_of(text: str) -> Iterator[tuple[int, str]]:
         for part in whole.split("\r"):
             line = part.replace("\ufeff", "").rstrip()
             goes_on = line.endswith(("\\", " ^", " `")) and len(joined) < LONGEST
-            if goes_on and (joined or _program_at(line) is not None):
+            if goes_on and (joined or program_at(line) is not None):
                 first, joined = first or number, f"{joined}{line[:-1]} "
                 continue
             if joined:
@@ -153,7 +150,7 @@ def _measured(number: int, line: str) -> Iterator[Said]:
     for found in EPOCH.finditer(line):
         end = found.end()
         at, loss, train, dev, lr, collapsed = found.groups()
-        yield NumberedEpoch(Epoch(float(at), float(loss), float(train), float(dev), float(lr) if lr else None,
+        yield NumberedEpoch(Epoch(float(at), _value(loss), _value(train), _value(dev), _value(lr) if lr else None,
                                   bool(collapsed), number))
     rest = line[end:]
     if ended := ENDED.search(rest):
@@ -165,59 +162,17 @@ def _measured(number: int, line: str) -> Iterator[Said]:
     if held_out := HELD_OUT.match(rest):
         yield Loaded(number, "", int(held_out[1]))
     if share := MAJORITY.search(rest):
-        yield Majority(number, float(share[1]))
+        yield Majority(number, _value(share[1]))
     for final in FINAL.finditer(rest):
-        value = float(final[2])
+        value = _value(final[2])
         if 0 <= value <= 1:
             yield Final(number, final[1].lower(), value)
 
 
-# --------------------------------------------------------------------------- commands and headings
-
-
-def _program_at(line: str) -> int | None:
-    """Where the arguments of a command line begin: behind the `.py` of a program that nothing but a prompt, an
-    interpreter and settings stand in front of. None where the line is prose."""
-    found = ".py" in line and re.search(r"(?:^|[\s`/\\\"'])([\w.-]{1,80}\.py)(?![\w.])", line[:2000])
-    if not found:
-        return None
-    for word in line[: found.start(1)].split():
-        bare = word.strip("`*_|\"'")
-        is_path = bare.endswith(("/", "\\"))
-        if not (not re.search(r"\w", bare) or bare.endswith(("$", "#", ">", "%", "!", ":")) or is_path or "=" in bare
-                or (bare.startswith("(") and bare.endswith(")")) or bare.isdigit() or bare.lower() in PROMPT_WORDS
-                or re.search(r"python[\d.]*(\.exe)?$", bare) or bare.startswith("--")):
-            return None
-    return found.end(1)
-
-
-def command_of(number: int, line: str) -> Command | None:
-    """The options of a command line that is, but for a prompt, the whole line. One that has no option at all, such as
-    `python data/prepare.py movies`, starts no run."""
-    at = _program_at(line)
-    if at is None or "--" not in line[at:]:
-        return None
-    rest = re.split(r"\s(?:\||>|>>|2>|&>|&&|&|;)|`|;\s|\s#\s", line[at:], maxsplit=1)[0]
-    words = rest.split()
-    if re.search(r"[\"'\\]", rest):
-        with suppress(ValueError):  # a quote that is not closed
-            words = shlex.split(rest)
-    found: dict[str, str] = {}
-    i = 0
-    while i < len(words):
-        word = words[i]
-        i += 1
-        if not re.match(r"--\w", word):
-            continue
-        typed, equals, value = word.partition("=")
-        name = option_name(typed)
-        if not equals:
-            value = "on"
-            if name not in FLAGS and i < len(words) and not words[i].startswith("--"):
-                value = words[i]
-                i += 1
-        found[name] = plain(value)
-    return Command(number, found) if found else None
+def _value(text: str) -> float:
+    """The number in a text that MEASURED or SHARE has found; 41% is 0.41."""
+    number = float(text.rstrip("% ").replace(",", "."))
+    return number / 100 if text.endswith("%") else number
 
 
 def heading_of(number: int, line: str) -> Heading | None:
@@ -233,12 +188,6 @@ def heading_of(number: int, line: str) -> Heading | None:
     return None
 
 
-def options_in(text: str) -> dict[str, str]:
-    """The options that a heading names: `lr=1e-5`, `--lr 1e-5`, `lr = 1e-5`. A number alone says nothing."""
-    pairs = [(option_name(dashed or typed), value) for dashed, typed, value in IN_HEADING.findall(text)]
-    return {name: plain(value) for name, value in pairs if name in NAMES.values()}
-
-
 # --------------------------------------------------------------------------- summaries
 
 
@@ -246,24 +195,31 @@ def _claims(number: int, line: str) -> Iterator[Claim]:
     lower = line.lower()
     if "acc" not in lower and "best" not in lower or is_row(line) or "+-" in line or "±" in line:  # a mean of several
         return
-    for found in CLAIM.finditer(line):
-        if claim := accuracy_claim(number, found[2], found[3] + (found[4] or ""), bool(found[1])):
+    at = _behind(BEFORE_CLAIM, line, 0)
+    while found := CLAIM.match(line, at) or CLAIMED_EPOCH.match(line, at):
+        if found.re is CLAIMED_EPOCH:
+            yield Claim(number, "best epoch", float(found[1]), 0)
+        elif claim := accuracy_claim(number, found[2], found[3] + (found[4] or ""), bool(found[1])):
             yield claim
-    for found in CLAIMED_EPOCH.finditer(line):
-        yield Claim(number, "best epoch", float(found[1]), 0)
+        at = _behind(BETWEEN_CLAIMS, line, found.end())
+
+
+def _behind(pattern: re.Pattern[str], line: str, at: int) -> int:
+    found = pattern.match(line, at)
+    return found.end() if found else at
 
 
 def accuracy_claim(number: int, split: str, text: str, is_best: bool = False,
                    row: dict[str, str] | None = None) -> Claim | None:
-    """An accuracy from a person's text: 0.408, 40.8%, **0.408**. None where it is none."""
-    digits = re.search(r"\d+\.\d+|\.\d+|\d+", text)
+    """An accuracy from a person's text: 0.408, 0,408, 40.8%, **0.408**. None where it is none."""
+    digits = re.search(r"\d+\.\d+|\.\d+|\d+", re.sub(r"(?<=\d),(?=\d)", ".", text))
     if not digits:
         return None
     value, decimals = float(digits[0]), len(digits[0].partition(".")[2])
     if "%" in text or value > 1:
         value, decimals = value / 100, decimals + 2
-    if not 0 <= value <= 1 or decimals < 2:
-        return None
+    if not 0 <= value <= 1 or decimals < 2 or "%" not in text and 0 < value < 0.1 and digits[0][0] not in "0.":
+        return None  # 1.435 is no accuracy, though 43.5 is one
     what = "test" if split.lower() == "test" else "best dev" if is_best else "dev"
     return Claim(number, what, value, decimals, row or {})
 

@@ -47,11 +47,12 @@ class Claim:
 @dataclass(frozen=True)
 class PastRun:
     """`options` has each option that is known, as text. `known_by` says how: "folder" and "table" know every option
-    that there is, on a "command" line the others were not given, and with "heading" or "" they are unknown.
+    that there is, on a "command" line the others were not given, and with "heading", "partly" (a command line in which
+    the shell put a value) or "" they are unknown. `heading`: what the heading over a command line says.
 
     `epochs` stand in the order of their numbers, each once. `dev` and `test` are the accuracies at the end; `score` is
-    what a table says. `n_dev`: sentences in dev. `majority`: the most frequent class's share of dev. `seconds`: the
-    training's time. `planned`: --epochs. `stopped`: why it ended, where that is said.
+    what a table says, in the column `score_column`. `n_dev`: sentences in dev. `majority`: the most frequent class's
+    share of dev. `seconds`: the training's time. `planned`: --epochs. `stopped`: why it ended, where that is said.
     """
 
     name: str
@@ -59,10 +60,12 @@ class PastRun:
     options: dict[str, str] = field(default_factory=dict)
     known_by: str = ""
     given: frozenset[str] = frozenset()  # the options that were typed
+    heading: dict[str, str] = field(default_factory=dict)
     epochs: tuple[Epoch, ...] = ()
     dev: float | None = None
     test: float | None = None
     score: float | None = None
+    score_column: str = ""
     said_best: float | None = None
     monitor: str = ""
     planned: int | None = None
@@ -100,7 +103,9 @@ class PastRun:
 
 # --------------------------------------------------------------------------- options and numbers as text
 
-NUMBER = r"(?:[-+]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d+)?|[-+]?(?:nan|inf)(?![a-z]))"
+# The digits are bounded: a pattern with a number in it then takes time linear in the text, whatever stands behind it.
+NUMBER = (r"(?:[-+]?(?:\d{1,40}(?:\.\d{0,40})?|\.\d{1,40})(?:[eE][-+]?\d{1,4})?(?![.,]?\d)|"
+          r"[-+]?(?:nan|inf)(?![a-z]))")
 
 
 def plain(value: object) -> str:

@@ -2,13 +2,17 @@
 
 import bisect
 import math
+import posixpath
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 from formats import log_lines
-from formats.log_lines import Command, Ended, Final, Heading, Loaded, Majority, NumberedEpoch, Started
+from formats.command_lines import Command
+from formats.log_lines import Ended, Final, Heading, Loaded, Majority, NumberedEpoch, Started
 from formats.past_run import Claim, Epoch, PastRun, name_of_column, plain
+
+MOST_COLUMN_SETS = 100  # tables with other columns than these have the runs in their rows by name only; each costs time
 
 
 @dataclass
@@ -22,7 +26,7 @@ class _Draft:
     first: float = math.inf  # the lowest epoch, the highest, and the one that was read last
     top: float = -1.0
     last: float = -1.0
-    finals: dict[str, list[float]] = field(default_factory=lambda: {"dev": [], "test": []})
+    finals: dict[str, list[Final]] = field(default_factory=lambda: {"dev": [], "test": []})
     ended: Ended | None = None
     majority: float | None = None
     claims: list[Claim] = field(default_factory=list)
@@ -63,6 +67,14 @@ class _Draft:
         self.last = epoch.number
 
 
+    def add_final(self, final: Final) -> None:
+        """The last one counts; another one before it is a claim that it contradicts."""
+        values = self.finals[final.split]
+        if values and values[-1].value != final.value:
+            self.claims.append(Claim(values[-1].line, final.split, values[-1].value, 3))
+        values.append(final)
+
+
 @dataclass
 class _Section:
     """What stands under a heading: runs and commands in their order."""
@@ -74,7 +86,7 @@ class _Section:
         return [part for part in self.parts if isinstance(part, _Draft)]
 
     def commands(self) -> list[Command]:
-        return [part for part in self.parts if isinstance(part, Command)]
+        return [part for part in self.parts if isinstance(part, Command) and part.starts_a_run]
 
 
 def read_runs(text: str, name: str) -> list[PastRun]:
@@ -140,7 +152,7 @@ def _sections(text: str) -> tuple[list[_Section], list[tuple[int, str]]]:
                     run_above.claims.append(said)
             elif draft is not None:  # final lines without epochs above them belong to no run that is known
                 if isinstance(said, Final):
-                    draft.finals[said.split].append(said.value)
+                    draft.add_final(said)
                 elif isinstance(said, Ended):
                     draft.ended = said
                 elif isinstance(said, Majority):
@@ -178,26 +190,35 @@ def _name_of(section: _Section, above: _Section | None) -> str:
 
 def _commands_of_runs(section: _Section, inherited: Command | None) -> list[Command | None]:
     """For each run of a section the command that belongs to it: the one in front, or where a section begins with a run
-    and ends with a command, the one behind. `inherited`: that of the section above, such as the command over a
-    `### Output`; it is for the first run. None where it is not known."""
+    and ends with a command, the one behind. The runs behind a loop are all of its command. `inherited`: that of the
+    section above, such as the command over a `### Output`; it is for the first run. None where it is not known."""
     parts, runs = section.parts, section.runs()
     if not section.commands():
-        return [inherited if n == 0 else None for n in range(len(runs))]
-    is_behind = isinstance(parts[0], _Draft) and isinstance(parts[-1], Command)
+        return [inherited if inherited and (n == 0 or inherited.is_loop) else None for n in range(len(runs))]
+    is_behind = isinstance(parts[0], _Draft) and isinstance(parts[-1], Command) and parts[-1].starts_a_run
     found: list[Command | None] = []
+    loop: Command | None = None
     for i, part in enumerate(parts):
-        if isinstance(part, _Draft):
-            beside = i + 1 if is_behind else i - 1
-            other = parts[beside] if 0 <= beside < len(parts) else None
-            found.append(other if isinstance(other, Command) else None)
+        if isinstance(part, Command):
+            loop = part if part.is_loop and part.starts_a_run else None
+            continue
+        beside = i + 1 if is_behind else i - 1
+        other = parts[beside] if 0 <= beside < len(parts) else None
+        found.append(other if isinstance(other, Command) and other.starts_a_run else loop)
     return found
 
 
 def _finished(draft: _Draft, command: Command | None, name: str, heading: Heading | None, source: str) -> PastRun:
-    options = {**(command.options if command else {}), **(heading.options if heading else {})}
-    if heading and heading.level == log_lines.SERIES_LEVEL:
+    named = heading.options if heading else {}
+    is_of_series = heading is not None and heading.level == log_lines.SERIES_LEVEL
+    typed = command.options if command else {}
+    unknown = {name: value for name, value in (command.unknown if command else {}).items() if name not in named}
+    options = {**typed, **named} if is_of_series else {**named, **typed}  # the seed of a series is printed by the run
+    if is_of_series:
         options = {name: value for name, value in options.items() if name not in ("seeds", "output_dir")}
     notes = list(draft.notes)
+    for option, value in unknown.items():
+        notes.append(f"--{option} is not known: its command line says {value}")
     numbers = sorted(draft.epochs)
     whole = [n for n in numbers if n == int(n)]
     if whole and len(whole) == len(numbers):
@@ -206,8 +227,8 @@ def _finished(draft: _Draft, command: Command | None, name: str, heading: Headin
         if missing > 0:
             notes.append(f"{missing} of the epochs up to {last} {'is' if missing == 1 else 'are'} not in the log")
     for split, values in draft.finals.items():
-        if len(set(values)) > 1:
-            said = ", ".join(f"{value:g}" for value in values[:5])
+        if len({one.value for one in values}) > 1:
+            said = ", ".join(f"{one.value:g}" for one in values[:5])
             notes.append(f"{split} acc stands there {len(values)} times: {said}; the last one counts")
     ended, is_fold = draft.ended, "fold" in options or "folds" in options
     typed_epochs = options.get("epochs", "")
@@ -215,10 +236,11 @@ def _finished(draft: _Draft, command: Command | None, name: str, heading: Headin
         len(typed_epochs) < 9) else None
     return PastRun(
         name=name, source=f"{source}:{draft.line}", options=options,
-        known_by="command" if command else "heading" if options else "", given=frozenset(options),
+        known_by="partly" if unknown else "command" if command else "heading" if options else "",
+        given=frozenset(options), heading={} if is_of_series or not command else named,
         epochs=tuple(draft.epochs[n] for n in numbers),
-        dev=draft.finals["dev"][-1] if draft.finals["dev"] else None,
-        test=draft.finals["test"][-1] if draft.finals["test"] else None,
+        dev=draft.finals["dev"][-1].value if draft.finals["dev"] else None,
+        test=draft.finals["test"][-1].value if draft.finals["test"] else None,
         said_best=ended.epoch if ended else None, monitor=ended.monitor if ended else options.get("monitor", ""),
         planned=planned, stopped=ended.stopped if ended else "", majority=draft.majority, claims=tuple(draft.claims),
         n_dev=None if is_fold else _n_dev(draft.loaded, options.get("dev", "")), notes=tuple(notes))
@@ -227,10 +249,17 @@ def _finished(draft: _Draft, command: Command | None, name: str, heading: Headin
 def _n_dev(loaded: Iterable[Loaded], typed: str) -> int | None:
     """How many sentences were read from the dev file: the one that was typed, or that is called so."""
     for one in loaded:
-        words = re.findall(r"[a-z]+", re.split(r"[/\\]", one.path.lower())[-1])
-        if not one.path or one.path == typed or not typed and {"dev", "val", "valid", "validation"} & {*words}:
+        path = _same_way(one.path)
+        words = re.findall(r"[a-z]+", path.lower().rpartition("/")[2])
+        is_called_so = not typed and {"dev", "val", "valid", "validation"} & {*words}
+        if not one.path or typed and path == _same_way(typed) or is_called_so:
             return one.n or None
     return None
+
+
+def _same_way(path: str) -> str:
+    """A path as it is written everywhere: ./a.txt is a.txt, and data\\a.txt is data/a.txt."""
+    return posixpath.normpath(path.replace("\\", "/"))
 
 
 def _with_names(runs: list[PastRun], name: str) -> list[PastRun]:
@@ -264,14 +293,16 @@ def _with_tables(runs: list[PastRun], rows: list[tuple[int, str]]) -> list[PastR
         for line, row in table:
             if not (found := _claims_of_row(line, row)):
                 continue
-            named = {by_name[cell.casefold()] for cell in row.values() if cell.casefold() in by_name}
+            in_order = [by_name[cell.casefold()] for cell in row.values() if cell.casefold() in by_name]
+            first = next(iter(row.values()), "").casefold()
+            named = {by_name[first]} if first in by_name else {*in_order}  # a run may be called as a value is: `1e-5`
             cells = {name_of_column(header): plain(cell) for header, cell in row.items()}
             columns = tuple(sorted(cells.keys() & known))
-            if columns not in by_options:
+            if columns not in by_options and len(by_options) < MOST_COLUMN_SETS:
                 by_options[columns] = {}
                 for i, run in enumerate(runs):
                     by_options[columns].setdefault(tuple(run.options.get(c) for c in columns), []).append(i)
-            alike = by_options[columns].get(tuple(cells[c] for c in columns), []) if columns else []
+            alike = by_options.get(columns, {}).get(tuple(cells[c] for c in columns), []) if columns else []
             if not named and not columns and len(table) == 1:
                 alike = [bisect.bisect(starts, line) - 1]
             which = next(iter(named)) if len(named) == 1 else alike[0] if not named and len(alike) == 1 else -1

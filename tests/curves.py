@@ -24,9 +24,9 @@ class Curve:
     constant_from: int | None = None
     majority: float | None = None
 
-    def draw(self, rng: np.random.Generator) -> PastRun:
-        """The run as its log has it: accuracies that N sentences gave, three decimals."""
-        train, dev = (rng.binomial(N, np.clip(p, 0, 1)) / N for p in (self.train, self.dev))
+    def draw(self, rng: np.random.Generator, n: int = N) -> PastRun:
+        """The run as its log has it: accuracies that n sentences gave, three decimals."""
+        train, dev = (rng.binomial(n, np.clip(p, 0, 1)) / n for p in (self.train, self.dev))
         if self.constant_from is not None:
             train[self.constant_from:], dev[self.constant_from:] = train[self.constant_from], dev[self.constant_from]
         loss = self.loss * (1 + 0.005 * rng.standard_normal(len(self.loss)))

@@ -1,11 +1,17 @@
 """training/comparisons.py and pairs.py: intervals against scipy and closed forms, and how often chance passes for a
 difference."""
 
+from dataclasses import replace
+from itertools import combinations
+
 import numpy as np
 import pytest
 from curves import N
+from hypothesis import given
+from hypothesis import strategies as st
 from scipy import stats
 
+from formats import run_logs
 from formats.past_run import PastRun
 from training import comparisons, pairs
 
@@ -186,3 +192,126 @@ def test_predictions_on_the_same_file_are_compared_sentence_by_sentence(tmp_path
     (tmp_path / "b").unlink()
     pairs._labels.cache_clear()
     assert pairs.compare(first, second, None) == comparisons.independent(.8, .9, 200, 200)
+
+
+# --------------------------------------------------------------------------- logs: which dev sentences, which series
+
+EPOCH = "epoch 0: train loss :: 1.5, train acc :: 0.3, dev acc :: {}\n"
+
+
+@pytest.mark.parametrize("one, other, are_others", [
+    ({"dev": "a/dev.txt"}, {"dev": "b/dev.txt"}, True), ({"dev": "./a/dev.txt"}, {"dev": "a\\dev.txt"}, False),
+    ({"dataset": "sst"}, {"dataset": "movies"}, True), ({"dataset": "sst"}, {"dev": "data/sst-dev.txt"}, False),
+    ({"train": "a.txt"}, {"train": "b.txt"}, True), ({"dev": "d", "train": "a"}, {"dev": "d", "train": "b"}, False),
+    ({"folds": "3", "fold": "0"}, {"folds": "3", "fold": "1"}, False), ({"folds": "3"}, {}, True),
+    ({"folds": "3", "seed": "1"}, {"folds": "3", "seed": "2"}, True)])
+def test_what_was_typed_says_whether_the_dev_sentences_are_the_same(one, other, are_others):
+    first, second = (run("r", .4, **options) for options in (one, other))
+    assert pairs.are_on_others(first, second) == are_others == pairs.are_on_others(second, first)
+
+
+def test_how_many_sentences_were_read_says_it_too():
+    first, second = run("a", .4), replace(run("b", .9), n_dev=245)
+    unknown = PastRun("c", "c", dev=.5)
+    assert pairs.are_on_others(first, second) and not pairs.are_on_others(first, unknown)
+    found = pairs.settings([first, second, replace(first, name="d")])
+    assert [[one.name for one in group] for group in pairs.on_the_same_sentences(found)] == [["a", "d"], ["b"]]
+
+
+def test_logged_runs_on_other_dev_files_have_no_leader_in_common():
+    found = pairs.settings([run("a", .9, lr="1", dev="a.txt"), run("b", .4, lr="1", dev="b.txt"),
+                            run("c", .3, lr="2", dev="b.txt")])
+    assert [[one.name for one in group] for group in pairs.on_the_same_sentences(found)] == [["b", "c"], ["a"]]
+    assert {(pair.option, pair.difference is None) for pair in pairs.pairs(found, None)} == {
+        ("dev", True), ("lr", False)}
+    assert pairs.dev_words(found[0]) == "a.txt"
+
+
+def test_a_log_belongs_to_the_folder_whose_dev_file_was_typed_the_same():
+    folder = PastRun("f", "f", options={"dev": "a.txt", "lr": "1"}, known_by="folder", dev=.5, n_dev=N, dev_sha256="1")
+    other = replace(folder, name="g", options={"dev": "b.txt"}, dev_sha256="2")
+    found = pairs.settings([folder, other, run("log", .6, dev="a.txt")])
+    assert [[one.name for one in group] for group in pairs.on_the_same_sentences(found)] == [["f", "log"], ["g"]]
+
+
+@pytest.mark.parametrize("unit", ["fold", "seed"])
+def test_what_a_series_printed_is_one_setting(unit):
+    """Two series after each other in one file, without their command lines."""
+    text = "".join(f"{unit}-{i}:\n{EPOCH.format(acc)}" for acc_0 in (.40, .60) for i, acc in enumerate(
+        (acc_0, acc_0 + .01, acc_0 + .02)))
+    runs = run_logs.read_runs(text, "x.log")
+    found = pairs.settings(sorted(runs, key=lambda one: -one.peak()))
+    assert [(len(one.runs), one.unit, round(one.mean(), 3)) for one in found] == [
+        (3, f"{unit}s", .61), (3, f"{unit}s", .41)]
+
+
+def test_a_lone_fold_is_compared_with_nothing():
+    found = pairs.settings([run("a", .9, lr="1", folds="3", fold="1"), run("b", .4, lr="1"), run("c", .5, lr="2")])
+    assert [[one.name for one in group] for group in pairs.on_the_same_sentences(found)] == [["b", "c"]]
+    compared, = pairs.pairs(found, None)
+    assert compared.option == "lr"
+
+
+def test_another_test_file_is_no_other_setting():
+    found = pairs.settings([run("a", .4, lr="1", seed="1", test="a.txt", label_names="n.json"),
+                            run("b", .5, lr="1", seed="2", test="b.txt")])
+    assert [one.name for one in found] == ["a and another seed"]
+
+
+def test_who_is_ahead_sentence_by_sentence_is_not_behind(monkeypatch):
+    """With several seeds the best by their mean can be worse in the seed whose predictions are there."""
+    monkeypatch.setattr(comparisons, "independent", lambda *_: comparisons.Difference(-.1, -.2, -.05, 1e-9, ""))
+    lead = pairs.leader(pairs.settings([run("a", .5, lr="1"), run("b", .4, lr="2")]), None)
+    assert lead.n_behind == 0 and [one.name for one in lead.alike] == ["b"]
+
+
+def test_no_difference_is_smaller_than_one_sentence():
+    assert comparisons.smallest_shown([.4, .4, .4], 50) == 1 / 50
+    wide = comparisons.smallest_shown([.3, .4, .5])
+    assert comparisons.smallest_shown([.3, .4, .5], 50) == wide > 1 / 50
+
+
+# --------------------------------------------------------------------------- many options
+
+
+@given(st.lists(st.dictionaries(st.sampled_from("abcd"), st.sampled_from("12"), max_size=4), max_size=12))
+def test_the_pairs_are_those_that_differ_in_one_option(options):
+    found = pairs.settings([run(str(i), .4, **own) for i, own in enumerate(options)])
+    brute = {frozenset((i, j)) for (i, a), (j, b) in combinations(enumerate(options), 2)
+             if sum(a.get(name) != b.get(name) for name in "abcd") == 1}
+    assert {frozenset((int(pair.first.name), int(pair.second.name))) for pair in pairs.pairs(found, None)} == brute
+
+
+def test_many_runs_with_an_option_of_their_own_are_looked_at_once(monkeypatch):
+    """Each option of each run is read a few times, and not once for each other option."""
+    n_read = 0
+
+    class Counting(dict):
+        def items(self):
+            nonlocal n_read
+            n_read += len(self)
+            return super().items()
+
+        def get(self, *name):
+            nonlocal n_read
+            n_read += 1
+            return super().get(*name)
+
+    real = pairs._own
+    monkeypatch.setattr(pairs, "_own", lambda setting: Counting(real(setting)))
+    found = pairs.settings([run(str(i), .4, **{f"opt{i}": "1"}) for i in range(200)])
+    assert pairs.pairs(found, None) == [] and 200 <= n_read <= 2000
+
+
+def test_many_seeds_are_looked_at_once():
+    class Seed(str):
+        n_compared = 0
+
+        def __eq__(self, other):
+            Seed.n_compared += 1
+            return str.__eq__(self, other)
+
+        __hash__ = str.__hash__
+
+    found = pairs.settings([run(str(i), .4, lr="1", seed=Seed(i)) for i in range(300)])
+    assert len(found) == 1 and Seed.n_compared <= 3000

@@ -47,7 +47,7 @@ def test_one_setting_that_is_typed_leaves_the_classic_defaults(typed, inputs, fo
         assert options[name] == getattr(config, name), name
     said = re.search("^settings :: (.*?) [(](.*)", capsys.readouterr().err, re.MULTILINE)
     assert settings_of([*inputs, *typed, *said[1].split()]) == options, "typed, what was said is the same run"
-    assert typed[0] not in said[1] and f"since {typed[0]} was typed; without it: --attention bidirectional" in said[2]
+    assert typed[0] not in said[1] and f"since {typed[0]} was typed; without: --attention bidirectional" in said[2]
 
 
 def test_other_options_do_not_count_as_settings(inputs, folder):

@@ -275,3 +275,19 @@ def test_the_gain_over_sentences_covers_the_truth_19_times_of_20():
         hits += found.low <= truth <= found.high
         assert (found.p < 0.05) == (found.low > 0 or found.high < 0) or math.isclose(found.p, 0.05, rel_tol=1e-4)
     assert 0.94 <= hits / n_draws <= 0.965
+
+
+def test_the_scores_of_an_order_do_not_depend_on_which_run_comes_first(main, made, tiny_model):
+    assert run_llama.main(["--option", "finetune", "--pretrained_model_path", str(tiny_model), "--train",
+                           str(made / "toy-train.txt"), "--dev", str(made / "toy-dev.txt"), "--test",
+                           str(made / "toy-test.txt"), "--epochs", "1", "--loss", "ordinal", "--device", "cpu",
+                           "--output_dir", str(made / "ordinal")]) == 0
+    keep = r"^(?:dev|test) mae :: .*$"
+    one, other = (re.findall(keep, main("evaluate", runs).out, re.M) for runs in (["a", "ordinal"], ["ordinal", "a"]))
+    assert one == other and len(one) == 2
+    labels, texts = labelled(made / "toy-dev.txt")
+    guesses = mean_of([made / "a", made / "ordinal"], texts).argmax(1)
+    assert one[0].startswith(f"dev mae :: {np.abs(guesses - labels).mean():.3f}, ")
+    assert not re.findall(keep, main("evaluate", "ab").out, re.M)
+    said = main("evaluate", ["c", "ordinal"])
+    assert not re.findall(keep, said.out, re.M) and "has the labels in another order" in said.err

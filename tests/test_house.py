@@ -51,6 +51,7 @@ FLOORS = [
     [f"training.{name}" for name in (
         "advice",
         "contradictions",
+        "copies",
         "pairs",
         "comparisons",
         "verdicts",
@@ -85,6 +86,7 @@ FLOORS = [
         "run_tables",
         "run_logs",
         "log_lines",
+        "command_lines",
         "past_run",
         "weights",
         "gguf",

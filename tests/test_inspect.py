@@ -16,6 +16,8 @@ from sklearn.linear_model import LogisticRegression
 import minllama
 import run_llama
 from commands import inputs as run_inputs
+from commands import inspect_run
+from dataset import Split
 from tokenizer import Tokenizer
 
 HOSTILE = "<script>alert(1)</script> ``` | \x1b[31mred\x1b[0m"
@@ -253,6 +255,63 @@ def test_a_run_that_is_replaced_takes_its_inspection_with_it(inputs, tmp_path, c
     inspect(capsys, tmp_path / "run", "--run", tmp_path / "run")
     assert run_llama.main([*words, "--overwrite"]) == 0
     assert not (tmp_path / "run/inspect.json").exists() and not (tmp_path / "run/inspect.md").exists()
+
+
+def test_the_card_is_about_the_runs_own_sentences(finished, tmp_path, capsys):
+    other = write_split(tmp_path / "other.txt", tiny_sentences(30, 5))
+    for words, has_card in (([], True), (["--dev", other], False), (["--test", other], False)):
+        _, found = inspect(capsys, finished, "--run", finished, *words)
+        assert bool(found["card"]) == has_card, words
+
+
+def test_no_temperature_is_fitted_on_sentences_that_were_learned(finished, inputs, tmp_path, capsys):
+    train = inputs[inputs.index("--train") + 1]
+    out, found = inspect(capsys, tmp_path, "--run", finished, "--dev", train, "--output_dir", tmp_path)
+    assert "temperature" not in found["calibration"] and "the run was trained on these sentences" in out
+
+
+def test_a_fold_is_looked_at_on_sentences_that_it_has_not_seen(inputs, tmp_path, capsys):
+    """Most of its dev file it was trained on: test alone is looked at, and without a test file one must be named."""
+    words = [str(word) for word in inputs]
+    dev, at = words[words.index("--dev") + 1], words.index("--test")
+    for name, own in (("with", words), ("without", words[:at] + words[at + 2:])):
+        assert run_llama.main(["--option", "finetune", *own, "--epochs", "1", "--device", "cpu", "--folds", "2",
+                               "--output_dir", str(tmp_path / name)]) == 0
+    capsys.readouterr()
+    fold = tmp_path / "with" / "fold-0"
+    assert run_llama.main(["--option", "inspect", "--run", str(fold)]) == 0
+    said = capsys.readouterr()
+    found = json.loads((fold / "inspect.json").read_text("utf-8"))
+    assert list(found["accuracy"]) == ["test"] and "dev is not looked at" in said.err
+    assert found["accuracy"]["test"]["accuracy"] == pytest.approx(
+        json.loads((fold / "result.json").read_text("utf-8"))["test"]["acc"])
+    assert all(text.startswith("test: ") for _, text in found["card"])
+    assert "name sentences that it has not seen" in refusal(capsys, "--run", tmp_path / "without" / "fold-0")
+    _, found = inspect(capsys, tmp_path, "--run", fold, "--dev", dev, "--output_dir", tmp_path)
+    assert "temperature" not in found["calibration"], "a part of it was learned"
+
+
+def looked_at(log_probs: np.ndarray, labels: np.ndarray) -> inspect_run.Looked:
+    split = Split(Path("dev.txt"), ["a"] * len(labels), [np.array([1])] * len(labels), labels, 0)
+    return inspect_run.Looked("dev", split, log_probs, np.exp(log_probs), log_probs.argmax(1))
+
+
+def test_a_temperature_that_helps_nothing_is_not_recommended():
+    """Probabilities that are true, and such that are far too sure."""
+    for seed in range(20):
+        random = np.random.default_rng(seed)
+        p = random.uniform(.5, 1, 200)
+        labels = (random.random(200) > p).astype(int)
+        section, = inspect_run.on_calibration([looked_at(np.log(np.stack([p, 1 - p + 1e-9], 1)), labels)])
+        values = section.values
+        is_needed = values["ece"] > values["ece_by_chance"] and values["ece_after"] < values["ece"]
+        assert values["temperature_helps"] == is_needed
+        assert ("no temperature is needed" in section.summary) != is_needed == ("divide" in " ".join(section.lines))
+        assert ("with temperature" in section.summary) == is_needed
+    p = random.uniform(.95, 1, 400)
+    labels = (random.random(400) > .6).astype(int)
+    section, = inspect_run.on_calibration([looked_at(np.log(np.stack([p, 1 - p + 1e-9], 1)), labels)])
+    assert section.values["temperature_helps"] and "with temperature" in section.summary
 
 
 # --------------------------------------------------------------------------- bad input

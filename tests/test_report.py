@@ -5,6 +5,7 @@ import html.parser
 import io
 import json
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 
 import run_llama
 from commands import report, report_pages, report_pictures
+from config import parse_args
 from formats import run_logs
 
 LOG = Path(__file__).parent / "logs" / "twelve_runs.md"
@@ -64,6 +66,27 @@ def test_a_run_has_the_same_row_from_its_folder_and_from_what_it_printed(finishe
     assert {name: one[name] for name in measured} == {name: other[name] for name in measured}
     result = json.loads((folder / "result.json").read_text("utf-8"))
     assert one["test"] == f"{result['test']['acc']:.3f}" and float(one["best epoch"]) == result["best_epoch"]
+
+
+def test_a_tie_and_a_stop_by_patience_are_read_from_the_log(inputs, tmp_path):
+    """Such small steps change no prediction: all epochs have the same dev accuracy, and the lowest loss, a later
+    epoch's, decides which one is kept."""
+    folder = tmp_path / "small"
+    done = subprocess.run([sys.executable, str(ROOT / "run_llama.py"), "--option", "finetune", *inputs, "--lr", "1e-6",
+                           "--epochs", "9", "--patience", "2", "--device", "cpu", "--output_dir", str(folder)],
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=True, encoding="utf-8")
+    result = json.loads((folder / "result.json").read_text("utf-8"))
+    assert result["stopped"] == "patience" and result["best_epoch"] > 0
+    (run,) = run_logs.read_runs(done.stdout, "log")
+    assert len({epoch.dev_acc for epoch in run.epochs}) == 1
+    assert (run.said_best, run.stopped, run.planned) == (result["best_epoch"], "patience", 9)
+    (tmp_path / "printed.log").write_text(done.stdout, encoding="utf-8")
+    rows = reported(tmp_path / "report", "--run", str(folder), str(tmp_path / "printed.log"))
+    assert float(rows["small"]["best epoch"]) == result["best_epoch"]
+    own = ("rank", "run", "from")
+    one, other = ({k: v for k, v in rows[name].items() if k not in own and not k.startswith("--")}
+                  for name in ("small", "printed.log"))
+    assert one == other
 
 
 def test_two_runs_with_held_out_dev_are_compared_sentence_by_sentence(inputs, tmp_path, capsys):
@@ -115,12 +138,22 @@ def test_n_dev_says_how_much_is_chance(tmp_path, capsys):
     assert {row["n dev"] for row in rows.values()} == {"100"}
 
 
-def test_score_names_the_column_of_a_table(tmp_path):
+def test_score_names_the_column_of_a_table(tmp_path, capsys):
     (tmp_path / "t.csv").write_text("name,lr,dev acc,test acc\na,1e-5,0.41,0.43\nb,3e-5,0.42,0.40\n", encoding="utf-8")
     last = reported(tmp_path / "a", "--run", str(tmp_path / "t.csv"))
     assert last["a"]["rank"] == "1" and last["a"]["peak dev"] == "0.430"
     named = reported(tmp_path / "b", "--run", str(tmp_path / "t.csv"), "--score", "dev acc")
     assert named["b"]["rank"] == "1" and named["b"]["peak dev"] == "0.420"
+    said = capsys.readouterr().out
+    assert f"score :: {tmp_path / 't.csv'}: the column 'test acc' (--score)\n" in said
+    assert f"score :: {tmp_path / 't.csv'}: the column 'dev acc' (--score)\n" in said
+
+
+def test_a_table_of_lr_dev_and_test_has_a_pair(tmp_path, capsys):
+    (tmp_path / "t.md").write_text("| lr | dev | test |\n|--|--|--|\n| 1e-5 | 0.41 | 0.40 |\n| 3e-5 | 0.42 | 0.43 |\n",
+                                   encoding="utf-8")
+    reported(tmp_path / "a", "--run", str(tmp_path / "t.md"))
+    assert "option :: lr 1e-05 -> 3e-05: " in capsys.readouterr().out
 
 
 def test_several_runs_are_read_and_the_best_comes_first(tmp_path, finished):
@@ -158,6 +191,25 @@ def test_no_advice_against_the_evidence(tmp_path, capsys):
     assert "overfitting" in said and "try :: " in said and "raise --hidden_dropout_prob" not in said
 
 
+@pytest.mark.parametrize("options, more", [
+    ("--guards off --kernels off --plots on --use_gpu --lr 1e-5 --epochs 10", ""),
+    ("--folds 3 --lr 1e-5 --seed 3 --epochs 10", "--folds 10"), ("--seed 3 --lr 1e-5 --epochs 10", "--seeds 5")])
+def test_the_advised_commands_are_accepted(tmp_path, capsys, options, more):
+    """Each of them by the parser itself, with the options that the run had."""
+    run = "".join(f"fold-{i}:\n{rising(10)}" for i in range(3)) if "folds" in options else rising(10)
+    (tmp_path / "a.log").write_text("".join(f"### {rate}\npython run_llama.py {options} --hidden_dropout_prob {rate}\n"
+                                            f"{run}" for rate in (.1, .2)), encoding="utf-8")
+    reported(tmp_path / "report", "--run", str(tmp_path / "a.log"))
+    advice = [line for line in capsys.readouterr().out.splitlines() if line.startswith("try :: ")]
+    commands = [shlex.split(line.rpartition("python run_llama.py ")[2]) for line in advice]
+    assert len(commands) >= 2 and (not more or any(more in line for line in advice))
+    for words in commands:
+        config = parse_args(words)
+        assert {"lr", "hidden_dropout_prob", "epochs"} <= config.given
+        if "guards" in options:
+            assert config.guards == config.kernels == "off" and config.plots == "on" and config.use_gpu
+
+
 # --------------------------------------------------------------------------- bad input
 
 
@@ -180,6 +232,40 @@ def test_what_cannot_be_read_is_named_and_the_rest_is_reported(tmp_path, capsys)
     assert run_llama.main(["--option", "report", "--run", *bad]) == 2
     said = capsys.readouterr().err
     assert all(path in said for path in bad) and "no run could be read" in said
+
+
+def small_folder(folder: Path, n: object = 30, lr: object = 1e-5) -> None:
+    folder.mkdir(parents=True)
+    (folder / "args.json").write_text(json.dumps({"options": {"lr": lr, "epochs": n}, "given": ["lr"]}),
+                                      encoding="utf-8")
+    (folder / "result.json").write_text(json.dumps({"dev": {"acc": .4, "n": n}}), encoding="utf-8")
+    (folder / "epochs.jsonl").write_text('{"epoch": 0, "train_loss": 1.5, "train_acc": 0.3, "dev_acc": 0.4}\n',
+                                         encoding="utf-8")
+
+
+def test_text_that_is_no_text_and_numbers_without_end(tmp_path, capsys):
+    small_folder(tmp_path / "runs" / "a", lr="\ud800")
+    small_folder(tmp_path / "runs" / "b", n=10**400)
+    (tmp_path / "empty.csv").write_text(";\n", encoding="utf-8")
+    if sys.platform == "linux":  # other systems refuse such a name
+        small_folder(tmp_path / "runs" / "caf\udce9")
+    rows = reported(tmp_path / "report", "--run", str(tmp_path / "runs"), str(tmp_path / "empty.csv"))
+    assert {name: row["n dev"] for name, row in rows.items() if name in "ab"} == {"a": "30", "b": "1101"}
+    assert rows["a"]["--lr"] == "?" and (sys.platform != "linux" or "caf?" in rows)
+    assert f"{tmp_path / 'empty.csv'}: there is no line" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        run_llama.main(["--option", "report", "--run", str(LOG), "--n_dev", "1" + "0" * 400])
+    assert "at most a billion" in capsys.readouterr().err
+
+
+def test_without_jinja2_the_other_pages_are_written(tmp_path, capsys, monkeypatch):
+    reported(tmp_path, "--run", str(LOG))
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    capsys.readouterr()
+    assert len(reported(tmp_path, "--run", str(LOG))) == 12
+    said = capsys.readouterr()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.csv", "report.md"]
+    assert said.err.count("report.html is not written") == 1 and "report.html" not in said.out
 
 
 def test_a_command_that_uses_one_run_refuses_two(capsys):
@@ -224,6 +310,15 @@ class Tags(html.parser.HTMLParser):
 
     def handle_data(self, data):
         self.text += data
+
+
+def test_advised_commands_are_code(tmp_path):
+    text = "train longer: python run_llama.py --option finetune --lr 1e-5 --train 'a b<i>.txt'"
+    found = report_pages.Report((), (), (), (), (text,), (), "")
+    assert "- train longer: `python run_llama.py --option finetune --lr 1e-5 --train 'a b<i>.txt'`" in (
+        report_pages.markdown(found))
+    assert ("train longer: <code><span>python run_llama.py</span> <span>--option finetune</span> "
+            "<span>--lr 1e-5</span> <span>--train &#39;a b&lt;i&gt;.txt&#39;</span></code>") in report_pages.html(found)
 
 
 def test_hostile_text_stays_text(tmp_path):

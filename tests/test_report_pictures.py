@@ -11,6 +11,7 @@ import chromium
 import numpy as np
 import pytest
 from conftest import ROOT
+from scipy import stats
 
 import run_llama
 from commands import past_runs, plot, report_pictures
@@ -184,3 +185,12 @@ def test_the_page_in_a_browser(tmp_path):
                   "style=\"margin-top:-1.2em;width:3000px\">over the title, and too wide</p>'); console.error('seen')")
         found = page.layout(1280)
         assert found["overlaps"] and found["scroll"] > 1280 and page.errors, "this test can fail"
+
+
+@pytest.mark.parametrize("accuracy", [0.0, 1.0, 0.5])
+@pytest.mark.parametrize("n", [1, 3, 7, 30, 222, 1101])
+def test_the_interval_of_a_length_is_wilsons_and_holds_the_accuracy(accuracy, n):
+    k = round(accuracy * n)
+    low, high = report_pictures.LengthBin(1, 2, n, k / n, "words").interval()
+    wilson = stats.binomtest(k, n).proportion_ci(method="wilson")
+    assert (low, high) == pytest.approx((wilson.low, wilson.high), abs=2e-5) and low <= k / n <= high

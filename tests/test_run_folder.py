@@ -497,7 +497,7 @@ def test_a_new_run_never_goes_on_from_the_states_of_an_old_one(inputs, stopped, 
 @posix
 def test_a_kill_inside_overwrite_leaves_no_state_beside_a_new_run(inputs, stopped, monkeypatch):
     """At every removal: as long as there is a state, the args.json that it belongs to is there."""
-    for moment in range(20):
+    for moment in range(40):
         run, left = copy(stopped), [moment]
 
         def killing(real, left=left):

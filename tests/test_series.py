@@ -176,8 +176,8 @@ def test_what_is_no_unfinished_series_is_refused(inputs, straight, capsys, tmp_p
     expected = straight("--seeds")
     err = refused("--resume", expected)
     assert "all its runs are finished" in err and f"--run {expected / 'seed-1337'}" in err
-    for option in ("evaluate", "predict"):
-        err = refused("--option", option, "--run", expected, "--input", "x")
+    for option in ("serve", "inspect"):  # evaluate and predict average the runs
+        err = refused("--option", option, "--run", expected)
         assert f"name one of them: --run {expected / 'seed-1337'}, {expected / 'seed-1338'}" in err
     err = refused("--resume", expected / "seed-1338", "--seeds", "2")
     assert "the run is finished" in err

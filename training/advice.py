@@ -4,13 +4,13 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from formats.past_run import PastRun
+from formats.past_run import FLAGS, NAMES, PastRun
 from training import verdicts
 from training.pairs import Leader, Pair
 from training.verdicts import Verdict
 
 MOST = 3
-SEEDS = 5
+SEEDS, FOLDS = 5, 10
 WASTED = 0.25  # of all evaluations: below it patience is not worth a line
 
 
@@ -34,13 +34,8 @@ def advice(runs: Sequence[PastRun], found: Sequence[Verdict], lead: Leader | Non
         given += _on_the_best(best, judged[best.name], compared)
     elif lead is None and runs:
         given += _on_the_best(runs[0], found[0], compared)
-    if lead is not None and lead.alike and any(len(s.runs) < SEEDS for s in (lead.setting, *lead.alike)):
-        n = 1 + len(lead.alike)
-        which = "the best two" if n == 2 else f"the best {n}"
-        given.append(Advice(f"{which} cannot be told apart ({lead.setting.name} {lead.setting.mean():.3f}, "
-                            f"{lead.alike[0].name} {lead.alike[0].mean():.3f}{', ...' if n > 2 else ''}): run "
-                            f"{'each' if n <= 3 else 'the likeliest of them'} with --seeds {SEEDS} before choosing",
-                            command(lead.setting.runs[0], seeds=str(SEEDS), seed=None)))
+    if lead is not None and lead.alike:
+        given += _on_choosing(lead)
     given += _on_patience(runs)
     return given[:MOST]
 
@@ -53,9 +48,24 @@ def command(run: PastRun, **changes: str | None) -> str:
             and name not in ("option", "output_dir", "overwrite", "resume", "dev_out", "test_out", "fold")}
     words = ["python", "run_llama.py", "--option", "finetune"]
     for name, value in {**kept, **changes}.items():
-        if value is not None and value != "off":
-            words += [f"--{name}"] + ([] if value == "on" else [value])
+        is_flag = name in FLAGS or name not in NAMES.values() and value == "on"  # --plots has a value, which may be off
+        if value is not None and not (is_flag and value == "off"):
+            words += [f"--{name}"] + ([] if is_flag else [value])
     return shlex.join(words)
+
+
+def _on_choosing(lead: Leader) -> list[Advice]:
+    """More seeds, or more folds of a cross-validation (which has --folds already, and --seeds cannot stand beside)."""
+    n, unit = 1 + len(lead.alike), lead.setting.unit
+    enough = FOLDS if unit == "folds" else SEEDS
+    if all(len(setting.runs) >= enough for setting in (lead.setting, *lead.alike)):
+        return []
+    which = "the best two" if n == 2 else f"the best {n}"
+    changes = {"folds": str(FOLDS)} if unit == "folds" else {"seeds": str(SEEDS), "seed": None}
+    return [Advice(f"{which} cannot be told apart ({lead.setting.name} {lead.setting.mean():.3f}, "
+                   f"{lead.alike[0].name} {lead.alike[0].mean():.3f}{', ...' if n > 2 else ''}): run "
+                   f"{'each' if n <= 3 else 'the likeliest of them'} with --{unit} {enough} before choosing",
+                   command(lead.setting.runs[0], **changes))]
 
 
 def _on_the_best(run: PastRun, found: Verdict, compared: Sequence[Pair]) -> list[Advice]:
@@ -80,7 +90,8 @@ def _on_the_best(run: PastRun, found: Verdict, compared: Sequence[Pair]) -> list
     if found.name in ("diverged", "unstable") and rate and not _was_worse(compared, "lr", rises=False):
         return [Advice(f"{run.name} is {found.name} ({found.evidence}): lower --lr ({rate:g} now)",
                        command(run, lr=f"{rate / 3:.1e}"))]
-    if found.name == "underfitting" and rate and not _was_worse(compared, "lr", rises=True):
+    has_learned = last.train_acc >= verdicts.fitted_from(run)  # and nothing that holds on dev: a rate is not what lacks
+    if found.name == "underfitting" and rate and not has_learned and not _was_worse(compared, "lr", rises=True):
         return [Advice(f"{run.name}: {found.evidence}: raise --lr ({rate:g} now)", command(run, lr=f"{rate * 3:.1e}"))]
     if found.name in ("diverged", "unstable", "underfitting", "collapsed"):
         return [Advice(f"{run.name} is {found.name} ({found.evidence}): look for its learning rate first",

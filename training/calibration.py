@@ -86,6 +86,10 @@ class Mended:
     by_chance: float
     halves: tuple[float, float]  # the temperatures of the two halves
 
+    def helps(self) -> bool:
+        """Not where there is nothing but chance to mend, and not where it makes the ECE no smaller."""
+        return self.before > self.by_chance and self.after < self.before
+
 
 def mended(logits: np.ndarray, labels: np.ndarray, n_bins: int = 10) -> Mended:
     """What a temperature does for logits (N, C), N of 2 or more: two-fold cross-validation, the halves drawn at random.

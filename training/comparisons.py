@@ -42,10 +42,10 @@ def independent(first: float, second: float, n_first: int, n_second: int) -> Dif
 def paired(only_first: int, only_second: int, n: int) -> Difference:
     """Two runs' predictions on the same n sentences, of which `only_first` are right in the first run alone. p is
     McNemar's, exact; the interval has half a sentence added to each of the four counts (Agresti and Min)."""
-    from scipy.stats import binomtest
+    from scipy.special import bdtr  # scipy.stats, which has binomtest, takes a second to import
 
     unequal = only_first + only_second
-    p = float(binomtest(only_first, unequal).pvalue) if unequal else 1.0
+    p = min(1.0, 2 * float(bdtr(min(only_first, only_second), unequal, 0.5)))
     middle, size = (only_second - only_first) / (n + 2), n + 2
     error = math.sqrt(max(0.0, unequal + 1 - (only_second - only_first) ** 2 / size)) / size
     return Difference((only_second - only_first) / n, middle - Z * error, middle + Z * error, p,
@@ -65,7 +65,8 @@ def over_sentences(gains: Sequence[float]) -> Difference:
 
 def over_seeds(first: dict[str, float], second: dict[str, float], unit: str = "seeds") -> Difference:
     """Two settings with several seeds (or folds: the `unit`) each, by their seeds: where they share two or more, the
-    differences of these (Student), else the two groups (Welch)."""
+    differences of these (Student), else the two groups (Welch). Over seeds the interval holds for these dev sentences
+    alone: what other sentences would change is not in it."""
     from scipy.special import stdtr, stdtrit
 
     shared = sorted(first.keys() & second.keys())
@@ -86,14 +87,15 @@ def over_seeds(first: dict[str, float], second: dict[str, float], unit: str = "s
     return Difference(value, value - reach, value + reach, 2 * float(stdtr(df, -abs(value) / error)), how)
 
 
-def smallest_shown(values: Sequence[float]) -> float:
+def smallest_shown(values: Sequence[float], n_dev: int = 0) -> float:
     """How large a difference between two settings so many seeds each could have shown: the least one that a test at
-    0.05 finds in four of five cases, from the standard deviation of these seeds (the normal approximation by t)."""
+    0.05 finds in four of five cases, from the standard deviation of these seeds (the normal approximation by t). Of
+    accuracies on n_dev sentences it is one sentence at least."""
     from scipy.special import stdtrit
 
     n, df = len(values), 2 * (len(values) - 1)
     reach = float(stdtrit(df, 1 - ALPHA / 2)) + float(stdtrit(df, 0.8))
-    return reach * max(statistics.stdev(values), ROUNDED) * math.sqrt(2 / n)
+    return max(reach * max(statistics.stdev(values), ROUNDED) * math.sqrt(2 / n), 1 / n_dev if n_dev else 0.0)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -1,5 +1,7 @@
 """Which runs belong together and which are compared: repeated seeds, pairs that differ in one option, the leader."""
 
+import posixpath
+import re
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -19,13 +21,14 @@ from training.run_folder import SPLITS
 WITHOUT_EFFECT = {
     "option", "run", "resume", "output_dir", "overwrite", "dev_out", "test_out", "keep_state", "save_every", "use_gpu",
     "device", "kernels", "deterministic", "plan", "check_gradients", "overfit_batch", "detect_anomaly", "save_dtype",
-    "plots", "logger", "auto_batch", "grad_checkpoint", "seeds",
+    "plots", "logger", "auto_batch", "grad_checkpoint", "seeds", "test", "label_names",
     *(f.name for f in options() if "finetune" not in f.metadata["only"])}
 NOT_GIVEN = "not given"
 ASSUMED_N = 1101  # sentences in the dev set of SST-5, where neither a run nor --n_dev says it
 REPEATS = {"seed", "fold", "folds"}  # options that repeat a run, and of which nobody asks what they did
 NO_DIFFERENCE = "these are no accuracies, or not on the same dev sentences"
 MOST_PAIRS = 2000  # pairs of runs that are compared, at most
+RUN_OF_SERIES = re.compile(r"(?:(.*)/)?(?:seed|fold)-\d+(?:-\d+)?(?: \(.*\))?")  # its name in what a series printed
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,10 @@ class Setting:
     def unit(self) -> str:
         """What the runs are repeated over."""
         return "folds" if "fold" in self.runs[0].options else "seeds"
+
+    def is_lone_fold(self) -> bool:
+        """One fold without the others says nothing of a setting: its dev sentences are its own."""
+        return len(self.runs) == 1 and is_fold(self.runs[0])
 
     def scores(self) -> list[float]:
         return [score for run in self.runs if (score := run.peak()) is not None]
@@ -91,9 +98,18 @@ def options_of(run: PastRun) -> dict[str, str]:
 
 
 def differing(runs: Sequence[PastRun]) -> list[str]:
-    """The options, in the order of their names, whose values are not the same in all runs."""
-    names = {name for run in runs for name in options_of(run)}
-    return sorted(name for name in names if len({run.options.get(name) for run in runs}) > 1)
+    """The options, in the order of their names, whose values are not the same in all runs that say them. Beside a log,
+    which has only what was typed, of a run folder only that counts."""
+    has_logs = any(run.known_by != "folder" for run in runs)
+    values: dict[str, set[str]] = {}
+    n_saying: dict[str, int] = {}  # of those that say of each option whether they have it
+    says_all = [run.known_by == "command" or run.known_by == "folder" and not has_logs for run in runs]
+    for run, says in zip(runs, says_all, strict=True):
+        for name, value in options_of(run).items():
+            if run.known_by != "folder" or not has_logs or name in run.given:
+                values.setdefault(name, set()).add(value)
+                n_saying[name] = n_saying.get(name, 0) + says
+    return sorted(name for name, each in values.items() if len(each) > 1 or n_saying[name] < sum(says_all))
 
 
 def shown_value(run: PastRun, option: str) -> str:
@@ -107,18 +123,42 @@ def settings(runs: Sequence[PastRun]) -> list[Setting]:
     """The runs that have a score, those that differ in their seed alone, or in their fold, together. Two runs with the
     same seed, or with unknown options, are not repetitions of each other."""
     together: dict[object, list[PastRun]] = {}
+    taken: dict[object, set[str]] = {}  # the seeds, or folds, of each
+    series = _printed_series(runs)
     for i, run in enumerate(runs):
         if run.peak() is None:
             continue
         own = options_of(run)
         repeated = "fold" if "fold" in own else "seed"
         which = own.pop(repeated, None)
-        key: object = (_kind(run), frozenset(own.items()))
-        if which is None or run.known_by not in ("folder", "command", "table") or any(
-                other.options.get(repeated) == which for other in together.get(key, [])):
+        key: object = series.get(i, (_kind(run), frozenset(own.items())))
+        is_known = i in series or run.known_by in ("folder", "command", "table")
+        if which is None or not is_known or which in taken.get(key, ()):
             key = i
         together.setdefault(key, []).append(run)
+        taken.setdefault(key, set()).add(which or "")
     return [Setting(tuple(members)) for members in together.values()]
+
+
+def _printed_series(runs: Sequence[PastRun]) -> dict[int, tuple[str, str, int]]:
+    """The runs that --seeds or --folds printed into one file, without its command line, by their places: the file, the
+    heading above them, and the how manieth series it is there. A seed or a fold that comes again begins the next one.
+    """
+    found: dict[int, tuple[str, str, int]] = {}
+    n_series: dict[tuple[str, str], int] = {}
+    seen: dict[tuple[str, str], set[str]] = {}
+    in_order = sorted(enumerate(runs), key=lambda pair: min((e.line for e in pair[1].epochs), default=0))
+    for i, run in in_order:
+        name = RUN_OF_SERIES.fullmatch(run.name)
+        if name and run.known_by == "heading" and set(run.options) in ({"seed"}, {"fold"}):
+            which = "".join(run.options.values())
+            place = (run.source.rpartition(":")[0], name[1] or "")
+            if which in seen.setdefault(place, set()):
+                seen[place] = set()
+                n_series[place] = n_series.get(place, 0) + 1
+            seen[place].add(which)
+            found[i] = (*place, n_series.get(place, 0))
+    return found
 
 
 def _kind(run: PastRun) -> str:
@@ -143,24 +183,51 @@ def _differ_in_one(found: Sequence[Setting]) -> list[tuple[str, str, str, Settin
     every option, with a log's by those that were typed."""
     result: list[tuple[str, str, str, Setting, Setting]] = []
     seen: set[tuple[int, int]] = set()
-    for group in _comparable(found):
-        names = sorted({name for _, own in group for name in own})
-        varying = [name for name in names if len({own.get(name) for _, own in group}) > 1]
-        for option in (name for name in varying if name not in REPEATS):
-            rest = [name for name in varying if name != option]
-            alike: dict[tuple[str | None, ...], dict[str | None, list[Setting]]] = {}
-            for setting, own in group:
-                by_value = alike.setdefault(tuple(own.get(name) for name in rest), {})
-                by_value.setdefault(own.get(option), []).append(setting)
-            for by_value in alike.values():
-                for old, new in combinations(sorted(by_value, key=_place), 2):
-                    for a, b in product(by_value[old], by_value[new]):
-                        if len(result) == MOST_PAIRS:
-                            return result
-                        if (id(a), id(b)) not in seen:
-                            seen |= {(id(a), id(b)), (id(b), id(a))}
-                            result.append((option, old or NOT_GIVEN, new or NOT_GIVEN, a, b))
+    repeated = [setting for setting in found if len(setting.runs) > 1 and setting.unit == "seeds"]
+    alone = {setting.runs[0].options.get("seed") for setting in found if len(setting.runs) == 1}
+    members = [Setting((run,)) for setting in repeated for run in setting.runs if run.options.get("seed") in alone]
+    of_many = {*map(id, members)}  # one run of several stands beside a single run with its seed
+    for group in _comparable([*(setting for setting in found if not setting.is_lone_fold()), *members]):
+        for option, by_value in _alike_but_for_one(group):
+            for old, new in combinations(sorted(by_value, key=_place), 2):
+                for a, b in product(by_value[old], by_value[new]):
+                    if len(result) == MOST_PAIRS:
+                        return result
+                    if (id(a), id(b)) not in seen and not {id(a), id(b)} <= of_many:
+                        seen |= {(id(a), id(b)), (id(b), id(a))}
+                        result.append((option, old or NOT_GIVEN, new or NOT_GIVEN, a, b))
     return result
+
+
+def _alike_but_for_one(group: Sequence[tuple[Setting, dict[str, str]]],
+                       ) -> list[tuple[str, dict[str | None, list[Setting]]]]:
+    """For each option, in the order of their names, the settings that are alike in all others, by its value.
+
+    Each option with a value is one bit, and a setting is the sum of its bits: without one of them it is a number that
+    is found again in one step, however many options and settings there are.
+    """
+    values: dict[str, dict[str, int]] = {}
+    for _, own in group:
+        for option, value in own.items():
+            counts = values.setdefault(option, {})
+            counts[value] = counts.get(value, 0) + 1
+    varying = {option for option, counts in values.items() if counts != {next(iter(counts)): len(group)}}
+    bits: dict[tuple[str, str], int] = {}
+    alike: dict[tuple[str, int], dict[str | None, list[Setting]]] = {}
+    options_at: dict[int, set[str]] = {}  # without which a setting is such a number
+    wholes = []
+    for setting, own in group:
+        pairs_of = [(pair, bits.setdefault(pair, 1 << len(bits))) for pair in own.items() if pair[0] in varying]
+        whole = sum(bit for _, bit in pairs_of)
+        wholes.append((setting, whole))
+        for (option, value), bit in pairs_of:
+            if option not in REPEATS:
+                alike.setdefault((option, whole - bit), {}).setdefault(value, []).append(setting)
+                options_at.setdefault(whole - bit, set()).add(option)
+    for setting, whole in wholes:
+        for option in options_at.get(whole, ()):
+            alike[option, whole].setdefault(None, []).append(setting)
+    return [(key[0], by_value) for key, by_value in sorted(alike.items(), key=lambda item: item[0][0])]
 
 
 def _comparable(found: Sequence[Setting]) -> Iterable[list[tuple[Setting, dict[str, str]]]]:
@@ -197,6 +264,74 @@ def _place(value: str | None) -> tuple[int, float, str]:
         return 2, 0.0, value
 
 
+# --------------------------------------------------------------------------- which dev sentences
+
+
+def is_fold(run: PastRun) -> bool:
+    return "fold" in run.options or "folds" in run.options
+
+
+def dev_of(run: PastRun) -> str:
+    """What a run's dev sentences are known by where there is no checksum: the dev file that was typed, or the training
+    file that they were held out of; of folds how they were cut. "" where it is not known."""
+    typed = {name: posixpath.normpath(run.options[name].replace("\\", "/")) for name in ("train", "dev")
+             if name in run.options}
+    known = typed.get("dev", "")
+    if not known and "dataset" in run.options:
+        known = f"data/{run.options['dataset']}-dev.txt"
+    elif not known and run.known_by in ("command", "folder"):
+        known = f"held out of {typed['train']}" if "train" in typed else "the data that --train has by default"
+    if not is_fold(run):
+        return known
+    if run.known_by not in ("command", "folder"):
+        return f"the folds of {run.source.rpartition(':')[0]} {run.name.rpartition('/')[0]}".strip()
+    cut = [run.options.get(name, NOT_GIVEN) for name in ("folds", "seed")]
+    return f"{cut[0]} folds (seed {cut[1]}) of {typed.get('train', '')} and {known}"
+
+
+def are_on_others(first: PastRun, second: PastRun) -> bool:
+    """Is it known that two runs' accuracies are of different dev sentences?"""
+    if first.dev_sha256 and second.dev_sha256:
+        return first.dev_sha256 != second.dev_sha256
+    names, sizes = {dev_of(first), dev_of(second)} - {""}, {n_of(first), n_of(second)} - {None}
+    return len(names) > 1 or len(sizes) > 1 or is_fold(first) != is_fold(second)
+
+
+def n_of(run: PastRun) -> int | None:
+    """How many dev sentences a run says that it has; None of a fold, for the folds of one cut differ by one."""
+    return None if is_fold(run) else run.n_dev
+
+
+def on_the_same_sentences(found: Sequence[Setting]) -> list[list[Setting]]:
+    """The settings by their dev sentences, the largest group first; without folds that stand alone. A run whose dev
+    file is not known belongs to the others where these have one, and as many sentences."""
+    found = [setting for setting in found if not setting.is_lone_fold()]
+    runs = [setting.runs[0] for setting in found]
+    checksums: dict[str, set[str]] = {}  # by what was typed for it
+    for run in runs:
+        if run.dev_sha256:
+            checksums.setdefault(dev_of(run), set()).add(run.dev_sha256)
+    names = [run.dev_sha256 or (next(iter(known)) if len(known := checksums.get(dev_of(run), set())) == 1 else
+                                dev_of(run)) for run in runs]
+    only = next(iter({*names} - {""}), "") if len({*names} - {""}) == 1 else ""
+    names = [name or ("" if is_fold(run) else only) for name, run in zip(names, runs, strict=True)]
+    sizes: dict[str, set[int]] = {}
+    for name, run in zip(names, runs, strict=True):
+        sizes.setdefault(name, set()).update({n} if (n := n_of(run)) else ())
+    groups: dict[tuple[str, int], list[Setting]] = {}
+    for name, setting in zip(names, found, strict=True):
+        n = n_of(setting.runs[0]) or 0
+        groups.setdefault((name, n if len(sizes[name]) > 1 else 0), []).append(setting)
+    return sorted(groups.values(), key=len, reverse=True)
+
+
+def dev_words(setting: Setting) -> str:
+    """The dev sentences of a setting, for a person."""
+    run = setting.runs[0]
+    known = f"the dev file {run.dev_file}" if run.dev_file else dev_of(run) or run.dev_sha256[:24]
+    return known or (f"{run.n_dev:,} dev sentences" if run.n_dev else "a dev file that is not known")
+
+
 # --------------------------------------------------------------------------- one difference
 
 
@@ -207,9 +342,9 @@ def size_of(run: PastRun, n_dev: int | None) -> int:
 
 def compare(first: Setting, second: Setting, n_dev: int | None) -> Difference | None:
     """By their seeds where both have several, sentence by sentence where both have left predictions for the same file,
-    else by the two accuracies alone. None where a score is no accuracy, and where it is known that the dev files are
-    different ones."""
-    if len(dev_files([first, second])) > 1:
+    else by the two accuracies alone. None where a score is no accuracy, and where it is known that the dev sentences
+    are different ones."""
+    if are_on_others(first.runs[0], second.runs[0]):
         return None
     if not all(0 <= score <= 1 for score in first.scores() + second.scores()):
         return None
@@ -223,11 +358,6 @@ def compare(first: Setting, second: Setting, n_dev: int | None) -> Difference | 
             only_b = sum(y and not x for x, y in zip(is_right, other, strict=True))
             return comparisons.paired(only_a, only_b, len(is_right))
     return comparisons.independent(a.peak() or 0.0, b.peak() or 0.0, size_of(a, n_dev), size_of(b, n_dev))
-
-
-def dev_files(found: Iterable[Setting]) -> set[str]:
-    """The checksums of the dev files, as far as they are known."""
-    return {run.dev_sha256 for setting in found for run in setting.runs if run.dev_sha256}
 
 
 def _same_seed(first: Setting, second: Setting) -> tuple[PastRun, PastRun]:
@@ -275,16 +405,6 @@ class Leader:
     n_behind: int
 
 
-def on_the_same_sentences(found: Sequence[Setting]) -> list[list[Setting]]:
-    """The settings by their dev file, the largest group first; in one group where at most one file is known."""
-    if len(dev_files(found)) <= 1:
-        return [list(found)] if found else []
-    groups: dict[str, list[Setting]] = {}
-    for setting in found:
-        groups.setdefault(setting.runs[0].dev_sha256, []).append(setting)
-    return sorted(groups.values(), key=len, reverse=True)
-
-
 def leader(found: Sequence[Setting], n_dev: int | None) -> Leader | None:
     """The setting with the best score, and which ones cannot be told from it. The best of many is best by chance too:
     Tukey's range test takes that into account."""
@@ -295,7 +415,8 @@ def leader(found: Sequence[Setting], n_dev: int | None) -> Leader | None:
     alike, n_behind = [], 0
     for other in found:
         difference = compare(other, best, n_dev) if other is not best else None
-        if difference is not None and difference.p > limit:
-            alike.append(other)
-        n_behind += difference is not None and difference.p <= limit
+        if difference is not None:
+            is_behind = difference.p <= limit and difference.value > 0  # sentence by sentence it may be the other way
+            alike += [] if is_behind else [other]
+            n_behind += is_behind
     return Leader(best, tuple(sorted(alike, key=lambda setting: -setting.mean())), n_behind)

@@ -8,11 +8,14 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from statistics import NormalDist
 
+from config import counted
 from formats.past_run import Epoch, PastRun
 
 ERRORS = 3.0  # standard errors by which something must change before it counts as real
-JUMP = 2.5  # standard errors of a fall that may be a jump; two that are made good again are no chance
+JUMP = 2.5  # standard errors of a fall that may be a jump, at least; two that are made good again are no chance
+FALLS = 0.11  # falls that chance may make in a whole run: the more neighbours it has, the deeper a fall must be
 FAR_JUMP = 5.0  # one of these is enough
 TREND = 2.5  # standard errors of a slope at the end, where the best evaluation is among the last ones too
 TAIL = 0.6  # the part of the evaluations in which that slope is looked for
@@ -40,12 +43,24 @@ class Verdict:
 @dataclass(frozen=True)
 class Patience:
     """What --patience N would have done: the evaluations and seconds that it would have saved (None: not known), and
-    the dev accuracy that it would have missed."""
+    the dev accuracy that it would have missed. `by`: what it was played through on; `monitor`: what the run itself
+    would have looked at."""
 
     n: int
     saved: int
     seconds: float | None
     missed: float
+    by: str = "dev_acc"
+    monitor: str = "dev_acc"
+
+    def words(self) -> str:
+        by = "" if self.by == self.monitor == "dev_acc" else f" (by {self.by})" if self.by == self.monitor else (
+            f" (by dev accuracy: {self.monitor}, which the run looks at, is not known of every evaluation)")
+        if not self.saved:
+            return f"saves nothing{by}"
+        seconds = "" if self.seconds is None else f" (about {self.seconds:.0f} s)"
+        misses = f"misses {self.missed:.3f} of the peak" if self.missed else "misses nothing"
+        return f"saves {counted(self.saved, 'evaluation')}{seconds}, and {misses}{by}"
 
 
 def error_of(acc: float, n: int) -> float:
@@ -60,18 +75,62 @@ def gap(epoch: Epoch) -> float:
 
 
 def patience(run: PastRun, n: int) -> Patience:
-    """The run again with --patience n: it stops after n evaluations without a new best."""
-    best, at, stop = -1.0, -1, len(run.epochs)
-    for i, epoch in enumerate(run.epochs):
-        if epoch.dev_acc > best:
-            best, at = epoch.dev_acc, i
-        elif i - at >= n:
-            stop = i + 1
-            break
+    """The run again with --patience n: it stops after n evaluations without a new best by --monitor, which must be
+    better by more than --min_delta. Where the monitor is not known of every evaluation, dev accuracy stands for it."""
+    monitor = run.monitor or "dev_acc"
+    values = _monitored(run.epochs, monitor)
+    by = monitor if values else "dev_acc"
+    values = values or [e.dev_acc for e in run.epochs]
+    delta = _number(run.options.get("min_delta")) if by == monitor else 0.0  # in units of the monitor
+    stop, kept = _played(values, delta, n)
     saved = len(run.epochs) - stop
-    peak = max((e.dev_acc for e in run.epochs if math.isfinite(e.dev_acc)), default=best)
     seconds = None if run.seconds is None or not run.epochs else run.seconds * saved / len(run.epochs)
-    return Patience(n, saved, seconds, max(0.0, peak - best))
+    missed = 0.0
+    if kept is not None and saved:
+        at_the_end = _played(values, delta, len(values))[1]
+        missed = run.epochs[kept if at_the_end is None else at_the_end].dev_acc - run.epochs[kept].dev_acc
+    return Patience(n, saved, seconds, max(0.0, missed), by, monitor)
+
+
+def _played(values: Sequence[float], delta: float, n: int) -> tuple[int, int | None]:
+    """How many evaluations there are until n in a row are no better than the best by more than delta, and the place of
+    the best then; None where all values are NaN."""
+    kept, since = None, 0
+    for i, value in enumerate(values):
+        if kept is None and not math.isnan(value) or kept is not None and value > values[kept] + delta:
+            kept, since = i, 0
+        else:
+            since += 1
+        if since >= n:
+            return i + 1, kept
+    return len(values), kept
+
+
+def _monitored(epochs: Sequence[Epoch], monitor: str) -> list[float]:
+    """The monitor of each evaluation, more being better; [] where one of them is not known."""
+    if monitor == "dev_acc":
+        return [e.dev_acc for e in epochs]
+    losses = [-e.dev_loss for e in epochs if e.dev_loss is not None] if monitor == "dev_loss" else []
+    return losses if len(losses) == len(epochs) else []
+
+
+def _number(text: str | None) -> float:
+    try:
+        return float(text or 0.0)
+    except ValueError:
+        return 0.0
+
+
+def kept_another(run: PastRun) -> str:
+    """A note where the run kept another epoch than the one with the best dev accuracy, as with --monitor dev_loss; ""
+    where it did not. (By dev accuracy without --min_delta that is a contradiction, which the report names as one.)"""
+    best, kept = run.best(), next((e for e in run.epochs if e.number == run.said_best), None)
+    if best is None or kept is None or not best.dev_acc > kept.dev_acc or (
+            run.monitor in ("", "dev_acc") and not _number(run.options.get("min_delta"))):
+        return ""
+    by = run.monitor or "dev_acc"
+    return (f"the run kept epoch {kept.number:g} (dev {kept.dev_acc:.3f}), chosen by {by}; its best dev accuracy, by "
+            f"which it is ranked here, is that of epoch {best.number:g} ({best.dev_acc:.3f})")
 
 
 def verdict(run: PastRun, n: int) -> Verdict:
@@ -96,8 +155,9 @@ def verdict(run: PastRun, n: int) -> Verdict:
 def _diverged(run: PastRun, n: int) -> Verdict | None:
     first, last = run.epochs[0], run.epochs[-1]
     for epoch in run.epochs:
-        if not (math.isfinite(epoch.train_loss) and math.isfinite(epoch.dev_acc)):
-            return Verdict("diverged", f"the training loss of epoch {epoch.number:g} is {epoch.train_loss:g}")
+        for what, value in (("training loss", epoch.train_loss), ("dev accuracy", epoch.dev_acc)):
+            if not math.isfinite(value):
+                return Verdict("diverged", f"the {what} of epoch {epoch.number:g} is {value:g}")
     if run.stopped == "diverged":
         return Verdict("diverged", f"the run says so itself; its last training loss is {last.train_loss:.3f}")
     of_one_class = -UNEVEN * math.log(max(last.dev_acc, 1e-9))  # a loss that a collapsed run has as well
@@ -141,15 +201,16 @@ def _unstable(run: PastRun, n: int) -> Verdict | None:
     """Falls beyond chance that are made good again: of dev accuracy, or of the training loss (a rise of a tenth)."""
     epochs = run.epochs
     falls, far = [], 0
+    jump = max(JUMP, NormalDist().inv_cdf(1 - FALLS / max(1, len(epochs) - 2)))
     later_dev = _from_behind(max, [e.dev_acc for e in epochs])
     later_loss = _from_behind(min, [e.train_loss for e in epochs])
     for i in range(1, len(epochs) - 1):
-        error = math.sqrt(2) * error_of(epochs[i - 1].dev_acc, n)
+        error = math.sqrt(2) * error_of((epochs[i - 1].dev_acc + epochs[i].dev_acc) / 2, n)
         fall = epochs[i - 1].dev_acc - epochs[i].dev_acc
         again = later_dev[i + 1] - epochs[i].dev_acc
         loss_rose = epochs[i].train_loss > DIVERGED * epochs[i - 1].train_loss + 0.02
         loss_fell = later_loss[i + 1] < epochs[i].train_loss / DIVERGED
-        if fall > JUMP * error and again > JUMP * error or loss_rose and loss_fell:
+        if fall > jump * error and again > jump * error or loss_rose and loss_fell:
             falls.append(epochs[i])
             far += fall > FAR_JUMP * error and again > FAR_JUMP * error
     if len(falls) < 2 and not far:
@@ -205,7 +266,12 @@ def _still_improving(run: PastRun, n: int) -> Verdict | None:
 
 def _underfits(run: PastRun, n: int) -> Verdict | None:
     last, limit = run.epochs[-1], fitted_from(run)
-    if last.train_acc >= limit:
+    best = max(e.dev_acc for e in run.epochs)
+    if run.majority is not None and best < run.majority + error_of(run.majority, n):
+        return Verdict("underfitting", f"dev is {best:.3f} at its best, and always answering the most frequent class "
+                                       f"has {run.majority:.3f}: nothing was learned that holds there (training "
+                                       f"{last.train_acc:.3f})")
+    if not last.train_acc < limit:  # a NaN is not below it
         return None
     return Verdict("underfitting", f"training accuracy is {last.train_acc:.3f} at the end, and guessing gives about "
                                    f"{guessing(run):.3f}: it has learned little of its training sentences (dev "
@@ -237,7 +303,7 @@ def _tail(devs: Sequence[float]) -> int:
 def _rises(devs: Sequence[float], n: int) -> bool:
     """Does dev rise at the end, by more than chance? The slope of a straight line through the last evaluations,
     against its standard error; and the last third holds the best one."""
-    if len(devs) < 2:
+    if len(devs) < SHORTEST:
         return False
     k = _tail(devs)
     tail, middle = devs[-k:], (k - 1) / 2
