@@ -70,7 +70,7 @@ def inspected(config: RunConfig) -> Inspected:
     names, main = saved.settings.label_names, looked[0]
     learned = ensemble.learned_from(saved.home)
     sections = [on_accuracy(looked, saved, config), on_classes(main, names), on_length(looked),
-                *on_calibration(looked, files.sha256(main.split.path) in learned),
+                on_calibration(looked, files.sha256(main.split.path) in learned),
                 on_confusion(main, names), on_mistakes(main, names)]
     texts = typed or [main.split.sentences[row] for row in mistakes.surest_mistakes(
         main.probabilities, main.labels, TIPPED)]
@@ -185,7 +185,7 @@ def on_length(looked: list[Looked]) -> Section:
                    lines, values)
 
 
-def on_calibration(looked: list[Looked], is_learned: bool = False) -> list[Section]:
+def on_calibration(looked: list[Looked], is_learned: bool = False) -> Section:
     """ECE, and what a temperature that is fitted on dev (where there is none, test) does for it. `is_learned`: the run
     was trained on these sentences, of which it is surer than of others."""
     main = looked[0]
@@ -195,7 +195,7 @@ def on_calibration(looked: list[Looked], is_learned: bool = False) -> list[Secti
         now = calibration.ece(main.probabilities, main.labels)
         why = "the run was trained on these sentences, or on a part of them: no temperature is fitted on them" if (
             is_learned) else f"{counted(len(main.labels), 'sentence')} are too few for a temperature"
-        return [Section("calibration", f"ECE {now:.3f}; {why}", (), {**values, "ece": now})]
+        return Section("calibration", f"ECE {now:.3f}; {why}", (), {**values, "ece": now})
     found = calibration.mended(main.log_probs, main.labels)
     confidence, accuracy = main.probabilities.max(1).mean(), (main.predicted == main.labels).mean()
     is_sound = found.before <= 2 * found.by_chance
@@ -209,7 +209,7 @@ def on_calibration(looked: list[Looked], is_learned: bool = False) -> list[Secti
                                                    f": with {found.t:.2f} it is {found.after:.3f}")
         lines = [f"{one.name}: ECE {calibration.ece(one.probabilities, one.labels):.3f}" for one in looked[1:]]
         values |= {one.name: {"ece": calibration.ece(one.probabilities, one.labels)} for one in looked[1:]}
-        return [Section("calibration", summary, lines, values, brief=summary)]
+        return Section("calibration", summary, lines, values, brief=summary)
     summary += f"; with temperature {found.t:.2f} {found.after:.3f}"
     lines = [f"measured on halves of {main.name}, each with the temperature fitted on the other half "
              f"({found.halves[0]:.2f}, {found.halves[1]:.2f}); {found.t:.2f} is fitted on all of it: divide the logits "
@@ -219,7 +219,7 @@ def on_calibration(looked: list[Looked], is_learned: bool = False) -> list[Secti
         after = calibration.ece(calibration.scaled(one.log_probs, found.t), one.labels)
         lines.append(f"{one.name}: ECE {before:.3f}, with the temperature of {main.name} {after:.3f}")
         values[one.name] = {"ece": before, "ece_after": after}
-    return [Section("calibration", summary, lines, values, brief=summary)]
+    return Section("calibration", summary, lines, values, brief=summary)
 
 
 def on_confusion(main: Looked, names: list[str]) -> Section:

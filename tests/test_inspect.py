@@ -302,7 +302,7 @@ def test_a_temperature_that_helps_nothing_is_not_recommended():
         random = np.random.default_rng(seed)
         p = random.uniform(.5, 1, 200)
         labels = (random.random(200) > p).astype(int)
-        section, = inspect_run.on_calibration([looked_at(np.log(np.stack([p, 1 - p + 1e-9], 1)), labels)])
+        section = inspect_run.on_calibration([looked_at(np.log(np.stack([p, 1 - p + 1e-9], 1)), labels)])
         values = section.values
         is_needed = values["ece"] > values["ece_by_chance"] and values["ece_after"] < values["ece"]
         assert values["temperature_helps"] == is_needed
@@ -310,7 +310,7 @@ def test_a_temperature_that_helps_nothing_is_not_recommended():
         assert ("with temperature" in section.summary) == is_needed
     p = random.uniform(.95, 1, 400)
     labels = (random.random(400) > .6).astype(int)
-    section, = inspect_run.on_calibration([looked_at(np.log(np.stack([p, 1 - p + 1e-9], 1)), labels)])
+    section = inspect_run.on_calibration([looked_at(np.log(np.stack([p, 1 - p + 1e-9], 1)), labels)])
     assert section.values["temperature_helps"] and "with temperature" in section.summary
 
 
