@@ -12,16 +12,17 @@ from commands.evaluate import own_files
 from commands.finished import columns_of, load_run
 from commands.inspect_pages import Section, percent, quoted, table
 from commands.scores import NAME_WIDTH, fitted, width
-from config import InputError, RunConfig, counted
+from config import InputError, RunConfig, counted, only_run
 from dataset import Split
 from formats import files, tables
 from formats import labels as class_labels
+from formats.columns import Usual
 from training import calibration, logs, metrics, mistakes, saliency
 from training import device as devices
 from training.device import Device
 from training.run_folder import options_in
 from training.saliency import Decision
-from training.saved import SavedRun
+from training.saved import SavedRun, home_of
 
 KEPT = 50  # examples of a kind in the files
 SURE, EXAMPLES, CLASSES = 5, 3, 12  # on the terminal
@@ -61,7 +62,7 @@ class Inspected:
 
 def inspected(config: RunConfig) -> Inspected:
     """Everything that is said of --run."""
-    typed = read_input(config) if config.input else []
+    typed = read_input(config, columns_of(home_of(Path(only_run(config))))) if config.input else []
     saved = load_run(config)
     device = devices.choose_device(replace(config, dtype="float32") if config.dtype == "auto" else config)
     splits = read_splits(config, saved)
@@ -82,14 +83,16 @@ def inspected(config: RunConfig) -> Inspected:
     return Inspected(saved.home.path, sections, card, files.manifest_digest(saved.best) or "")
 
 
-def read_input(config: RunConfig) -> list[str]:
-    """The sentences of --input. Raises InputError for none, an empty one, and more than MOST_INPUT."""
+def read_input(config: RunConfig, usual: Usual) -> list[str]:
+    """The sentences of --input, the first MOST_INPUT of them. `usual`: the run's own columns. Raises InputError for
+    none, and for an empty one."""
     path = Path(config.input or "")
     if config.input == "-":
         raise InputError("--input -: inspect reads a file; write the sentences into one")
     if not path.is_file():
         raise FileNotFoundError(f"{path}: there is no such file; check --input")
-    table_read = tables.read_table(path, config.text_column, config.label_column, labelled=False)
+    table_read = tables.read_table(path, config.text_column, config.label_column, labelled=False,
+                                   usual=usual)
     texts = [text.strip() for text in table_read.texts]
     empty = [line for line, text in zip(table_read.lines, texts, strict=True) if not text]
     if empty:

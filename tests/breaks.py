@@ -275,6 +275,13 @@ BREAKS = [
     Break("advice against the evidence", "training/advice.py",
           "        if pair.option == option and pair.is_told_apart()", "        if False and pair.is_told_apart()",
           "evidence", "test_report"),
+    Break("inspect ignores dtype", "commands/inspect_run.py",
+          'if config.dtype == "auto" else config)', "if True else config)", "dtype", "test_inspect"),
+    Break("inspect ignores the columns of its input", "commands/inspect_run.py",
+          "config.text_column, config.label_column, labelled=False,", "None, None, labelled=False,", "columns",
+          "test_inspect"),
+    Break("inspect forgets the run's own columns", "commands/inspect_run.py", "usual=usual)", "usual=(None, None))",
+          "columns", "test_inspect"),
     Break("the page does not escape", "commands/report_pages.py", "Environment(autoescape=True,",
           "Environment(autoescape=False,", "hostile", "test_report"),
 

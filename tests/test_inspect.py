@@ -203,6 +203,33 @@ def test_the_words_of_the_sentences_that_were_typed(finished, tmp_path, capsys):
     assert examples[2]["rank_correlation"] is None and "words :: of --input" in out
 
 
+def test_the_columns_of_the_input_are_those_that_were_typed_else_the_runs_own(finished, inputs, tmp_path, capsys):
+    """As predict takes them."""
+    (tmp_path / "mine.csv").write_text("title,remark\nthe film,a word\ngood,another word\n", encoding="utf-8")
+
+    def words_of(run: Path, *more) -> list[str]:
+        _, found = inspect(capsys, tmp_path, "--run", run, "--input", tmp_path / "mine.csv", *more, "--output_dir",
+                           tmp_path)
+        return [one["text"] for one in found["words"]["examples"]]
+
+    assert words_of(finished, "--text_column", "title") == ["the film", "good"]
+    assert words_of(finished, "--text_column", "remark") == ["a word", "another word"]
+    train = tmp_path / "train.csv"
+    with open(train, "w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([("title", "remark", "label"), *((text, f"no {i}", label) for i, (label, text) in
+                                                                    enumerate(tiny_sentences(40, 3)))])
+    assert run_llama.main(["--option", "finetune", *inputs[:2], "--train", str(train), "--text_column", "title",
+                           "--epochs", "1", "--device", "cpu", "--output_dir", str(tmp_path / "own")]) == 0
+    capsys.readouterr()
+    assert words_of(tmp_path / "own") == ["the film", "good"]
+
+
+def test_dtype_is_what_it_computes_in(finished, tmp_path, capsys):
+    calibrations = [inspect(capsys, tmp_path, "--run", finished, "--output_dir", tmp_path, *more)[1]["calibration"]
+                    for more in ((), ("--dtype", "float32"), ("--dtype", "bfloat16"))]
+    assert calibrations[0] == calibrations[1] != calibrations[2], "float32, unless it is typed"
+
+
 def test_other_files_and_one_file_alone(finished, tmp_path, capsys):
     other = write_split(tmp_path / "other.txt", tiny_sentences(12, 5))
     out, found = inspect(capsys, tmp_path, "--run", finished, "--test", other, "--output_dir", tmp_path)
