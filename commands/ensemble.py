@@ -20,6 +20,7 @@ from commands.finished import columns_of, warn_of_fixed
 from config import InputError, RunConfig, counted, only_run
 from dataset import Split
 from formats import files
+from formats.labels import listed
 from minllama import Model
 from training import comparisons, logs, metrics, saved, state
 from training import device as devices
@@ -86,15 +87,11 @@ def members(config: RunConfig) -> list[Member]:
         names = settings.label_names
         wanted = found[0].settings.label_names if found else names
         if sorted(names) != sorted(wanted):
-            raise InputError(f"{path}: its labels are {_listed(names)}, and those of {found[0].path} are "
-                             f"{_listed(wanted)}; the probabilities of several runs are averaged only where the "
+            raise InputError(f"{path}: its labels are {listed(names)}, and those of {found[0].path} are "
+                             f"{listed(wanted)}; the probabilities of several runs are averaged only where the "
                              "label names are the same")
         found.append(Member(path, settings, best, [names.index(name) for name in wanted]))
     return found
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names[:20]) + (f", ... ({len(names)} in all)" if len(names) > 20 else "")
 
 
 # --------------------------------------------------------------------------- on labelled files

@@ -27,7 +27,7 @@ def sections_of(config: RunConfig) -> list[Section]:
                          "--dataset NAME), or --run RUN, a finished run")
     parts, names = read_parts(config)
     leaks = {name: data_checks.leak(parts["train"], part) for name, part in parts.items() if name != "train"}
-    return [on_classes(parts, names), on_copies(parts), *on_leaks(parts, leaks), on_contradictions(parts, names),
+    return [on_classes(parts, names), on_copies(parts), on_leaks(parts, leaks), on_contradictions(parts, names),
             on_short_ones(parts), on_lengths(config, parts), on_hardest(parts, names, leaks)]
 
 
@@ -82,7 +82,7 @@ def on_copies(parts: dict[str, Part]) -> Section:
     return Section("copies", summary if lines else "none inside a split", lines, values)
 
 
-def on_leaks(parts: dict[str, Part], leaks: dict[str, data_checks.Leak]) -> list[Section]:
+def on_leaks(parts: dict[str, Part], leaks: dict[str, data_checks.Leak]) -> Section:
     lines, values = [], {}
     for name, found in leaks.items():
         part = parts[name]
@@ -93,7 +93,7 @@ def on_leaks(parts: dict[str, Part], leaks: dict[str, data_checks.Leak]) -> list
                          f"of them to the letter, {found.same_label:,} with the label that train has for it; "
                          f"{part.place(found.rows[0])} {quoted(part.texts[found.rows[0]], 50)}")
     summary = "sentences that are in train too: what a model is right about there, it may have memorised"
-    return [Section("leak", summary if lines else "no sentence of train is in another split", lines, values)]
+    return Section("leak", summary if lines else "no sentence of train is in another split", lines, values)
 
 
 def on_contradictions(parts: dict[str, Part], names: list[str]) -> Section:

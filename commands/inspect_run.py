@@ -12,16 +12,17 @@ from commands.evaluate import own_files
 from commands.finished import columns_of, load_run
 from commands.inspect_pages import Section, percent, quoted, table
 from commands.scores import NAME_WIDTH, fitted, width
-from config import InputError, RunConfig, counted
+from config import InputError, RunConfig, counted, only_run
 from dataset import Split
 from formats import files, tables
 from formats import labels as class_labels
+from formats.columns import Usual
 from training import calibration, logs, metrics, mistakes, saliency
 from training import device as devices
 from training.device import Device
 from training.run_folder import options_in
 from training.saliency import Decision
-from training.saved import SavedRun
+from training.saved import SavedRun, home_of
 
 KEPT = 50  # examples of a kind in the files
 SURE, EXAMPLES, CLASSES = 5, 3, 12  # on the terminal
@@ -61,7 +62,7 @@ class Inspected:
 
 def inspected(config: RunConfig) -> Inspected:
     """Everything that is said of --run."""
-    typed = read_input(config) if config.input else []
+    typed = read_input(config, columns_of(home_of(Path(only_run(config))))) if config.input else []
     saved = load_run(config)
     device = devices.choose_device(replace(config, dtype="float32") if config.dtype == "auto" else config)
     splits = read_splits(config, saved)
@@ -70,7 +71,7 @@ def inspected(config: RunConfig) -> Inspected:
     names, main = saved.settings.label_names, looked[0]
     learned = ensemble.learned_from(saved.home)
     sections = [on_accuracy(looked, saved, config), on_classes(main, names), on_length(looked),
-                *on_calibration(looked, files.sha256(main.split.path) in learned),
+                on_calibration(looked, files.sha256(main.split.path) in learned),
                 on_confusion(main, names), on_mistakes(main, names)]
     texts = typed or [main.split.sentences[row] for row in mistakes.surest_mistakes(
         main.probabilities, main.labels, TIPPED)]
@@ -82,14 +83,16 @@ def inspected(config: RunConfig) -> Inspected:
     return Inspected(saved.home.path, sections, card, files.manifest_digest(saved.best) or "")
 
 
-def read_input(config: RunConfig) -> list[str]:
-    """The sentences of --input. Raises InputError for none, an empty one, and more than MOST_INPUT."""
+def read_input(config: RunConfig, usual: Usual) -> list[str]:
+    """The sentences of --input, the first MOST_INPUT of them. `usual`: the run's own columns. Raises InputError for
+    none, and for an empty one."""
     path = Path(config.input or "")
     if config.input == "-":
         raise InputError("--input -: inspect reads a file; write the sentences into one")
     if not path.is_file():
         raise FileNotFoundError(f"{path}: there is no such file; check --input")
-    table_read = tables.read_table(path, config.text_column, config.label_column, labelled=False)
+    table_read = tables.read_table(path, config.text_column, config.label_column, labelled=False,
+                                   usual=usual)
     texts = [text.strip() for text in table_read.texts]
     empty = [line for line, text in zip(table_read.lines, texts, strict=True) if not text]
     if empty:
@@ -185,7 +188,7 @@ def on_length(looked: list[Looked]) -> Section:
                    lines, values)
 
 
-def on_calibration(looked: list[Looked], is_learned: bool = False) -> list[Section]:
+def on_calibration(looked: list[Looked], is_learned: bool = False) -> Section:
     """ECE, and what a temperature that is fitted on dev (where there is none, test) does for it. `is_learned`: the run
     was trained on these sentences, of which it is surer than of others."""
     main = looked[0]
@@ -195,7 +198,7 @@ def on_calibration(looked: list[Looked], is_learned: bool = False) -> list[Secti
         now = calibration.ece(main.probabilities, main.labels)
         why = "the run was trained on these sentences, or on a part of them: no temperature is fitted on them" if (
             is_learned) else f"{counted(len(main.labels), 'sentence')} are too few for a temperature"
-        return [Section("calibration", f"ECE {now:.3f}; {why}", (), {**values, "ece": now})]
+        return Section("calibration", f"ECE {now:.3f}; {why}", (), {**values, "ece": now})
     found = calibration.mended(main.log_probs, main.labels)
     confidence, accuracy = main.probabilities.max(1).mean(), (main.predicted == main.labels).mean()
     is_sound = found.before <= 2 * found.by_chance
@@ -209,7 +212,7 @@ def on_calibration(looked: list[Looked], is_learned: bool = False) -> list[Secti
                                                    f": with {found.t:.2f} it is {found.after:.3f}")
         lines = [f"{one.name}: ECE {calibration.ece(one.probabilities, one.labels):.3f}" for one in looked[1:]]
         values |= {one.name: {"ece": calibration.ece(one.probabilities, one.labels)} for one in looked[1:]}
-        return [Section("calibration", summary, lines, values, brief=summary)]
+        return Section("calibration", summary, lines, values, brief=summary)
     summary += f"; with temperature {found.t:.2f} {found.after:.3f}"
     lines = [f"measured on halves of {main.name}, each with the temperature fitted on the other half "
              f"({found.halves[0]:.2f}, {found.halves[1]:.2f}); {found.t:.2f} is fitted on all of it: divide the logits "
@@ -219,7 +222,7 @@ def on_calibration(looked: list[Looked], is_learned: bool = False) -> list[Secti
         after = calibration.ece(calibration.scaled(one.log_probs, found.t), one.labels)
         lines.append(f"{one.name}: ECE {before:.3f}, with the temperature of {main.name} {after:.3f}")
         values[one.name] = {"ece": before, "ece_after": after}
-    return [Section("calibration", summary, lines, values, brief=summary)]
+    return Section("calibration", summary, lines, values, brief=summary)
 
 
 def on_confusion(main: Looked, names: list[str]) -> Section:

@@ -15,7 +15,7 @@ from commands import plot, run_pictures
 from commands.plot import BLUE, GREY, INK, LINES, VERMILION
 from config import counted
 from formats.past_run import PastRun
-from training import logs, pairs
+from training import calibration, logs, pairs
 
 MOST_DRAWN = 30  # runs in the picture of all, and cards with curves: a picture takes about a tenth of a second
 MOST_EXAMINED = 5  # cards with the accuracy by length and the calibration
@@ -221,10 +221,10 @@ def _draw_lengths(axes: Any, bins: Sequence[LengthBin]) -> None:
 
 
 def _draw_reliability(axes: Any, run: PastRun) -> None:
-    bins = [one for one in run.reliability if one[2]]
-    confidence, accuracy = [one[3] for one in bins], [one[4] for one in bins]
+    bins = [calibration.Bin(low, high, int(n), confidence, accuracy)
+            for low, high, n, confidence, accuracy in run.reliability if n]
     axes.plot([0, 1], [0, 1], color=GREY, linestyle=(0, (2, 2)), linewidth=1)
-    axes.plot(confidence, accuracy, color=VERMILION, marker="o", markersize=4, linewidth=1.2)
+    axes.plot([one.confidence for one in bins], [one.accuracy for one in bins], color=VERMILION, marker="o",
+              markersize=4, linewidth=1.2)
     axes.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="confidence")
-    error = sum(one[2] * abs(one[3] - one[4]) for one in bins) / sum(one[2] for one in bins)
-    axes.set_title(f"share right, ECE {error:.3f}")
+    axes.set_title(f"share right, ECE {calibration.error_of(bins):.3f}")

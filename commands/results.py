@@ -16,7 +16,7 @@ from commands.classification import is_ordinal
 from config import InputError, RunConfig
 from dataset import Split
 from formats import files
-from training import logs, metrics
+from training import logs, metrics, mistakes
 from training.metrics import Baseline
 from training.run_folder import FOLDERS, LOCK, LOGS, PICTURES, RESULT, RUN_FILE, SPLITS, TABLES, RunFolder
 
@@ -153,10 +153,9 @@ def confident_mistakes(log_probs: Tensor, split: Split, names: list[str], most: 
     """A line for each of the most confident mistakes on a split, the most confident first: the probability, what was
     predicted, what it is, the sentence. `log_probs`: (N, C)."""
     confidence, predicted = (found.numpy() for found in log_probs.max(1))
-    wrong = np.flatnonzero(predicted != split.labels)
     return [f"{math.exp(confidence[i]):.3f} {names[predicted[i]]}, is {names[split.labels[i]]}: "
             f"{LINE_ENDS.sub(' ', split.sentences[i])}"
-            for i in wrong[np.argsort(-confidence[wrong], kind="stable")][:most]]
+            for i in mistakes.surest_mistakes(log_probs.numpy(), split.labels, most)]
 
 
 def write_predictions(path: Path, predicted: list[int], split: Split, is_typed: bool) -> None:

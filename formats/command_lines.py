@@ -39,16 +39,15 @@ class Command:
     have started several runs. `starts_a_run`: it trains; one that evaluates or plots is no run's own.
     """
 
-    line: int
     options: dict[str, str]
     unknown: dict[str, str]
     is_loop: bool = False
     starts_a_run: bool = True
 
 
-def program_at(line: str) -> int | None:
-    """Where the arguments of a command line begin: behind the `.py` of a program that nothing but a prompt, a loop, an
-    interpreter and settings stand in front of. None where the line is prose."""
+def program_in(line: str) -> re.Match[str] | None:
+    """The program of a command line (its group 1), behind which the arguments begin: nothing but a prompt, a loop, an
+    interpreter and settings stand in front of it. None where the line is prose."""
     found = PROGRAM.search(line[:LOOKED_AT]) if ".py" in line else None
     if not found:
         return None
@@ -67,7 +66,7 @@ def program_at(line: str) -> int | None:
         if not (is_launcher or is_setting or _may_stand_in_front(bare)):
             return None
         before, is_launched = bare, is_launched or is_launcher
-    return found.end(1)
+    return found
 
 
 def _may_stand_in_front(word: str) -> bool:
@@ -77,15 +76,13 @@ def _may_stand_in_front(word: str) -> bool:
                 or word == "%run" or word.startswith("--"))
 
 
-def command_of(number: int, line: str) -> Command | None:
+def command_of(line: str) -> Command | None:
     """The options of a command line that is, but for a prompt, the whole line. One that has no option at all, such as
     `python data/prepare.py movies`, starts no run, and is None."""
-    at = program_at(line)
-    if at is None or "--" not in line[at:]:
+    program = program_in(line)
+    if program is None or "--" not in line[program.end(1):]:
         return None
-    program = PROGRAM.search(line[:LOOKED_AT])
-    name = program[1] if program else ""
-    words = _words(line[at:])
+    words = _words(line[program.end(1):])
     found: dict[str, str] = {}
     unknown: dict[str, str] = {}
     kind = ""
@@ -112,8 +109,8 @@ def command_of(number: int, line: str) -> Command | None:
             found[option] = plain(value)
     if not found and not unknown:
         return None
-    is_trainer = kind == "finetune" or not kind and bool(TRAINERS.search(name)) and not OTHERS.search(name)
-    return Command(number, found, unknown, bool(unknown) or LOOP.search(line[:at]) is not None, is_trainer)
+    is_trainer = kind == "finetune" or not kind and bool(TRAINERS.search(program[1])) and not OTHERS.search(program[1])
+    return Command(found, unknown, bool(unknown) or LOOP.search(line[:program.end(1)]) is not None, is_trainer)
 
 
 def _words(text: str) -> list[str]:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from formats.command_lines import Command, command_of, options_in, program_at
+from formats.command_lines import Command, command_of, options_in, program_in
 from formats.past_run import NUMBER, Claim, Epoch, plain
 
 LONGEST = 20_000  # characters of a line that are looked at for a command, a heading or a summary
@@ -18,7 +18,6 @@ SERIES_LEVEL = 7  # the rank of `seed-1337:`, below every heading of Markdown
 class Heading:
     """### Try 3: `level` is the number of signs, 7 for the `seed-1337:` of a series."""
 
-    line: int
     level: int
     text: str
     options: dict[str, str]
@@ -38,7 +37,6 @@ class Ended:
     """`best :: epoch 2, counted from 0, of 10 (chosen by dev_acc), stopped: patience`; older versions leave out the
     words between the commas."""
 
-    line: int
     epoch: float
     planned: int
     monitor: str
@@ -49,7 +47,6 @@ class Ended:
 class Majority:
     """`dev baselines :: majority 0.364, ...`"""
 
-    line: int
     value: float
 
 
@@ -67,7 +64,6 @@ class Loaded:
 class Started:
     """`run :: runs/a, on cpu`, which a run prints when it begins or goes on."""
 
-    line: int
     folder: str
 
 
@@ -116,7 +112,7 @@ def lines_of(text: str) -> Iterator[tuple[int, str]]:
         for part in whole.split("\r"):
             line = part.replace("\ufeff", "").rstrip()
             goes_on = line.endswith(("\\", " ^", " `")) and len(joined) < LONGEST
-            if goes_on and (joined or program_at(line) is not None):
+            if goes_on and (joined or program_in(line) is not None):
                 first, joined = first or number, f"{joined}{line[:-1]} "
                 continue
             if joined:
@@ -129,7 +125,7 @@ def lines_of(text: str) -> Iterator[tuple[int, str]]:
 
 
 def say_of(number: int, line: str) -> list[Said]:
-    """What a line says, in its order; [] for prose. Rows of tables are for `table_claims`."""
+    """What a line says, in its order; [] for prose. The rows of tables are read together, in `run_logs`."""
     if "::" in line:
         said = list(_measured(number, line))
         if said:
@@ -137,9 +133,9 @@ def say_of(number: int, line: str) -> list[Said]:
     line = line[:LONGEST]
     if loaded := LOADED.match(line):
         return [Loaded(number, loaded[2].strip(), int(loaded[1]))]
-    if (command := command_of(number, line)) is not None:
+    if (command := command_of(line)) is not None:
         return [command]
-    if heading := heading_of(number, line):
+    if heading := heading_of(line):
         return [heading]
     return list(_claims(number, line))
 
@@ -156,13 +152,13 @@ def _measured(number: int, line: str) -> Iterator[Said]:
     if ended := ENDED.search(rest):
         at, planned, monitor, stopped = ended.groups()
         if at.count(".") <= 1 and at.strip("."):
-            yield Ended(number, float(at), int(planned), monitor, stopped.strip())
+            yield Ended(float(at), int(planned), monitor, stopped.strip())
     if begun := STARTED.match(rest):
-        yield Started(number, begun[1])
+        yield Started(begun[1])
     if held_out := HELD_OUT.match(rest):
         yield Loaded(number, "", int(held_out[1]))
     if share := MAJORITY.search(rest):
-        yield Majority(number, _value(share[1]))
+        yield Majority(_value(share[1]))
     for final in FINAL.finditer(rest):
         value = _value(final[2])
         if 0 <= value <= 1:
@@ -175,16 +171,16 @@ def _value(text: str) -> float:
     return number / 100 if text.endswith("%") else number
 
 
-def heading_of(number: int, line: str) -> Heading | None:
+def heading_of(line: str) -> Heading | None:
     """A Markdown heading, or the line `seed-1337:` with which a series announces a run."""
     if "#" not in line[:10] and not line.endswith(":"):
         return None
     if found := re.match(r"\s{0,3}(#{1,6})\s+(\S.*)", line):
         text = found[2].strip().rstrip("#").strip(" *_`") or found[2].strip()
-        return Heading(number, len(found[1]), text[:200], options_in(text[:1000]))
+        return Heading(len(found[1]), text[:200], options_in(text[:1000]))
     if found := SERIES.fullmatch(line.strip()):
         own = {"seed": plain(found[2])} if found[1] == "seed" else {"fold": plain(found[2])}
-        return Heading(number, SERIES_LEVEL, f"{found[1]}-{found[2]}", own)
+        return Heading(SERIES_LEVEL, f"{found[1]}-{found[2]}", own)
     return None
 
 
@@ -209,8 +205,7 @@ def _behind(pattern: re.Pattern[str], line: str, at: int) -> int:
     return found.end() if found else at
 
 
-def accuracy_claim(number: int, split: str, text: str, is_best: bool = False,
-                   row: dict[str, str] | None = None) -> Claim | None:
+def accuracy_claim(number: int, split: str, text: str, is_best: bool = False) -> Claim | None:
     """An accuracy from a person's text: 0.408, 0,408, 40.8%, **0.408**. None where it is none."""
     digits = re.search(r"\d+\.\d+|\.\d+|\d+", re.sub(r"(?<=\d),(?=\d)", ".", text))
     if not digits:
@@ -221,7 +216,7 @@ def accuracy_claim(number: int, split: str, text: str, is_best: bool = False,
     if not 0 <= value <= 1 or decimals < 2 or "%" not in text and 0 < value < 0.1 and digits[0][0] not in "0.":
         return None  # 1.435 is no accuracy, though 43.5 is one
     what = "test" if split.lower() == "test" else "best dev" if is_best else "dev"
-    return Claim(number, what, value, decimals, row or {})
+    return Claim(number, what, value, decimals)
 
 
 def is_row(line: str) -> bool:
@@ -230,11 +225,16 @@ def is_row(line: str) -> bool:
 
 
 def cells_of(line: str) -> list[str]:
-    """The cells of a row of a Markdown table, without bold marks and code marks."""
+    """The cells of a row of a Markdown table, each `bare`."""
     inner = line.strip()
     inner = inner[1:] if inner.startswith("|") else inner
     inner = inner[:-1] if inner.endswith("|") else inner
-    return [cell.replace("**", "").replace("__", "").strip(" `*") for cell in inner.split("|")]
+    return [bare(cell) for cell in inner.split("|")]
+
+
+def bare(cell: str) -> str:
+    """A cell without bold marks and code marks."""
+    return cell.replace("**", "").replace("__", "").strip(" `*")
 
 
 def is_ruler(cells: list[str]) -> bool:

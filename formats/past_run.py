@@ -35,13 +35,12 @@ class Epoch:
 @dataclass(frozen=True)
 class Claim:
     """What a summary line or a table in a log says of a run. `what`: "best dev", "dev", "test" or "best epoch";
-    `decimals`: with how many the value is written; `row`: the other cells of a table's row, by their column."""
+    `decimals`: with how many the value is written."""
 
     line: int
     what: str
     value: float
     decimals: int
-    row: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

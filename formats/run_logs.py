@@ -335,11 +335,10 @@ def _claims_of_row(line: int, row: dict[str, str]) -> list[Claim]:
     for header, cell in row.items():
         words = header.casefold().replace("_", " ").split()
         is_best = bool({"best", "peak", "highest", "max"} & set(words))
-        others = {name: value for name, value in row.items() if name != header}
         if "epoch" in words and is_best:
             if cell.isdecimal() and len(cell) < 9:
-                claims.append(Claim(line, "best epoch", float(cell), 0, others))
+                claims.append(Claim(line, "best epoch", float(cell), 0))
         elif split := next((s for s in ("dev", "test") if s in words and "loss" not in words), None):
-            if claim := log_lines.accuracy_claim(line, split, cell, is_best, others):
+            if claim := log_lines.accuracy_claim(line, split, cell, is_best):
                 claims.append(claim)
     return claims

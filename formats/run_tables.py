@@ -63,7 +63,7 @@ def _separated(text: str, name: str) -> list[tuple[list[str], list[tuple[int, li
     try:
         for cells in reader:
             if any(cell.strip() for cell in cells):
-                rows.append((reader.line_num, [_decimal_point(_bare(cell), delimiter) for cell in cells]))
+                rows.append((reader.line_num, [_decimal_point(log_lines.bare(cell), delimiter) for cell in cells]))
     except csv.Error as error:
         raise InputError(f"{name}:{reader.line_num}: this row cannot be read ({error})") from None
     if not rows:
@@ -72,10 +72,6 @@ def _separated(text: str, name: str) -> list[tuple[list[str], list[tuple[int, li
     if any(log_lines.is_row(line) for line in lines[:3]) or len(rows) < 2 or all(_number(cell) for cell in header):
         return []
     return [(header, rows[1:])]
-
-
-def _bare(cell: str) -> str:
-    return cell.replace("**", "").replace("__", "").strip(" `*")
 
 
 def _decimal_point(cell: str, delimiter: str) -> str:
@@ -117,7 +113,7 @@ def _runs_of(header: Sequence[str], rows: Sequence[tuple[int, list[str]]], name:
             if header[i].casefold().strip("# .") in NAME_COLUMNS:
                 own = own or cell
             elif i != at and cell and not _is_result(words, names[i], i in numeric):
-                found[names[i]] = plain(_bare(cell))
+                found[names[i]] = plain(log_lines.bare(cell))
         runs.append(PastRun(name=own[:200] or f"row {number}", source=f"{name}:{number}", options=found,
                             known_by="table", given=frozenset(found), score=value, score_column=header[at]))
     return runs, faults

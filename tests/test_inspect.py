@@ -203,6 +203,33 @@ def test_the_words_of_the_sentences_that_were_typed(finished, tmp_path, capsys):
     assert examples[2]["rank_correlation"] is None and "words :: of --input" in out
 
 
+def test_the_columns_of_the_input_are_those_that_were_typed_else_the_runs_own(finished, inputs, tmp_path, capsys):
+    """As predict takes them."""
+    (tmp_path / "mine.csv").write_text("title,remark\nthe film,a word\ngood,another word\n", encoding="utf-8")
+
+    def words_of(run: Path, *more) -> list[str]:
+        _, found = inspect(capsys, tmp_path, "--run", run, "--input", tmp_path / "mine.csv", *more, "--output_dir",
+                           tmp_path)
+        return [one["text"] for one in found["words"]["examples"]]
+
+    assert words_of(finished, "--text_column", "title") == ["the film", "good"]
+    assert words_of(finished, "--text_column", "remark") == ["a word", "another word"]
+    train = tmp_path / "train.csv"
+    with open(train, "w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([("title", "remark", "label"), *((text, f"no {i}", label) for i, (label, text) in
+                                                                    enumerate(tiny_sentences(40, 3)))])
+    assert run_llama.main(["--option", "finetune", *inputs[:2], "--train", str(train), "--text_column", "title",
+                           "--epochs", "1", "--device", "cpu", "--output_dir", str(tmp_path / "own")]) == 0
+    capsys.readouterr()
+    assert words_of(tmp_path / "own") == ["the film", "good"]
+
+
+def test_dtype_is_what_it_computes_in(finished, tmp_path, capsys):
+    calibrations = [inspect(capsys, tmp_path, "--run", finished, "--output_dir", tmp_path, *more)[1]["calibration"]
+                    for more in ((), ("--dtype", "float32"), ("--dtype", "bfloat16"))]
+    assert calibrations[0] == calibrations[1] != calibrations[2], "float32, unless it is typed"
+
+
 def test_other_files_and_one_file_alone(finished, tmp_path, capsys):
     other = write_split(tmp_path / "other.txt", tiny_sentences(12, 5))
     out, found = inspect(capsys, tmp_path, "--run", finished, "--test", other, "--output_dir", tmp_path)
@@ -302,7 +329,7 @@ def test_a_temperature_that_helps_nothing_is_not_recommended():
         random = np.random.default_rng(seed)
         p = random.uniform(.5, 1, 200)
         labels = (random.random(200) > p).astype(int)
-        section, = inspect_run.on_calibration([looked_at(np.log(np.stack([p, 1 - p + 1e-9], 1)), labels)])
+        section = inspect_run.on_calibration([looked_at(np.log(np.stack([p, 1 - p + 1e-9], 1)), labels)])
         values = section.values
         is_needed = values["ece"] > values["ece_by_chance"] and values["ece_after"] < values["ece"]
         assert values["temperature_helps"] == is_needed
@@ -310,7 +337,7 @@ def test_a_temperature_that_helps_nothing_is_not_recommended():
         assert ("with temperature" in section.summary) == is_needed
     p = random.uniform(.95, 1, 400)
     labels = (random.random(400) > .6).astype(int)
-    section, = inspect_run.on_calibration([looked_at(np.log(np.stack([p, 1 - p + 1e-9], 1)), labels)])
+    section = inspect_run.on_calibration([looked_at(np.log(np.stack([p, 1 - p + 1e-9], 1)), labels)])
     assert section.values["temperature_helps"] and "with temperature" in section.summary
 
 

@@ -3,6 +3,7 @@
 No torch: N sentences, C classes, numpy.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,7 +34,13 @@ def reliability(probabilities: np.ndarray, labels: np.ndarray, n_bins: int = 10)
 def ece(probabilities: np.ndarray, labels: np.ndarray, n_bins: int = 10) -> float:
     """The expected calibration error: how far confidence and accuracy lie apart, from 0 to 1, the mean over the
     sentences' bins (Guo et al. 2017, eq. 3)."""
-    return _error(reliability(probabilities, labels, n_bins))
+    return error_of(reliability(probabilities, labels, n_bins))
+
+
+def error_of(bins: Sequence[Bin]) -> float:
+    """The expected calibration error of a diagram's bins, 0 to 1; those without a sentence do not count."""
+    total = sum(one.n for one in bins)
+    return sum(one.n * abs(one.accuracy - one.confidence) for one in bins if one.n) / total if total else 0.0
 
 
 def ece_by_chance(probabilities: np.ndarray, n_bins: int = 10) -> float:
@@ -41,7 +48,7 @@ def ece_by_chance(probabilities: np.ndarray, n_bins: int = 10) -> float:
     of CHANCE_DRAWS draws of which are right."""
     confidence = probabilities.max(1)
     random = np.random.default_rng(0)
-    return float(np.mean([_error(_bins(confidence, random.random(len(confidence)) < confidence, n_bins))
+    return float(np.mean([error_of(_bins(confidence, random.random(len(confidence)) < confidence, n_bins))
                           for _ in range(CHANCE_DRAWS)]))
 
 
@@ -120,11 +127,6 @@ def _bins(confidence: np.ndarray, right: np.ndarray, n_bins: int) -> list[Bin]:
         accuracy = np.bincount(place, right, n_bins) / n
     return [Bin(float(edges[i]), float(edges[i + 1]), int(n[i]), float(mean[i]), float(accuracy[i]))
             for i in range(n_bins)]
-
-
-def _error(bins: list[Bin]) -> float:
-    total = sum(one.n for one in bins)
-    return sum(one.n * abs(one.accuracy - one.confidence) for one in bins if one.n) / total if total else 0.0
 
 
 def _finite(logits: np.ndarray) -> np.ndarray:

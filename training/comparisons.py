@@ -42,14 +42,19 @@ def independent(first: float, second: float, n_first: int, n_second: int) -> Dif
 def paired(only_first: int, only_second: int, n: int) -> Difference:
     """Two runs' predictions on the same n sentences, of which `only_first` are right in the first run alone. p is
     McNemar's, exact; the interval has half a sentence added to each of the four counts (Agresti and Min)."""
-    from scipy.special import bdtr  # scipy.stats, which has binomtest, takes a second to import
-
-    unequal = only_first + only_second
-    p = min(1.0, 2 * float(bdtr(min(only_first, only_second), unequal, 0.5)))
+    unequal, p = only_first + only_second, mcnemar_p(only_first, only_second)
     middle, size = (only_second - only_first) / (n + 2), n + 2
     error = math.sqrt(max(0.0, unequal + 1 - (only_second - only_first) ** 2 / size)) / size
     return Difference((only_second - only_first) / n, middle - Z * error, middle + Z * error, p,
                       f"McNemar, {only_second} to {only_first}")
+
+
+def mcnemar_p(only_first: int, only_second: int) -> float:
+    """McNemar's exact test, two-sided (McNemar 1947): how likely so unequal a split of the sentences that only one of
+    two classifiers gets right is, where each of them is a toss of a fair coin."""
+    from scipy.special import bdtr  # scipy.stats, which has binomtest, takes a second to import
+
+    return min(1.0, 2 * float(bdtr(min(only_first, only_second), only_first + only_second, 0.5)))
 
 
 def over_sentences(gains: Sequence[float]) -> Difference:

@@ -22,8 +22,8 @@ def contradictions(run: PastRun) -> list[str]:
     by_number = {e.number: e.dev_acc for e in run.epochs}
     if run.dev is not None and devs and is_whole and abs(_nearest(devs, run.dev) - run.dev) > 0.0015:
         found.append(f"dev acc at the end is {run.dev:.3f}, and no epoch has that; the best one has {devs[-1]:.3f}")
-    for claim in dict.fromkeys((c.line, c.what, c.value, c.decimals) for c in run.claims):
-        if line := _against(run, Claim(*claim), devs, by_number, is_whole):
+    for claim in dict.fromkeys(run.claims):
+        if line := _against(run, claim, devs, by_number, is_whole):
             found.append(line)
     return found
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from config import InputError, counted
 from dataset import Split, length_order, make_batch
+from training import comparisons
 from training.bar import Bar
 from training.device import Device
 from training.signals import SIGNALS
@@ -129,15 +130,9 @@ class Paired:
 
 
 def mcnemar(first: np.ndarray, second: np.ndarray) -> Paired:
-    """McNemar's exact test, two-sided (McNemar 1947), of which examples (N,) each of two classifiers gets right.
-
-    Where they are equally good, each example that only one of them gets right is a toss of a fair coin.
-    """
-    from scipy.stats import binomtest
-
+    """McNemar's exact test (`comparisons.mcnemar_p`) of which examples (N,) each of two classifiers gets right."""
     only_first, only_second = int((first & ~second).sum()), int((second & ~first).sum())
-    n = only_first + only_second
-    return Paired(only_first, only_second, float(binomtest(only_first, n).pvalue) if n else 1.0)
+    return Paired(only_first, only_second, comparisons.mcnemar_p(only_first, only_second))
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import numpy as np
 
 
 def surest_mistakes(probabilities: np.ndarray, labels: np.ndarray, most: int) -> list[int]:
-    """The rows of (N, C) that are wrong, the most confident first."""
+    """The rows of (N, C) that are wrong, the most confident first. Of log-probabilities they are the same."""
     predicted = probabilities.argmax(1)
     wrong = np.flatnonzero(predicted != labels)
     return wrong[np.argsort(-probabilities[wrong, predicted[wrong]], kind="stable")][:most].tolist()

@@ -102,7 +102,7 @@ def differing(runs: Sequence[PastRun]) -> list[str]:
     which has only what was typed, of a run folder only that counts."""
     has_logs = any(run.known_by != "folder" for run in runs)
     values: dict[str, set[str]] = {}
-    n_saying: dict[str, int] = {}  # of those that say of each option whether they have it
+    n_saying: dict[str, int] = {}  # the runs with the option, of those that name all that they have
     says_all = [run.known_by == "command" or run.known_by == "folder" and not has_logs for run in runs]
     for run, says in zip(runs, says_all, strict=True):
         for name, value in options_of(run).items():
@@ -142,7 +142,7 @@ def settings(runs: Sequence[PastRun]) -> list[Setting]:
 
 def _printed_series(runs: Sequence[PastRun]) -> dict[int, tuple[str, str, int]]:
     """The runs that --seeds or --folds printed into one file, without its command line, by their places: the file, the
-    heading above them, and the how manieth series it is there. A seed or a fold that comes again begins the next one.
+    heading above them, and the number of the series there, from 0. A seed or a fold that comes again begins the next.
     """
     found: dict[int, tuple[str, str, int]] = {}
     n_series: dict[tuple[str, str], int] = {}
