@@ -1,86 +1,160 @@
-"""The methods of --option search on a closed form whose optimum is known.
+"""A search by ours and by transformers' Trainer.hyperparameter_search, in turn, on SmolLM2-135M's first layers.
 
-    python -m benchmarks.bench_search --repeats 30 --evaluations 27
+    python -m benchmarks.bench_search [--rounds 3] [--trials 12] [--n_layers 2] [--sentences 2000] [--epochs 2]
 
-The error of a "run" at its e-th evaluation is error(point) + 0.8 exp(-e / pace(point)), where the error of a
-point is its squared distance from the optimum, and better points are not always faster ones. Regret: the smallest error
-at the last evaluation of a trial that was not ended before. Each repetition has the same seed for all the methods.
-Prints the median regret, the evaluations that were made, and in how many repetitions a method is at least as good as
-chance without pruning.
+Both have the same pretrained weights, sentences and tokens, the same space (rate, batch, warmup, weight decay),
+Optuna's TPE with the same number of trials drawn by chance, its median pruner, an evaluation after each epoch, a causal
+model that pools the last token, a linear schedule, the same precision and threads. Each is a process of its own, whose
+wall time is measured from its start to its end. Ours does what it does for a user, but for the finalists, which the
+other side does not have: each trial keeps its best weights and its report. Theirs keeps nothing. A score of ours is the
+best evaluation of a trial, theirs is the last one, as the Trainer has it; beside it stands the best of all evaluations
+of all trials, by which both can be compared. Writes benchmarks/results/search-cpu.json. Needs requirements-dev.txt.
 """
 
 import argparse
-import math
-import statistics
-import warnings
-from functools import partial
+import csv
+import json
+import random
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
 
-import optuna
+import torch
 
-from commands import space as spaces
-from commands import study
-from commands.study import Plan
+from benchmarks.bench_train import padded, run
+from benchmarks.measure import ROOT, limits, machine, need, ratio, write
+from config import RunConfig
+from tokenizer import Tokenizer
+from training.device import choose_device
 
-SPACE = spaces.parse("lr=log:1e-6..1e-1 hidden_dropout_prob=0..0.9 weight_decay=0..1 optimizer=adamw|lion "
-                     "batch_size=16|32|64")
-SETTINGS = {"random": "none", "tpe": "none", "gp": "none", "hyperband": "hyperband", "bohb": "hyperband"}
-
-
-def error(point: dict) -> float:
-    """0 at lr 1e-3, dropout 0.3, weight decay 0.5, adamw, 32 sentences."""
-    return (((math.log10(point["lr"]) + 3) / 3) ** 2 + (point["hidden_dropout_prob"] - 0.3) ** 2
-            + (point["weight_decay"] - 0.5) ** 2 + 0.05 * (point["optimizer"] != "adamw")
-            + 0.03 * (point["batch_size"] != 32))
+MODEL = ROOT / "models" / "smollm2-135m.gguf"
+SPACE = "lr=log:1e-4..3e-3 batch_size=16|32 warmup_ratio=0..0.2 weight_decay=log:1e-3..1e-1"
+BY_CHANCE = 5  # trials, before TPE begins
 
 
-def curve(point: dict, e: int) -> float:
-    """The error at the e-th evaluation."""
-    pace = 1 + 2 * point["hidden_dropout_prob"] + 0.5 * (point["optimizer"] == "lion")
-    return error(point) + 0.8 * math.exp(-e / pace)
+def prepare(folder: Path, options: argparse.Namespace) -> None:
+    """The sentences, and the first layers as a folder that transformers loads."""
+    from transformers import AutoModelForCausalLM, LlamaForSequenceClassification
+
+    for split, count in (("train", options.sentences), ("dev", None)):
+        lines = (ROOT / "data" / f"movies-{split}.txt").read_text(encoding="utf-8").splitlines()
+        part = random.Random(0).sample(lines, min(count or len(lines), len(lines)))
+        (folder / f"{split}.txt").write_text("\n".join(part) + "\n", encoding="utf-8")
+    whole = AutoModelForCausalLM.from_pretrained(MODEL.parent, gguf_file=MODEL.name, dtype=torch.float32)
+    whole.config.num_hidden_layers, whole.config.num_labels = options.n_layers, 5
+    whole.config.pad_token_id = Tokenizer(tokenizer_model=MODEL).pad_id
+    torch.manual_seed(0)
+    part_of_it = LlamaForSequenceClassification(whole.config)
+    part_of_it.model.load_state_dict(whole.model.state_dict(), strict=False)
+    part_of_it.save_pretrained(folder / "model")
 
 
-def searched(method: str, seed: int, n_trials: int, n_evaluations: int) -> tuple[float, int]:
-    """The regret of a search, and how many evaluations it made."""
-    plan = Plan(SPACE, method, SETTINGS[method], False, n_trials, n_evaluations, seed)
-    done = optuna.create_study(study_name=study.STUDY, direction="minimize", pruner=study.make_pruner(plan))
-    n = 0
-    for _ in range(n_trials):
-        point = study.propose(plan, None, None, done.get_trials())
-        done.enqueue_trial(point)
-        trial = done.ask()
-        spaces.walk(SPACE, partial(study.suggest, trial))
-        for e in range(1, n_evaluations + 1):
-            n += 1
-            trial.report(curve(point, e), e)
-            if e < n_evaluations and trial.should_prune():
-                done.tell(trial, state=optuna.trial.TrialState.PRUNED)
-                break
-        else:
-            done.tell(trial, curve(point, n_evaluations))
-    complete = [one for one in done.trials if one.state == optuna.trial.TrialState.COMPLETE]
-    return min(error(one.params) for one in complete), n
+# --------------------------------------------------------------------------- a search each, in its own process
+
+
+def ours(options: argparse.Namespace, folder: Path, seed: int) -> dict[str, Any]:
+    """run_llama.py, as a user would type it."""
+    with tempfile.TemporaryDirectory() as place:
+        out = Path(place, "search")
+        _, seconds, peak = run(
+            [sys.executable, "run_llama.py", "--option", "search", "--train", str(folder / "train.txt"), "--dev",
+             str(folder / "dev.txt"), "--pretrained_model_path", str(MODEL), "--n_layers", str(options.n_layers),
+             "--epochs", str(options.epochs), "--patience", "0", "--attention", "causal", "--pooling", "last",
+             "--scheduler", "linear", "--hidden_dropout_prob", "0", "--dtype", options.dtype, "--device", "cpu",
+             "--space", SPACE, "--trials", str(options.trials), "--finalists", "0", "--seed", str(seed),
+             "--output_dir", str(out)])
+        with open(out / "trials.csv", encoding="utf-8", newline="") as file:
+            rows = list(csv.DictReader(file))
+        evaluations = [json.loads(line)["dev_acc"] for path in out.glob("trial-*/epochs.jsonl")
+                       for line in path.read_text(encoding="utf-8").splitlines()]
+    complete = [float(row["dev_acc"]) for row in rows if row["state"] == "complete"]
+    return {"seconds": seconds, "peak_bytes": peak, "score": max(complete), "best_evaluation": max(evaluations),
+            "complete": len(complete), "evaluations": len(evaluations)}
+
+
+def theirs(options: argparse.Namespace, folder: Path, seed: int) -> dict[str, Any]:
+    same = [f"--{k}={getattr(options, k)}" for k in ("dtype", "trials", "epochs")]
+    out, seconds, peak = run([sys.executable, "-m", "benchmarks.bench_search", "--worker", str(folder), "--seed",
+                              str(seed), *same])
+    return {"seconds": seconds, "peak_bytes": peak, **json.loads(out.splitlines()[-1])}
+
+
+def worker(options: argparse.Namespace) -> None:
+    """Search with the Trainer in this process, and print the result as a line of JSON."""
+    import optuna
+    from transformers import LlamaForSequenceClassification, Trainer, TrainingArguments
+
+    folder = Path(options.worker)
+    tokenizer = Tokenizer(tokenizer_model=MODEL)
+    splits = {}
+    for split in ("train", "dev"):
+        lines = (folder / f"{split}.txt").read_text(encoding="utf-8").splitlines()
+        pairs = (line.split(" ||| ", 1) for line in lines)
+        splits[split] = [(int(label), tokenizer.encode(text, bos=tokenizer.add_bos, eos=False))
+                         for label, text in pairs]
+    evaluations: list[float] = []
+
+    def accuracy(found) -> dict[str, float]:
+        evaluations.append(float((found.predictions.argmax(-1) == found.label_ids).mean()))
+        return {"acc": evaluations[-1]}
+
+    def space(trial) -> dict[str, Any]:
+        return {"learning_rate": trial.suggest_float("learning_rate", 1e-4, 3e-3, log=True),
+                "per_device_train_batch_size": trial.suggest_categorical("per_device_train_batch_size", [16, 32]),
+                "warmup_steps": trial.suggest_float("warmup_steps", 0, 0.2),
+                "weight_decay": trial.suggest_float("weight_decay", 1e-3, 1e-1, log=True)}
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    with tempfile.TemporaryDirectory() as place:
+        arguments = TrainingArguments(
+            place, num_train_epochs=options.epochs, per_device_eval_batch_size=64, eval_strategy="epoch",
+            seed=options.seed, bf16=options.dtype == "bfloat16", use_cpu=True, report_to=[], save_strategy="no",
+            logging_strategy="no", disable_tqdm=True)
+        trainer = Trainer(
+            model_init=lambda: LlamaForSequenceClassification.from_pretrained(folder / "model"), args=arguments,
+            train_dataset=splits["train"], eval_dataset=splits["dev"], compute_metrics=accuracy,
+            data_collator=lambda part: padded(part, tokenizer.pad_id))
+        best = trainer.hyperparameter_search(
+            hp_space=space, backend="optuna", n_trials=options.trials, direction="maximize",
+            compute_objective=lambda metrics: metrics["eval_acc"],
+            sampler=optuna.samplers.TPESampler(seed=options.seed, n_startup_trials=BY_CHANCE, multivariate=True),
+            pruner=optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=1))
+    print(json.dumps({"score": best.objective, "best_evaluation": max(evaluations), "evaluations": len(evaluations)}))
+
+
+# --------------------------------------------------------------------------- the comparison
 
 
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    arguments.add_argument("--repeats", type=int, default=30)
-    arguments.add_argument("--trials", type=int, default=30)
-    arguments.add_argument("--evaluations", type=int, default=9, help="of a trial")
-    arguments.add_argument("--seed", type=int, default=0, help="of the first repetition")
-    arguments.add_argument("--methods", nargs="+", choices=SETTINGS, default=["random", "tpe", "hyperband", "bohb"])
-    asked = arguments.parse_args()
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    warnings.filterwarnings("ignore")
-    seeds = range(asked.seed, asked.seed + asked.repeats)
-    found = {method: [searched(method, seed, asked.trials, asked.evaluations) for seed in seeds]
-             for method in asked.methods}
-    print(f"{asked.trials} trials of {asked.evaluations} evaluations, {asked.repeats} repetitions")
-    chance = [regret for regret, _ in found.get("random", [])]
-    for method, results in found.items():
-        regrets = [regret for regret, _ in results]
-        wins = sum(own <= other for own, other in zip(regrets, chance, strict=False))
-        print(f"{method:10} median regret {statistics.median(regrets):.4f}, "
-              f"{statistics.mean(n for _, n in results):.0f} evaluations, as good as chance or better in {wins}")
+    for name, default in (("rounds", 3), ("trials", 12), ("n_layers", 2), ("sentences", 2000), ("epochs", 2),
+                          ("seed", 1)):
+        arguments.add_argument(f"--{name}", type=int, default=default)
+    arguments.add_argument("--dtype", default="auto")
+    arguments.add_argument("--worker", help=argparse.SUPPRESS)
+    options = arguments.parse_args()
+    if options.worker:
+        worker(options)
+        return
+    need("models/smollm2-135m.gguf", "data/movies-train.txt", "data/movies-dev.txt")
+    device = choose_device(RunConfig(device="cpu", dtype=options.dtype))
+    options.dtype = str(device.dtype).removeprefix("torch.")
+    found: dict[str, list[dict[str, Any]]] = {"ours": [], "trainer": []}
+    with tempfile.TemporaryDirectory() as place:
+        prepare(Path(place), options)
+        ends = [limits(device.dtype)]
+        for turn in range(options.rounds):
+            for name, search in (("ours", ours), ("trainer", theirs)):
+                found[name].append(search(options, Path(place), options.seed + turn))
+                print(f"round {turn + 1}, {name}:", ", ".join(f"{k} {v:.5g}" for k, v in found[name][-1].items()),
+                      flush=True)
+            ends.append(limits(device.dtype))
+    speed = ratio([one["seconds"] for one in found["trainer"]], [one["seconds"] for one in found["ours"]])
+    print(f"ours is {speed['of_medians']:.2f} times as fast as the Trainer's search")
+    write("search-cpu", {"machine": machine(), "limits": ends, "dtype": options.dtype, "space": SPACE, **{
+        k: getattr(options, k) for k in ("trials", "n_layers", "sentences", "epochs", "seed")},
+        "measurements": found, "trainer_seconds_over_ours": speed})
 
 
 if __name__ == "__main__":

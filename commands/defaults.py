@@ -1,6 +1,7 @@
 """The settings of a run for which none was typed: those of the README's first command, with a rate that fits the number
 of layers."""
 
+from collections.abc import Set
 from dataclasses import replace
 from typing import Any
 
@@ -14,8 +15,9 @@ SETTINGS = ("attention", "pooling", "batch_size", "grad_accum", "hidden_dropout_
             "lr_scaling")
 
 
-def with_defaults(config: RunConfig, inputs: Inputs) -> RunConfig:
-    """The options of a training run, with the settings that are chosen where none was typed; a line says which.
+def with_defaults(config: RunConfig, inputs: Inputs, searched: Set[str] = frozenset()) -> RunConfig:
+    """The options of a training run, with the settings that are chosen where none was typed; a line says which, but for
+    those that are `searched` and so have another value in each trial.
 
     The classic pair, SST with stories42M, keeps the classic defaults, and a resumed run has its own. What the head of a
     finished run has learned with comes first.
@@ -29,7 +31,7 @@ def with_defaults(config: RunConfig, inputs: Inputs) -> RunConfig:
     chosen: dict[str, Any] = {"attention": "bidirectional", "pooling": "mean", "batch_size": 32,
                               "hidden_dropout_prob": 0.1, "lr": rate_for(n_layers)}
     if typed & {*SETTINGS}:
-        classic = {name: getattr(config, name) for name in chosen if name not in config.given}
+        classic = {name: getattr(config, name) for name in chosen if name not in config.given | searched}
         if classic:
             some = ", ".join(f"--{name}" for name in SETTINGS if name in typed)
             logs.notice(f"settings :: {in_words(classic)} (the classic defaults, since {some} "
@@ -37,9 +39,11 @@ def with_defaults(config: RunConfig, inputs: Inputs) -> RunConfig:
                         f"{in_words({name: chosen[name] for name in classic})})")
         return config
     chosen = {name: value for name, value in chosen.items() if name not in config.given}
-    logs.notice(f"settings :: {in_words(chosen)} (chosen, since none of these was typed; the rate is that for "
-                f"{counted(n_layers, 'layer')}. Type all of them to change one: beside one that is typed alone, the "
-                "others have their classic defaults)")
+    told = {name: value for name, value in chosen.items() if name not in searched}
+    rate = f"; the rate is that for {counted(n_layers, 'layer')}" if "lr" in told else ""
+    if told:
+        logs.notice(f"settings :: {in_words(told)} (chosen, since none of these was typed{rate}. Type all of them to "
+                    "change one: beside one that is typed alone, the others have their classic defaults)")
     return replace(config, **chosen, given=config.given | chosen.keys())
 
 

@@ -44,14 +44,14 @@ def run(config: RunConfig) -> int:
     asked, space = text, spaces.parse(text.replace(AUTO, f"lr={ANY_RATE}"))
     objective = objective_of(config)
     whole = inputs.load(config, need=("train", "dev"))
-    typed, config = config, defaults.with_defaults(config, whole)
-    for line in no_effect(typed):
-        logs.warn(f"no effect: {line}")
     if not text:
         rate = defaults.rate_for(config.n_layers or whole.weights.config.n_layers)
-        text = spaces.default_space(len(whole.splits["train"]), rate, config.ordinal, typed.given)
+        text = spaces.default_space(len(whole.splits["train"]), rate, config.ordinal, config.given)
         space = spaces.parse(text)
         logs.notice(f"space :: {text} (chosen, since no --space was typed)")
+    typed, config = config, defaults.with_defaults(config, whole, {one.name for one in space})
+    for line in no_effect(typed):
+        logs.warn(f"no effect: {line}")
     spaces.check(space, replace(config, given=typed.given))
     ground = Ground(trial.base_config(config, objective), trial.without_test(whole), devices.choose_device(config),
                     objective)

@@ -579,7 +579,7 @@ def regret(method: str, seed: int, n: int = 30) -> float:
 
 
 def test_tpe_finds_an_optimum_better_than_chance():
-    """Paired over seeds; benchmarks/bench_search.py has 30 of them."""
+    """Paired over seeds; benchmarks/bench_search_methods.py has 30 of them."""
     pairs = [(regret("tpe", seed), regret("random", seed)) for seed in range(6)]
     assert sum(tpe < chance for tpe, chance in pairs) >= 5, pairs
 
