@@ -155,7 +155,12 @@ def run_trial(point: dict[str, Any], folder: Path, seeds: list[int], n_evaluatio
         except Exception as error:
             if isinstance(error, OSError) and not is_out_of_memory(error):
                 raise
-            failure = error
+            # What the error holds, such as the tensors of a pass that had no room, must not stay beside the next trial.
+            failure = error.with_traceback(None) if is_out_of_memory(error) else error
+        finally:  # models, optimizers and loops hold each other, and must not pile up from run to run
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
         if failure:
             break
         values = scores_of(Path(config.output_dir or ""), ground.objective)
@@ -168,11 +173,6 @@ def run_trial(point: dict[str, Any], folder: Path, seeds: list[int], n_evaluatio
             reason = "timeout"
             break
     if failure:
-        # What the error holds, such as the tensors of a pass that had no room, must not stay beside the next trial.
-        failure = failure.with_traceback(None) if is_out_of_memory(failure) else failure
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
         return Outcome("failed", reason_of(failure), None, n_done, failure)
     score = statistics.mean(done)
     if reason == "diverged" or math.isnan(score):

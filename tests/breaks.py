@@ -498,6 +498,7 @@ BREAKS = [
 
     # The search
     Break("method is always tpe", "commands/study.py", 'if plan.method == "grid"', "if False", "grid", SEARCH),
+    Break("gp is chance", "commands/study.py", 'if plan.method == "gp"', "if False", "gp_finds", SEARCH),
     Break("the space is the default one", "commands/search.py", "spaces.read(config.space) if config.space",
           '"" if True', "space_is", SEARCH),
     Break("trials are counted anew at each start", "commands/study.py", "if len(trials) >= self.n_wanted:",
