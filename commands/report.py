@@ -66,7 +66,7 @@ def write_searches(paths: Sequence[str], folder: Path) -> None:
     for path in [Path(path) for path in paths if search_pages.is_search(Path(path))][:1]:
         try:
             logs.say(f"report :: {search_pages.write(path, folder)}")
-        except InputError as error:
+        except (InputError, OSError) as error:
             logs.warn(str(error))
 
 

@@ -11,13 +11,16 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from commands import defaults, finalists, inputs, lr_find, one_run, results, trial
 from commands import job as jobs
 from commands import space as spaces
+from commands import storage as storages
 from commands.inputs import Inputs
 from commands.space import Space
-from commands.study import Plan, Trials, hidden
+from commands.storage import hidden
+from commands.study import Plan, Trials
 from commands.trial import Ground, Outcome
 from config import InputError, RunConfig, counted, duration, no_effect
 from formats import files, weights
@@ -30,9 +33,10 @@ from training.streams import without_readers
 
 N_TRIALS = 20
 FIRST = 3  # when so many trials have failed, and none has come out, the search ends
-AUTO, ANY_RATE = "lr=auto", "log:1e-7..1e-2"  # --option lr_find tries these
+ANY_RATE = "log:1e-7..1e-2"  # --option lr_find tries these
 DATABASE, ABOUT = "search.db", "search.json"
-PLACES = {"option", "output_dir", "plots", "logger"}  # no number of a trial depends on them
+# No number of a trial depends on these, or the checksums of the data say what they name.
+PLACES = {"option", "output_dir", "plots", "logger", "train", "dev", "pretrained_model_path"}
 
 
 @without_readers()
@@ -40,10 +44,16 @@ def run(config: RunConfig) -> int:
     """Search, or go on with the search that is in the folder. Returns 0 when all trials of this process are done."""
     results.check_outputs(config)
     loggers.check_installed(config)
-    text = spaces.read(config.space) if config.space else ""
-    asked, space = text, spaces.parse(text.replace(AUTO, f"lr={ANY_RATE}"))
+    asked = text = spaces.read(config.space) if config.space else ""
+    is_auto = spaces.has_auto(text)
+    if is_auto and config.method == "grid":
+        raise InputError("--method grid: lr=auto is a continuous range; type the rates, such as lr=1e-4|3e-4|1e-3, or "
+                         "take another --method")
+    space = spaces.parse(spaces.with_rates(text, ANY_RATE))
     objective = objective_of(config)
-    whole = inputs.load(config, need=("train", "dev"))
+    check_seeds(config)
+    # No trial has folds, so nothing is cut or held out for them.
+    whole = inputs.load(replace(config, folds=None, fold=None), need=("train", "dev"))
     if not text:
         rate = defaults.rate_for(config.n_layers or whole.weights.config.n_layers)
         text = spaces.default_space(len(whole.splits["train"]), rate, config.ordinal, config.given)
@@ -52,22 +62,27 @@ def run(config: RunConfig) -> int:
     typed, config = config, defaults.with_defaults(config, whole, {one.name for one in space})
     for line in no_effect(typed):
         logs.warn(f"no effect: {line}")
-    spaces.check(space, replace(config, given=typed.given))
+    for line in spaces.check(space, replace(config, given=typed.given)):
+        logs.warn(line)
     ground = Ground(trial.base_config(config, objective), trial.without_test(whole), devices.choose_device(config),
                     objective)
     plan_of(config, text, space, ground)  # what cannot be is refused before anything is written
     folder = folder_of(config)
-    if AUTO in text.split():
-        before = finalists.read_about(folder / ABOUT)
-        text = before["space"] if before.get("asked") == asked else text.replace(AUTO, f"lr={rates_of(ground)}")
+    before = finalists.read_about(folder / ABOUT)
+    storage = config.storage or f"sqlite:///{quote((folder / DATABASE).as_posix(), safe='/: ')}"
+    kept = storages.name_in(storage, folder)
+    if before.get("storage", kept) != kept:
+        raise InputError(f"--output_dir {folder}: its trials are those of the storage {before['storage']}, and this "
+                         f"one is {kept}; name that one, or another --output_dir")
+    if is_auto:
+        known = before.get("space") if before.get("asked") == asked else None
+        text = known if isinstance(known, str) else spaces.with_rates(text, rates_of(ground))
         logs.notice(f"space :: {text} (the rates are the range test's)")
         space = spaces.parse(text)
     plan = plan_of(config, text, space, ground)
-    storage = config.storage or f"sqlite:///{(folder / DATABASE).as_posix()}"
     trials = Trials(plan, storage, folder)
-    files.write_json(folder / ABOUT, {**finalists.read_about(folder / ABOUT), "command": command_of(typed),
-                                      "method": config.method, "asked": asked, "space": text, "objective": objective,
-                                      "prune": plan.prune, "storage": hidden(storage)})
+    files.write_json(folder / ABOUT, {**before, "command": command_of(typed), "method": config.method, "asked": asked,
+                                      "space": text, "objective": objective, "prune": plan.prune, "storage": kept})
     if config.trials and trials.n_wanted < config.trials:
         logs.notice(f"--trials {config.trials}: the space has {counted(trials.n_wanted, 'point')}, and each is tried "
                     "once")
@@ -75,7 +90,7 @@ def run(config: RunConfig) -> int:
              f"{objective} decides")
     warn_of_room(folder, trials.n_wanted - len(trials.all()), config, whole)
     with going_on(command_of(typed)):
-        ground = replace(ground, baselines=one_run.compute_baselines(ground.inputs))
+        ground = replace(ground, baselines=one_run.compute_baselines(inputs.limit_train(config, ground.inputs)))
         search(config, trials, ground)
         return finalists.finish(config, trials, ground, whole)
 
@@ -91,6 +106,13 @@ def objective_of(config: RunConfig) -> str:
         raise InputError(f"--objective {objective} beside --monitor {config.monitor} needs --ordinal: the labels "
                          "have an order")
     return objective
+
+
+def check_seeds(config: RunConfig) -> None:
+    """Raises InputError for a --seed behind which there are no more seeds for the trials and the finalists."""
+    most = 2**63 - (config.seeds or 1) - config.final_seeds
+    if config.seed > most:
+        raise InputError(f"--seed {config.seed}: the seeds behind it are needed too; it must be {most} at most")
 
 
 def folder_of(config: RunConfig) -> Path:
@@ -134,7 +156,7 @@ def rates_of(ground: Ground) -> str:
     with logs.doing("testing the range of the learning rate"):
         points = lr_find.range_test(jobs.build_job(config, ground.inputs, ground.device), config, ground.device)
     if len(points) < lr_find.FEWEST:
-        raise InputError(f"--space {AUTO}: the loss was finite for {counted(len(points), 'step')} of the range test "
+        raise InputError(f"--space lr=auto: the loss was finite for {counted(len(points), 'step')} of the range test "
                          "only; type the rates")
     low, _, high = lr_find.suggestion(points)
     return f"log:{low:.1e}..{high:.1e}"
@@ -198,13 +220,15 @@ def search(config: RunConfig, trials: Trials, ground: Ground) -> None:
                 began = time.monotonic()
                 outcome = trial.run_trial(point, folder, seeds, each, ground, partial(trials.report, asked), deadline)
                 seconds = time.monotonic() - began
+                planned = len(seeds) * n_evaluations_of(spaces.configured(ground.config, point), ground.inputs)
                 trials.tell(asked, outcome.state, outcome.score, reason=outcome.reason,
-                            evaluations=outcome.n_evaluations, seconds=round(seconds, 2))
+                            evaluations=outcome.n_evaluations, planned=planned, seconds=round(seconds, 2))
             found = trials.all()
             logs.say(line_of(asked.number, outcome, point, seconds, found, ground))
             finalists.write_table(found, trials, ground)
             bar.update(f"search: {sum(one.state.is_finished() for one in found)} of {trials.n_wanted} trials")
             check_first(found, outcome)
+            del outcome  # its error may hold a model
 
 
 def line_of(number: int, outcome: Outcome, point: dict[str, Any], seconds: float, found: list[Any], ground: Ground,

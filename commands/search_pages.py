@@ -5,6 +5,7 @@ Nothing here imports torch.
 
 import csv
 import math
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,11 +23,13 @@ FIXED = ("number", "state", "reason", "evaluations", "seconds", "folder")  # col
 WIDTH = 7.0  # inches
 MOST_ACROSS = 4  # slices beside each other
 MOST_DRAWN = 2000  # trials
+APART = 0.3  # of an axis, between two of its numbers
 
 
 @dataclass(frozen=True)
 class Search:
-    """A search as its folder has it. `rows`: of trials.csv; `names`: of its parameters; `facts`: what stands on top."""
+    """A search as its folder has it. `rows`: of trials.csv; `names`: of its parameters; `facts`: what stands on top;
+    `finalists`: (trial, score in the search, mean, spread and number of the new seeds)."""
 
     objective: str
     rows: tuple[dict[str, str], ...]
@@ -34,6 +37,11 @@ class Search:
     names: tuple[str, ...]
     importances: dict[str, float]
     facts: tuple[tuple[str, str], ...]
+    finalists: tuple[tuple[int, float, float, float, int], ...] = ()
+
+    @property
+    def n_complete(self) -> int:
+        return sum(row["state"] == "complete" for row in self.rows)
 
     @property
     def rises(self) -> bool:
@@ -75,10 +83,27 @@ def read(path: Path) -> Search:
     known = about.get("importances")
     importances = {str(k): float(v) for k, v in known.items() if isinstance(v, int | float)} if isinstance(
         known, dict) else {}
-    facts = tuple((what, str(about[what])) for what in (
-        "command", "space", "method", "prune", "objective", "winner_run", "repeat") if about.get(what) is not None)
+    shown_names = {"winner": "winner: trial", "winner_run": "its run", "repeat": "the command that repeats it"}
+    facts = [(shown_names.get(what, what), str(about[what])) for what in (
+        "command", "space", "method", "prune", "objective", "winner", "winner_run", "repeat")
+        if about.get(what) is not None]
+    if isinstance(about.get("test"), dict) and isinstance(about["test"].get("acc"), float):
+        facts.append(("the winner's accuracy on the test split, looked at once", f"{about['test']['acc']:.3f}"))
     names = tuple(name for name in columns if name not in (*FIXED, objective))
-    return Search(objective, rows, columns, names, importances, facts)
+    return Search(objective, rows, columns, names, importances, tuple(facts), finalists_of(about))
+
+
+def finalists_of(about: dict[str, Any]) -> tuple[tuple[int, float, float, float, int], ...]:
+    """The finalists that a search.json names, the winner first; those that make no sense are left out."""
+    found = []
+    for one in about.get("finalists") or ():
+        try:
+            scores = [float(score) for score in one["scores"].values()]
+            spread = statistics.stdev(scores) if len(scores) > 1 else 0.0
+            found.append((int(one["trial"]), float(one["before"]), statistics.mean(scores), spread, len(scores)))
+        except (TypeError, KeyError, ValueError, AttributeError, statistics.StatisticsError):
+            continue
+    return tuple(found)
 
 
 def write(path: Path, folder: Path) -> Path:
@@ -158,8 +183,12 @@ def positions(values: Sequence[str]) -> tuple[list[float], list[tuple[float, str
     scaled = math.log if is_log else float
     low, high = scaled(numbers[0]), scaled(numbers[-1])
     found = [(scaled(float(value)) - low) / ((high - low) or 1) if value else math.nan for value in values]
-    marked = numbers if len(numbers) <= 5 else [numbers[0], numbers[-1]]
-    return found, [((scaled(x) - low) / ((high - low) or 1), f"{x:.3g}") for x in marked], is_log
+    places = [((scaled(x) - low) / ((high - low) or 1), f"{x:.3g}") for x in numbers]
+    marked = [places[0]]
+    for one in places[1:-1]:  # texts that are nearer would stand on each other
+        if one[0] - marked[-1][0] >= APART <= places[-1][0] - one[0]:
+            marked.append(one)
+    return found, marked + places[-1:] if len(places) > 1 else marked, is_log
 
 
 def parallel(search: Search, rows: Sequence[dict[str, str]]) -> Any:

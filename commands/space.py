@@ -25,7 +25,9 @@ SWITCH = {"on": True, "true": True, "off": False, "false": False}
 # What says which data are read and where things go, or belongs to the search itself.
 NOT_SEARCHED = {"option", "run", "dataset", "train", "dev", "test", "label_names", "text_column", "label_column",
                 "output_dir", "overwrite", "resume", "keep_state", "plan", "plots", "logger", "dev_out", "test_out",
-                "seeds", "folds", "fold", "max_minutes", "device", "use_gpu", "monitor", "ordinal"}
+                "seeds", "folds", "fold", "max_minutes", "device", "use_gpu", "monitor", "ordinal",
+                # and what changes no result
+                "overfit_batch", "check_gradients", "auto_batch", "new_head", "save_every", "kernels"}
 
 
 @dataclass(frozen=True)
@@ -80,15 +82,33 @@ def read(text_or_file: str) -> str:
         if "=" not in text_or_file:
             raise InputError(f"--space {text_or_file}: there is no such file, and no `=` in it; expected a file, or "
                              "parts such as lr=log:1e-6..1e-3")
-        return " ".join(text_or_file.split())
+        return plain(text_or_file)
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError:
         raise InputError(f"--space {path}: it is not UTF-8 text") from None
-    text = " ".join(" ".join(line.partition("#")[0] for line in lines).split())
+    text = plain(" ".join(line.partition("#")[0] for line in lines))
     if not text:
         raise InputError(f"--space {path}: there is nothing in it; expected parts such as lr=log:1e-6..1e-3")
     return text
+
+
+def plain(text: str) -> str:
+    """The parts with one space between, and without the dashes of an option."""
+    return " ".join(part.lstrip("-") for part in text.split())
+
+
+AUTO = re.compile(r"(?:lr|learning_rate)=auto")
+
+
+def has_auto(text: str) -> bool:
+    """Is the interval of the rate that of the range test?"""
+    return any(AUTO.fullmatch(part) for part in text.split())
+
+
+def with_rates(text: str, rates: str) -> str:
+    """The parts with this interval where `lr=auto` stands."""
+    return " ".join(f"lr={rates}" if AUTO.fullmatch(part) else part for part in text.split())
 
 
 def parse(text: str) -> Space:
@@ -121,10 +141,11 @@ def parse(text: str) -> Space:
 
 
 def _part(part: str) -> Parameter:
-    match = re.fullmatch(r"-{0,2}([^=\[\]]+)(?:\[([^\]]*)\])?=(.+)", part)
+    match = re.fullmatch(r"([^=\[\]]+)(?:\[([^\]]*)\])?=(.+)", part)
     if not match:
-        raise InputError(f"--space {part}: expected OPTION=VALUES, such as lr=log:1e-6..1e-3, batch_size=16|32, or "
-                         "step_size[scheduler=step]=int:20..200")
+        why = " (a comment can stand in a file only)" if part.startswith("#") else ", without spaces around the `=`"
+        raise InputError(f"--space {part}: expected OPTION=VALUES{why}, such as lr=log:1e-6..1e-3, batch_size=16|32, "
+                         "or step_size[scheduler=step]=int:20..200")
     name, conditions, values = match[1].replace("-", "_"), match[2], match[3]
     known = _option(name, part)
     one = Parameter(known.name, _domain(known, values, part))
@@ -147,7 +168,7 @@ def _option(name: str, part: str) -> Field[Any]:
     name = {"max_length": "max_sentence_len", **MEANT}.get(name, name) if name not in known else name
     searched = [f.name for f in known.values() if "finetune" in f.metadata["only"] and f.name not in NOT_SEARCHED]
     if name not in known:
-        near = difflib.get_close_matches(name, searched, n=1)
+        near = difflib.get_close_matches(name, [*searched, *MEANT], n=1)
         hint = f"did you mean {near[0]}?" if near else "see --option finetune --help"
         raise InputError(f"--space {part}: there is no option {name}: {hint}")
     if name == "seed":
@@ -168,7 +189,9 @@ def _value(field: Field[Any], word: str, part: str) -> Any:
     try:
         value = read_word(word)
     except ValueError:
-        raise InputError(f"--space {part}: {word} is not a {read_word.__name__}, which {field.name} takes") from None
+        what = "a whole number" if read_word is int else "a number"
+        hint = "; several values have | between them, and a range is LOW..HIGH" if re.search(r"\d[],;-]", word) else ""
+        raise InputError(f"--space {part}: {word} is not {what}, which {field.name} takes{hint}") from None
     choices, check = field.metadata.get("choices"), field.metadata.get("check")
     if choices and value not in choices:
         near = difflib.get_close_matches(word, choices, n=1)
@@ -181,7 +204,8 @@ def _value(field: Field[Any], word: str, part: str) -> Any:
 
 
 def _domain(field: Field[Any], values: str, part: str) -> Range | tuple[Any, ...]:
-    if ".." not in values:
+    read_word = value_type(field)
+    if ".." not in values or read_word not in (int, float):  # a path may have two dots
         words = values.split("|")
         if "" in words:
             raise InputError(f"--space {part}: there is nothing between two | or behind the last one")
@@ -189,14 +213,10 @@ def _domain(field: Field[Any], values: str, part: str) -> Range | tuple[Any, ...
         if len({*found}) < len(found):
             raise InputError(f"--space {part}: a value is there twice")
         return found
-    match = re.fullmatch(r"((?:log:|int:)*)([^:|]+?)\.\.([^:|]+)(?::(x?)([^:|]+))?", values)
-    read_word = value_type(field)
-    if not match or field.type is bool or read_word not in (int, float):
-        what = "expected LOW..HIGH, log:LOW..HIGH, int:LOW..HIGH, and a step behind a colon where there is one"
-        if not match:
-            raise InputError(f"--space {part}: {what}")
-        raise InputError(f"--space {part}: {field.name} takes no numbers, so it can have no range; give its values "
-                         "with | between them")
+    match = re.fullmatch(r"((?:log:|int:)*)([^:|]+?)\.\.([^:|.][^:|]*|\.\d[^:|.]*)(?::(x?)([^:|]+))?", values)
+    if not match or "..." in values:
+        raise InputError(f"--space {part}: expected LOW..HIGH, log:LOW..HIGH, int:LOW..HIGH, with two dots, and a step "
+                         "behind a colon where there is one")
     low, high = (_value(field, word, part) for word in (match[2], match[3]))
     is_log, is_whole = "log:" in match[1], "int:" in match[1] or read_word is int
     if low >= high:
@@ -307,26 +327,34 @@ def configured(config: RunConfig, point: dict[str, Any]) -> RunConfig:
     return replace(config, **values, given=config.given | values.keys())
 
 
-def check(space: Space, config: RunConfig) -> None:
-    """Raises InputError for a part that is typed as an option too, for points whose options contradict each other, and
-    for a part that has no effect anywhere."""
+def check(space: Space, config: RunConfig) -> list[str]:
+    """A line for each part that has no effect in some of the space. Raises InputError for a part that is typed as an
+    option too, for points whose options contradict each other, and for a part that has no effect anywhere."""
     for one in space:
         if one.name in config.given:
             raise InputError(f"--{one.name} is typed and is in the space too; leave one of them out")
     run = replace(config, option="finetune")
-    without_effect: dict[str, str] = {one.name: "" for one in space}
+    effects: dict[str, list[tuple[dict[str, Any], str]]] = {one.name: [] for one in space}
     for point in corners(space):
         at = configured(run, point)
         if fault := contradiction(at):
             raise InputError(f"--space: it contradicts itself at {in_words(point)}: {fault}")
         lines = dict(line.removeprefix("--").split(": ", 1) for line in no_effect(at))
         for name in point:
-            if name in without_effect and name not in lines:
-                del without_effect[name]
-            elif name in without_effect:
-                without_effect[name] = lines[name]
-    for name, why in without_effect.items():
-        raise InputError(f"--space: {name} has no effect anywhere in this space: {why or 'its condition never holds'}")
+            effects[name].append((point, lines.get(name, "")))
+    notes = []
+    for name, found in effects.items():
+        if all(why for _, why in found):
+            why = found[-1][1] if found else "its condition never holds"
+            raise InputError(f"--space: {name} has no effect anywhere in this space: {why}")
+        for other in space:
+            used = {point[other.name] for point, why in found if not why and other.name in point}
+            unused = {point[other.name] for point, why in found if why and other.name in point} - used
+            if used and unused and not isinstance(other.domain, Range):
+                some = "|".join(str(value) for value in other.domain if value in used)
+                notes.append(f"--space: {name} has no effect where {other.name} is {' or '.join(map(str, unused))}; "
+                             f"{name}[{other.name}={some}]=... searches it only where it has one")
+    return notes
 
 
 def in_words(point: dict[str, Any]) -> str:

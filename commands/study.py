@@ -7,26 +7,23 @@ not. And a process holds a lock on each trial that it works on: a trial whose lo
 """
 
 import json
-import os
-import re
 import time
-import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote
 
 from commands import space as spaces
 from commands.space import Parameter, Range, Space
+from commands.storage import HEARTBEAT, check_address, faults_named, file_of, hidden, lock_of, open_storage
 from config import InputError
 from formats import files
 
 STUDY = "minllama"  # one in a storage
-HEARTBEAT = 60  # seconds between two signs of life, where the storage has them
 DRAWS = 20  # of a point, until one that no trial has had yet
+BY_CHANCE = 5  # trials, before a sampler that learns begins
 WORKED_ON = ".trial.lock"
 
 
@@ -45,118 +42,6 @@ class Plan:
     name: dict[str, Any] = field(default_factory=dict)
 
 
-# --------------------------------------------------------------------------- the storage
-
-
-def hidden(text: str) -> str:
-    """A storage's address without its password."""
-    return re.sub(r"(://[^/:@\s]*):[^/\s]*@", r"\1:***@", text)
-
-
-@contextmanager
-def faults_named(storage: str) -> Iterator[None]:
-    """Inside, what a storage does not do becomes an OSError that names it, without its password."""
-    import optuna
-
-    try:
-        yield
-    except InputError:
-        raise
-    except Exception as error:
-        of_storage = isinstance(error, optuna.exceptions.StorageInternalError | ImportError | EOFError) or (
-            type(error).__module__.startswith("sqlalchemy"))
-        of_journal = "://" not in storage and isinstance(error, ValueError | KeyError)
-        if not of_storage and not of_journal:
-            raise
-        cause = error
-        while cause.__cause__ or cause.__context__:
-            cause = cause.__cause__ or cause.__context__  # type: ignore[assignment]
-        said = hidden(str(cause).strip().partition("\n")[0][:300])
-        for password in re.findall(r"://[^/:@\s]*:([^/\s]*)@", storage):
-            said = said.replace(password, "***").replace(unquote(password), "***")
-        hint = "install its driver" if isinstance(error, ImportError) else (
-            "it cannot be reached, has no room, or is damaged; nothing in it was changed")
-        raise OSError(f"--storage {hidden(storage)}: {said}: {hint}") from None
-
-
-def open_storage(storage: str) -> Any:
-    """The storage of an address, or of a journal's file. Raises OSError for one that cannot be used."""
-    import optuna
-    from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock, JournalFileSymlinkLock
-
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    warnings.filterwarnings("ignore", module="optuna")
-    warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
-
-    class Journal(JournalFileBackend):
-        """A journal whose last line is mended where a process was killed while it wrote it: nobody has been told of
-        that line, and behind it nothing could be read."""
-
-        def __init__(self, path: str):
-            self.path = path
-            # Windows makes links for nobody but administrators.
-            self.own_lock = (JournalFileSymlinkLock if os.name == "posix" else JournalFileOpenLock)(path)
-            super().__init__(path, self.own_lock)
-            with locked(self.own_lock):
-                mend(Path(path))
-
-        def append_logs(self, logs: list[dict[str, Any]]) -> None:
-            lines = "".join(json.dumps(one, separators=(",", ":")) + "\n" for one in logs)
-            with locked(self.own_lock):
-                mend(Path(self.path))
-                with open(self.path, "ab") as file:
-                    file.write(lines.encode())
-                    file.flush()
-                    os.fsync(file.fileno())
-
-    with faults_named(storage):
-        if "://" not in storage:
-            return optuna.storages.JournalStorage(Journal(storage))
-        more = {"connect_args": {"timeout": 60}} if storage.startswith("sqlite") else {"pool_pre_ping": True}
-        return optuna.storages.RDBStorage(storage, engine_kwargs=more, heartbeat_interval=HEARTBEAT)
-
-
-@contextmanager
-def locked(lock: Any) -> Iterator[None]:
-    """Inside, a journal's lock is held."""
-    lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def mend(path: Path) -> None:
-    """Cut off a last line of a journal that has no end. Call it with the journal's lock held."""
-    with open(path, "rb+") as file:
-        size = file.seek(0, os.SEEK_END)
-        end = size
-        while end:
-            begin = max(0, end - (1 << 16))
-            file.seek(begin)
-            at = file.read(end - begin).rfind(b"\n")
-            if at >= 0:
-                end = begin + at + 1
-                break
-            end = begin
-        if end < size:
-            file.truncate(end)
-            os.fsync(file.fileno())
-
-
-def lock_of(storage: str, folder: Path) -> Path:
-    """The file that is locked while a process looks how many trials there are and takes one: beside a storage that is a
-    file, so that all who use it meet there. Raises InputError where no such file can be."""
-    match = re.match(r"sqlite(?:\+\w+)?:///([^?]+)", storage)
-    if "://" in storage and not match:
-        return folder / ".ask"
-    path = Path(match[1] if match else storage)
-    if path.is_dir() or not path.absolute().parent.is_dir():
-        raise InputError(f"--storage {storage}: expected a file in a folder that there is, or an address such as "
-                         "sqlite:///search.db")
-    return path.with_name(f"{path.name}.ask")
-
-
 # --------------------------------------------------------------------------- the trials
 
 
@@ -169,6 +54,7 @@ class Trials:
     def __init__(self, plan: Plan, storage: str, folder: Path):
         import optuna
 
+        check_address(storage)
         self.plan, self.storage, self.folder = plan, storage, folder
         self.lock = lock_of(storage, folder)
         self.points = spaces.grid(plan.space) if plan.method == "grid" else None
@@ -185,11 +71,9 @@ class Trials:
         if known is None and not self.study.get_trials(deepcopy=False):
             self.study.set_user_attr("search", own)
         elif known != own:
-            known = known if isinstance(known, dict) else {}
-            other = [f"the {name} is {shortened(known.get(name))} there, {shortened(value)} here"
-                     for name, value in own.items() if known.get(name) != value]
-            raise InputError(f"--storage {hidden(self.storage)}: it belongs to another search: {'; '.join(other)}; "
-                             "name another --storage or --output_dir for this one")
+            raise InputError(f"--storage {hidden(self.storage)}: it belongs to another search: "
+                             f"{'; '.join(differences(known, own))}; name another --storage or --output_dir for this "
+                             "one")
 
     @property
     def n_wanted(self) -> int:
@@ -212,9 +96,10 @@ class Trials:
         with ExitStack() as stack:
             with files.locked(self.lock, waits=True), faults_named(self.storage):
                 found = self._left_behind(stack) or self._new(stack)
+                # With the lock held: whoever draws the next point must know this one.
+                point = spaces.walk(self.plan.space, partial(suggest, found[0])) if found else {}
             if found:
                 trial, folder = found
-                point = spaces.walk(self.plan.space, partial(suggest, trial))
                 stack.enter_context(self._heartbeat(trial))
                 yield trial, point, folder
             else:
@@ -272,8 +157,25 @@ class Trials:
             return True
         if "folder" in one.user_attrs:
             return False  # in a journal there are no signs of life, and its folder may be mounted elsewhere
+        if file_of(self.storage):
+            return True  # its lock is held from the first sign of a trial until it has a folder
         began = one.datetime_start
-        return "://" not in self.storage or began is None or time.time() - began.timestamp() > 2 * HEARTBEAT
+        return began is None or time.time() - began.timestamp() > 2 * HEARTBEAT
+
+    def others(self) -> int:
+        """How many trials other processes work on just now."""
+        import optuna
+
+        n = 0
+        with files.locked(self.lock, waits=True), faults_named(self.storage):
+            for one in self.study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.RUNNING,)):
+                lock = Path(one.user_attrs.get("folder", self.folder_of(one.number))) / WORKED_ON
+                if lock.is_file():
+                    with files.locked(lock) as is_free:
+                        n += not is_free
+                else:
+                    n += not self._is_silent(one)
+        return n
 
     @contextmanager
     def _heartbeat(self, trial: Any) -> Iterator[None]:
@@ -287,8 +189,7 @@ class Trials:
     def report(self, trial: Any, value: float, n: int) -> bool:
         """Tell of the n-th evaluation of a trial, counted from 1; is it so far behind that it ends here?"""
         with faults_named(self.storage):
-            if n not in trial.storage.get_trial(trial._trial_id).intermediate_values:
-                trial.report(value, n)
+            trial.report(value, n)  # one that a trial has reported before it was killed stays
             return bool(trial.should_prune())
 
     def tell(self, trial: Any, state: str, score: float | None, **about: Any) -> None:
@@ -334,9 +235,21 @@ def optuna_finished() -> type[Exception]:
     return UpdateFinishedTrialError
 
 
-def shortened(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 200 else text[:200] + " ..."
+def differences(known: Any, own: dict[str, Any]) -> list[str]:
+    """What another search has other than this one, for a person."""
+    if not isinstance(known, dict):
+        return ["another program made it"]
+    found = []
+    for name, value in own.items():
+        there = known.get(name)
+        if isinstance(value, dict) and isinstance(there, dict):
+            other = [one for one in sorted(value.keys() | there) if value.get(one) != there.get(one)]
+            found += [f"the file {one} is another one" if name == "data" else
+                      f"--{one} is {there.get(one, 'not typed')} there, {value.get(one, 'not typed')} here"
+                      for one in other]
+        elif there != value:
+            found.append(f"the {name} is {there} there, {value} here")
+    return found
 
 
 def count(space: Space) -> int | None:
@@ -364,12 +277,11 @@ def make_sampler(plan: Plan, seed: int) -> Any:
     """What draws the points of a method."""
     import optuna
 
-    first = min(10, max(5, plan.n_trials // 6))  # drawn by chance
     if plan.method in ("tpe", "bohb"):
-        return optuna.samplers.TPESampler(seed=seed, n_startup_trials=first, multivariate=True, constant_liar=True,
+        return optuna.samplers.TPESampler(seed=seed, n_startup_trials=BY_CHANCE, multivariate=True, constant_liar=True,
                                           group=any(one.conditions for one in plan.space))
     if plan.method == "gp":
-        return optuna.samplers.GPSampler(seed=seed, n_startup_trials=first, warn_independent_sampling=False)
+        return optuna.samplers.GPSampler(seed=seed, n_startup_trials=BY_CHANCE, warn_independent_sampling=False)
     return optuna.samplers.RandomSampler(seed=seed)
 
 

@@ -100,10 +100,19 @@ def scores_of(folder: Path, objective: str) -> list[float]:
 # --------------------------------------------------------------------------- a run in its folder
 
 
+def free_memory() -> None:
+    """Free what earlier runs have left: their models, optimizers and loops hold each other, and would pile up until
+    Python looks for such circles by itself."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 def run_once(config: RunConfig, ground: Ground, on_evaluation: Callable[[int, logs.EpochRecord], str] | None = None,
              ) -> dict[str, Any]:
     """The result of the run that these options ask for, in the folder that they name: read where it is finished, else
     gone on with from its own saved state, or begun. Raises InputError where another run is there."""
+    free_memory()
     folder = RunFolder(config.output_dir or "")
     folder.path.mkdir(parents=True, exist_ok=True)
     with logs.into(folder.path / LOG):
@@ -120,8 +129,9 @@ def run_once(config: RunConfig, ground: Ground, on_evaluation: Callable[[int, lo
         inputs, baselines = ground.inputs, ground.baselines
         if any(getattr(config, name) != getattr(ground.config, name) for name in READ_ANEW):
             inputs, baselines = without_test(run_inputs.load(config, need=("train", "dev"))), {}
-        if config.train_limit:
-            inputs, baselines = run_inputs.limit_train(config, inputs), {}
+        if config.train_limit and any(getattr(config, n) != getattr(ground.config, n) for n in ("train_limit", "seed")):
+            baselines = {}  # other sentences
+        inputs = run_inputs.limit_train(config, inputs)
         return one_run.train(config, inputs, ground.device, n_runs=0, known=baselines or None,
                              on_evaluation=on_evaluation)
 
@@ -155,12 +165,7 @@ def run_trial(point: dict[str, Any], folder: Path, seeds: list[int], n_evaluatio
         except Exception as error:
             if isinstance(error, OSError) and not is_out_of_memory(error):
                 raise
-            # What the error holds, such as the tensors of a pass that had no room, must not stay beside the next trial.
-            failure = error.with_traceback(None) if is_out_of_memory(error) else error
-        finally:  # models, optimizers and loops hold each other, and must not pile up from run to run
-            gc.collect()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            failure = error
         if failure:
             break
         values = scores_of(Path(config.output_dir or ""), ground.objective)

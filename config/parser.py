@@ -113,9 +113,15 @@ def parse_args(argv: list[str] | None = None, needs_command: bool = False) -> Ru
     for command in commands:
         if command not in COMMANDS and (near := difflib.get_close_matches(command, COMMANDS, n=1)):
             parser.error(f"--option {command}: did you mean --option {near[0]}?")
+    for word, after in itertools.pairwise(words):
+        if word == "--space" and after.startswith("--") and "=" in after:
+            parser.error('--space: its parts have no dashes: --space "lr=log:1e-4..1e-3 batch_size=16|32"')
     namespace, unknown = parser.parse_known_args(words)
     if unknown:
         name = unknown[0].partition("=")[0]
+        if namespace.space and not name.startswith("-"):
+            parser.error(f"{unknown[0]} stands behind --space and is no option; put the whole space in quotes: "
+                         f'--space "{namespace.space} {unknown[0]}"')
         meant = MEANT.get(name.lstrip("-").replace("-", "_"))
         if not meant and (near := difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.8)):
             parser.error(f"unknown option {name}: did you mean --option {near[0]}?")

@@ -162,7 +162,10 @@ def locked(path: Path, waits: bool = False) -> Iterator[bool]:
             else:
                 fcntl.flock(file, fcntl.LOCK_EX | (0 if waits else fcntl.LOCK_NB))
             is_ours = True
-        except OSError:
+        except OSError as error:
+            if waits:  # it is not held by another one: there are no locks here
+                raise OSError(f"{path}: files cannot be locked there ({error.strerror}); choose a folder on another "
+                              "file system") from None
             is_ours = False
         yield is_ours
 

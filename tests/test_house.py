@@ -24,7 +24,7 @@ FLOORS = [
         "report_pictures",
         "past_runs",
         "confirm",
-        "finalists", "trial", "study", "space",
+        "finalists", "trial", "study", "storage", "space",
         "series",
         "one_run",
         "resume",
@@ -115,7 +115,7 @@ WITHOUT_TORCH = [
     "formats.words", "training.data_checks", "training.calibration", "training.mistakes", "commands.space"]
 # What a room may import inside a function: a library that takes over 0.2 s, or one that only some systems have.
 LATE = {"sklearn", "scipy", "matplotlib", "safetensors", "tokenizers", "sentencepiece", "gguf", "tqdm", "importlib",
-        "optuna", "jinja2", "markupsafe", "pyarrow", "tensorboardX", "wandb", "mlflow", "fcntl", "msvcrt",
+        "optuna", "sqlalchemy", "jinja2", "markupsafe", "pyarrow", "tensorboardX", "wandb", "mlflow", "fcntl", "msvcrt",
         "resource"}
 
 

@@ -34,7 +34,8 @@ def one(text: str) -> Parameter:
     ("batch_size=16|32|80", (16, 32, 80)),
     ("optimizer=adamw|sgd", ("adamw", "sgd")),
     ("nesterov=on|off", (True, False)),
-    ("--label-smoothing=0.1", (0.1,)),
+    ("label-smoothing=0.1", (0.1,)),
+    ("tokenizer=../a|../b", ("../a", "../b")),
     ("learning_rate=log:1e-6..1e-3", Range(1e-6, 1e-3, is_log=True)),
     ("milestones=2,3|4", ("2,3", "4")),
 ])
@@ -47,6 +48,14 @@ def test_a_file_says_what_a_text_says(tmp_path):
     path.write_text("# rates\nlr=log:1e-6..1e-3   # wide\n\nbatch_size=16|32\n", encoding="utf-8")
     assert spaces.read(str(path)) == "lr=log:1e-6..1e-3 batch_size=16|32" == spaces.read(
         "lr=log:1e-6..1e-3\n batch_size=16|32")
+
+
+def test_a_file_of_windows_and_dashes_are_read(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbf--lr=auto\r\n--batch_size=16|32\r\n")
+    text = spaces.read(str(tmp_path / "a.txt"))
+    assert text == "lr=auto batch_size=16|32" and spaces.has_auto(text)
+    assert spaces.with_rates(text, "1e-5..1e-4") == "lr=1e-5..1e-4 batch_size=16|32"
+    assert not spaces.has_auto("batch_size=16|32")
 
 
 def test_parts_with_a_condition_stand_behind_what_they_depend_on():
@@ -103,19 +112,24 @@ def test_a_point_is_the_command_line_with_the_same_words(lr, batch):
     ("lr=1e-3..1e-6", "the range is empty"),
     ("lr=1e-3..1e-3", "the range is empty"),
     ("weight_decay=log:0..1", "log: needs a range above 0"),
-    ("lr=log:1e-6..abc", "abc is not a float"),
+    ("lr=log:1e-6..abc", "abc is not a number"),
     ("lr=-1..1", "lr -1: it must be above 0"),
     ("lr=nan|1", "lr nan"),
     ("hidden_dropout_prob=0.3|1.5", "hidden_dropout_prob 1.5: it must be at least 0 and below 1"),
     ("hidden_dropout_prob=0..1", "hidden_dropout_prob 1: it must be"),
     ("n_layers=int:0..4", "n_layers 0: it must be 1 or more"),
-    ("n_layers=1.5|2", "1.5 is not a int"),
+    ("n_layers=1.5|2", "1.5 is not a whole number"),
     ("lr=int:0.5..3", "int: goes from a whole number"),
     ("scheduler=cosine|setp", "did you mean step?"),
-    ("optimizer=adamw..sgd", "takes no numbers"),
+    ("optimizer=adamw..sgd", "cannot be adamw..sgd"),
     ("nesterov=on|maybe", "can be on or off"),
     ("lr=1e-4|1e-4", "a value is there twice"),
     ("lr=1e-4|", "nothing between two |"),
+    ("lr=1e-4,1e-3", "several values have | between them"),
+    ("lr=1e-4...1e-3", "with two dots"),
+    ("learning_rat=1|2", "did you mean learning_rate?"),
+    ("# a comment", "a comment can stand in a file only"),
+    ("kernels=auto|off", "cannot be searched"),
     ("lr=1e-4|1e-3 lr=1e-2", "in the space twice"),
     ("lr=log:1e-6..1e-3:10", "is a factor"),
     ("lr=log:1e-6..1e-3:x1", "must be a number above 1"),
@@ -171,8 +185,9 @@ def test_a_space_that_contradicts_itself_or_the_options_is_refused(text, typed, 
 
 def test_a_part_that_has_an_effect_somewhere_is_fine():
     config = RunConfig(option="search", given=frozenset({"option"}))
-    spaces.check(spaces.parse("optimizer=adamw|sgd momentum[optimizer=sgd]=0.5|0.9"), config)
-    spaces.check(spaces.parse("optimizer=adamw|sgd momentum=0.5|0.9"), config)
+    assert spaces.check(spaces.parse("optimizer=adamw|sgd momentum[optimizer=sgd]=0.5|0.9"), config) == []
+    (line,) = spaces.check(spaces.parse("optimizer=adamw|sgd momentum=0.5|0.9"), config)
+    assert "momentum has no effect where optimizer is adamw; momentum[optimizer=sgd]=..." in line
 
 
 @settings(deadline=None, max_examples=30)

@@ -23,7 +23,7 @@ import conftest  # noqa: E402
 import tiny  # noqa: E402
 
 N_TRIALS = 12
-ENDS = ("leader", "finalist", "flattered", "winner ::", "test acc", "pruned ::", "repeat ::")
+ENDS = ("leader", "finalist", "again", "winner ::", "test acc", "pruned ::", "repeat ::")
 
 
 def command(place: Path, *more: str) -> list[str]:
