@@ -5,9 +5,10 @@ Nothing here imports torch.
 
 import csv
 import math
+import re
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,8 @@ APART = 0.3  # of an axis, between two of its numbers
 @dataclass(frozen=True)
 class Search:
     """A search as its folder has it. `rows`: of trials.csv; `names`: of its parameters; `facts`: what stands on top;
-    `finalists`: (trial, score in the search, mean, spread and number of the new seeds)."""
+    `finalists`: (trial, score in the search, mean, spread and number of the new seeds); `is_log`: of the
+    parameters that have a range, is its scale logarithmic?"""
 
     objective: str
     rows: tuple[dict[str, str], ...]
@@ -38,6 +40,7 @@ class Search:
     importances: dict[str, float]
     facts: tuple[tuple[str, str], ...]
     finalists: tuple[tuple[int, float, float, float, int], ...] = ()
+    is_log: dict[str, bool] = field(default_factory=dict)
 
     @property
     def n_complete(self) -> int:
@@ -90,7 +93,9 @@ def read(path: Path) -> Search:
     if isinstance(about.get("test"), dict) and isinstance(about["test"].get("acc"), float):
         facts.append(("the winner's accuracy on the test split, looked at once", f"{about['test']['acc']:.3f}"))
     names = tuple(name for name in columns if name not in (*FIXED, objective))
-    return Search(objective, rows, columns, names, importances, tuple(facts), finalists_of(about))
+    ranges = re.findall(r"(\w+)(?:\[[^]]*\])?=([^|\s]*?)\.\.", str(about.get("space", "")))
+    is_log = {name: "log:" in begin for name, begin in ranges}
+    return Search(objective, rows, columns, names, importances, tuple(facts), finalists_of(about), is_log)
 
 
 def finalists_of(about: dict[str, Any]) -> tuple[tuple[int, float, float, float, int], ...]:
@@ -160,26 +165,29 @@ def history(search: Search, rows: Sequence[dict[str, str]]) -> Any:
     done = [row for row in rows if row["state"] == "complete"]
     for row in done:
         best.append((max if search.rises else min)([search.score(row), *best[-1:]]))
-    axes.step([int(row["number"]) for row in done], best, where="post", color=VERMILION, label="best so far")
+    last = [int(rows[-1]["number"])] if done else []
+    axes.step([*(int(row["number"]) for row in done), *last], best + best[-1:], where="post", color=VERMILION,
+              label="best so far")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     plot.legend_above(axes)
     axes.set(xlabel="trial", ylabel=search.objective)
     return figure
 
 
-def positions(values: Sequence[str]) -> tuple[list[float], list[tuple[float, str]], bool]:
-    """Where values stand between 0 and 1 ("" is NaN), some of them with their places, and whether the scale is
-    logarithmic: numbers that span a hundredfold have one, and what is no number stands in the order of the words."""
+def positions(values: Sequence[str], is_log: bool | None = None) -> tuple[list[float], list[tuple[float, str]]]:
+    """Where values stand between 0 and 1 ("" is NaN), and some of them with their places. What is no number stands in
+    the order of the words. `is_log`: the scale; None: logarithmic for numbers that span a hundredfold."""
     there = sorted({value for value in values if value})
     try:
         numbers = sorted({float(value) for value in there})
     except ValueError:
         numbers = []
     if not there:
-        return [math.nan] * len(values), [], False
+        return [math.nan] * len(values), []
     if not numbers:
         place = {value: i / max(1, len(there) - 1) for i, value in enumerate(there)}
-        return [place.get(value, math.nan) for value in values], [(at, value) for value, at in place.items()], False
-    is_log = numbers[0] > 0 and numbers[-1] >= 100 * numbers[0]
+        return [place.get(value, math.nan) for value in values], [(at, value) for value, at in place.items()]
+    is_log = numbers[0] > 0 and (numbers[-1] >= 100 * numbers[0] if is_log is None else is_log)
     scaled = math.log if is_log else float
     low, high = scaled(numbers[0]), scaled(numbers[-1])
     found = [(scaled(float(value)) - low) / ((high - low) or 1) if value else math.nan for value in values]
@@ -188,7 +196,7 @@ def positions(values: Sequence[str]) -> tuple[list[float], list[tuple[float, str
     for one in places[1:-1]:  # texts that are nearer would stand on each other
         if one[0] - marked[-1][0] >= APART <= places[-1][0] - one[0]:
             marked.append(one)
-    return found, marked + places[-1:] if len(places) > 1 else marked, is_log
+    return found, marked + places[-1:] if len(places) > 1 else marked
 
 
 def parallel(search: Search, rows: Sequence[dict[str, str]]) -> Any:
@@ -196,13 +204,13 @@ def parallel(search: Search, rows: Sequence[dict[str, str]]) -> Any:
     figure = plot.page_figure(WIDTH, 3.4, left=0.06, right=0.94, bottom=0.12)
     axes = figure.subplots()
     names = [*search.names, search.objective]
-    places = [positions([row[name] for row in rows]) for name in names]
+    places = [positions([row[name] for row in rows], search.is_log.get(name)) for name in names]
     ranked = sorted(range(len(rows)), key=lambda i: -search.score(rows[i]) if search.rises else search.score(rows[i]))
     best = {*ranked[: max(1, len(rows) // 10)]}
     for i in reversed(ranked):
         axes.plot(range(len(names)), [place[0][i] for place in places], color=BLUE if i in best else GREY,
                   alpha=1.0 if i in best else 0.35, linewidth=1.8 if i in best else 0.8, zorder=3 if i in best else 2)
-    for x, (_, marks, _) in enumerate(places):
+    for x, (_, marks) in enumerate(places):
         axes.axvline(x, color=GREY, linewidth=0.8)
         for at, text in marks:
             axes.text(x + 0.03, at, text, fontsize=7, va="center")
@@ -222,7 +230,7 @@ def slices(search: Search, rows: Sequence[dict[str, str]]) -> Any:
     grid = figure.subplots(down, across, squeeze=False)
     for i, name in enumerate(search.names):
         axes = grid[i // across][i % across]
-        places, marks, _ = positions([row[name] for row in rows])
+        places, marks = positions([row[name] for row in rows], search.is_log.get(name))
         axes.plot(places, [search.score(row) for row in rows], "o", color=BLUE, markersize=3, alpha=0.7)
         axes.set_xticks([at for at, _ in marks], [text for _, text in marks])
         axes.set_xlim(-0.08, 1.08)

@@ -187,10 +187,14 @@ def test_a_page_of_a_damaged_search_is_no_page(searched, capsys):
 
 def test_places_on_an_axis():
     assert search_pages.positions(["1", "", "3", "2"])[0] == pytest.approx([0, math.nan, 1, 0.5], nan_ok=True)
-    places, _, is_log = search_pages.positions(["1e-6", "1e-4", "1e-2"])
-    assert is_log and places == pytest.approx([0, 0.5, 1])
-    assert search_pages.positions(["sgd", "adamw", ""])[:2] == (pytest.approx([1, 0, math.nan], nan_ok=True),
-                                                               [(0.0, "adamw"), (1.0, "sgd")])
+    assert search_pages.positions(["1e-6", "1e-4", "1e-2"])[0] == pytest.approx([0, 0.5, 1])
+    assert search_pages.positions(["0", "0.001", "0.5"], is_log=False)[0] == pytest.approx([0, 0.002, 1])
+    assert search_pages.positions(["0.001", "0.25", "0.5"], is_log=False)[0] == pytest.approx([0, 0.5, 1], abs=2e-3)
+    assert search_pages.positions(["1", "2", "4"], is_log=True)[0] == pytest.approx([0, 0.5, 1])
+    assert [text for _, text in search_pages.positions(["1", "2", "3", "100", "50"], is_log=False)[1]] == [
+        "1", "50", "100"], "no text on another"
+    assert search_pages.positions(["sgd", "adamw", ""]) == (pytest.approx([1, 0, math.nan], nan_ok=True),
+                                                            [(0.0, "adamw"), (1.0, "sgd")])
 
 
 # --------------------------------------------------------------------------- the options
