@@ -42,6 +42,8 @@ def prepare(folder: Path, options: argparse.Namespace) -> None:
         part = random.Random(0).sample(lines, min(count or len(lines), len(lines)))
         (folder / f"{split}.txt").write_text("\n".join(part) + "\n", encoding="utf-8")
     whole = AutoModelForCausalLM.from_pretrained(MODEL.parent, gguf_file=MODEL.name, dtype=torch.float32)
+    if hasattr(whole.config, "quantization_config"):
+        del whole.config.quantization_config  # the weights are not quantised any more, and a Trainer believes it
     whole.config.num_hidden_layers, whole.config.num_labels = options.n_layers, 5
     whole.config.pad_token_id = Tokenizer(tokenizer_model=MODEL).pad_id
     torch.manual_seed(0)
