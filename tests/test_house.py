@@ -80,7 +80,7 @@ FLOORS = [
         "run_folder",
         "logs",
     )],
-    ["dataset", "classifier"],
+    ["dataset", "classifier", "lora"],
     ["llama", "tokenizer"],
     [f"formats.{name}" for name in (
         "run_tables",
