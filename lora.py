@@ -110,3 +110,19 @@ def merge(model: nn.Module) -> dict[str, Tensor]:
                              "model (has its training diverged?)")
         weights[f"{name}.weight"] = merged
     return weights
+
+
+def hold_base(model: nn.Module, dtype: torch.dtype) -> None:
+    """Keep the frozen matrices of a model with adapters in `dtype`, in place: those are what autocast's products want,
+    and it has not to cast them at each one. Norms stay in float32."""
+    if has_adapters(model):
+        for name, parameter in model.named_parameters():
+            if not is_adapter(name) and name.startswith("llama.") and parameter.dim() > 1:
+                parameter.data = parameter.data.to(dtype)
+
+
+def without_base(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Of the `state_dict` of a classifier with adapters those and the head; of one without adapters all."""
+    if not any(map(is_adapter, state)):
+        return state
+    return {name: tensor for name, tensor in state.items() if is_adapter(name) or not name.startswith("llama.")}

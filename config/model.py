@@ -61,6 +61,18 @@ LORA_TARGETS = {  # of each layer: the matrix's name in --lora_targets, and here
 
 
 @dataclass(frozen=True)
+class Base:
+    """The pretrained weights that an adapter was trained on: a file or a folder, and `formats.files.sha256` of it."""
+
+    path: str
+    sha256: str
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.path, str) or not isinstance(self.sha256, str):
+            raise ValueError(f"the base is {self.path!r} with the sha256 {self.sha256!r}; both must be texts")
+
+
+@dataclass(frozen=True)
 class LoraConfig:
     """Low-rank adapters (`lora.py`). `r`: their rank; `alpha`: with it, the scale of what they add; `dropout`: on their
     input; `targets`: the names in LORA_TARGETS of the matrices that get one; `rs`: the scale is alpha / sqrt(r) instead
