@@ -31,7 +31,7 @@ def build_job(config: RunConfig, inputs: Inputs, device: Device) -> Job[Classifi
         llama = load_pretrained(inputs.weights, config.n_layers, config.dropout, config.attention, has_output=False)
     llama.grad_checkpoint = config.grad_checkpoint
     settings = ClassifierConfig(len(inputs.names), inputs.names, config.pooling, config.loss,
-                                config.hidden_dropout_prob, config.max_sentence_len, llama.config)
+                                config.hidden_dropout_prob, config.max_sentence_len, llama.config, config.head_bias)
     model = LlamaEmbeddingClassifier(settings, llama)
     is_trained = start.has_head(config, inputs.weights)
     if is_trained:

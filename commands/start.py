@@ -17,7 +17,7 @@ def has_head(config: RunConfig, weights: Weights) -> bool:
 
 def with_learned(config: RunConfig, inputs: Inputs) -> RunConfig:
     """The options of a training that begins with a finished run: what its head has learned with (pooling, attention,
-    loss) is kept where nothing else is typed, and said. Raises InputError for what the head cannot be used with.
+    loss, bias) is kept where nothing else is typed, and said. Raises InputError for what the head cannot be used with.
 
     With --new_head only the attention is kept, which is what the Llama has learned with. A resumed run has its own
     options.
@@ -32,6 +32,7 @@ def with_learned(config: RunConfig, inputs: Inputs) -> RunConfig:
     if not config.new_head:
         check_head(config, inputs, run)
         learned |= {"pooling": run.pooling, "loss": run.loss}
+        config = replace(config, head_bias=run.head_bias)
     other = [f"--{name} {getattr(config, name)} instead of {value}" for name, value in learned.items()
              if name in config.given and getattr(config, name) != value]
     if other:
@@ -51,6 +52,8 @@ def check_head(config: RunConfig, inputs: Inputs, run: ClassifierConfig) -> None
                  "give them the same names in the same order (--label_names)")
     elif "loss" in config.given and config.loss != run.loss:
         fault = f"the head of that run has learned with --loss {run.loss}, and --loss is {config.loss}; leave it out"
+    elif config.head_bias and not run.head_bias:
+        fault = "the head of that run has no bias, and --head_bias asks for one; leave it out"
     elif config.n_layers not in (None, run.llama.n_layers):
         fault = (f"the head of that run has learned on {counted(run.llama.n_layers, 'layer')}, and --n_layers is "
                  f"{config.n_layers}; leave it out")

@@ -58,7 +58,7 @@ def _option(group: str, default: Any, help: str, *, only: tuple[str, ...] = TRAI
             **more: Any) -> Any:
     """A field of `RunConfig`. `only`: the commands that use the option; `common`: is it in the short help? Without what
     it `needs` it has no effect; without what it `requires`, or beside another of `one_of`, it is refused. `also`: what
-    other programs call it."""
+    other programs call it; `earlier`: what runs did that are older than the option, where that is not its default."""
     return field(default=default, metadata={"group": group, "help": help, "only": only, "common": common,
                  "needs": needs, "requires": requires, "one_of": one_of, "also": also, **more})
 
@@ -135,6 +135,9 @@ class RunConfig:
     attention: str = _model("causal", "what a token sees: the ones before it, or all",
         choices=("causal", "bidirectional"))
     pooling: str = _model("last", "how a sentence's hidden states become one vector", choices=POOLINGS)
+    head_bias: bool = _model(False, "the linear head has a bias; without one, `transformers` and `peft` can load the "
+        "classifier (--option export)", earlier=True,
+        needs=[Need(lambda c: c.loss == "ce", "the head of --loss {loss} has none")])
     hidden_dropout_prob: float = _model(0.3, "dropout in front of the classification head", check=PROBABILITY,
         common=True, also="classifier_dropout")
     dropout: float = _model(0.0, "embedding, attention and residual dropout inside the stack", check=PROBABILITY,
