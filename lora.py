@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from config import LORA_TARGETS, InputError, LoraConfig
+from formats import adapters
+from formats.adapters import Adapter, row_norms
 from llama import Linear, Llama
 
 ADAPTER = ("lora_a", "lora_b", "magnitude")  # the last part of the adapters' names
@@ -38,11 +40,9 @@ class LoRALinear(Linear):
         self.weight = linear.weight
         self.weight.requires_grad_(False)
         self.scale, self.dropout = config.scale, config.dropout
-        where = linear.weight.device
-        self.lora_a = nn.Parameter(torch.empty(config.r, linear.in_features, device=where))
-        self.lora_b = nn.Parameter(torch.zeros(linear.out_features, config.r, device=where))
-        if not where.type == "meta":
-            nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))  # as PEFT does: uniform in +- 1 / sqrt(in)
+        self.lora_a = nn.Parameter(torch.empty(config.r, linear.in_features))
+        self.lora_b = nn.Parameter(torch.zeros(linear.out_features, config.r))
+        nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))  # as PEFT does: uniform in +- 1 / sqrt(in)
         self.magnitude = nn.Parameter(row_norms(linear.weight.detach())) if config.dora else None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -53,23 +53,8 @@ class LoRALinear(Linear):
         if self.magnitude is None:
             return out
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-            norms = row_norms(self.effective())
+            norms = row_norms(adapters.effective(self.weight, self.lora_a, self.lora_b, self.scale))
         return out * (self.magnitude / norms).to(out.dtype)
-
-    def effective(self) -> Tensor:
-        """W + s B A, float32."""
-        return torch.addmm(self.weight.float(), self.lora_b.float(), self.lora_a.float(), alpha=self.scale)
-
-    @torch.no_grad()
-    def merged(self) -> Tensor:
-        """The one matrix (out, in), float32, that computes the same."""
-        merged = self.effective()
-        return merged if self.magnitude is None else merged * (self.magnitude.float() / row_norms(merged))[:, None]
-
-
-def row_norms(weight: Tensor) -> Tensor:
-    """|w| of each row of a matrix (out, in): (out,), float32."""
-    return torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32)
 
 
 def add(llama: Llama, config: LoraConfig) -> None:
@@ -104,12 +89,25 @@ def merge(model: nn.Module) -> dict[str, Tensor]:
     with DoRA its rows scaled). The model stays as it is. Raises InputError for numbers that are not finite."""
     weights = {name: tensor.detach().float() for name, tensor in model.state_dict().items() if not is_adapter(name)}
     for name, module in adapted(model):
-        merged = module.merged()
-        if not torch.isfinite(merged).all():
-            raise InputError(f"the adapter of {name} gives numbers that are not finite; it cannot be merged into the "
-                             "model (has its training diverged?)")
-        weights[f"{name}.weight"] = merged
+        with torch.no_grad():
+            weights[f"{name}.weight"] = adapters.merged(name, module.weight, module.lora_a, module.lora_b, module.scale,
+                                                        module.magnitude)
     return weights
+
+
+def load(llama: Llama, adapter: Adapter) -> None:
+    """Put the numbers of an adapter into a model that has such adapters, in place. Raises InputError where they are of
+    other shapes, which means another base."""
+    own = {name: parameter for name, parameter in llama.named_parameters() if is_adapter(name)}
+    for name in sorted(own.keys() | adapter.tensors.keys()):
+        wanted, found = own.get(name), adapter.tensors.get(name)
+        if wanted is None or found is None or wanted.shape != found.shape:
+            shapes = [None if one is None else tuple(one.shape) for one in (found, wanted)]
+            raise InputError(f"{adapter.path}: its {name} has the shape {shapes[0]}, and this model wants {shapes[1]}; "
+                             "is the adapter for another base?")
+    with torch.no_grad():
+        for name, parameter in own.items():
+            parameter.copy_(adapter.tensors[name])
 
 
 def hold_base(model: nn.Module, dtype: torch.dtype) -> None:

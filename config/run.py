@@ -153,7 +153,7 @@ class RunConfig:
     lora_dropout: float = _lora(0.0, "dropout in front of the adapters", check=PROBABILITY, needs=[LORA])
     lora_targets: str = _lora("all", "which matrices of each layer get an adapter: q, k, v, o, gate, up, down, with "
         "commas between, or all", metavar="NAME[,NAME]", needs=[LORA], also="lora_target_modules target_modules",
-        check=Check(lambda x: x == "all" or names_in(x) and {*names_in(x)} <= {*LORA_TARGETS},
+        check=Check(lambda x: x == "all" or bool(names_in(x)) and {*names_in(x)} <= {*LORA_TARGETS},
                     f"all, or some of {', '.join(LORA_TARGETS)} with commas"))
     lora_rs: bool = _lora(False, "multiply with alpha / sqrt(R) instead (rsLoRA), for large ranks", needs=[LORA],
         also="use_rslora")
