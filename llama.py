@@ -277,6 +277,8 @@ class Llama(nn.Module):
         if lengths is not None and self.config.attention == "bidirectional":
             mask = (torch.arange(end, device=tokens.device) < lengths[:, None])[:, None, None, :]
         x = self.dropout(self.tok_embeddings(tokens))
+        if torch.is_autocast_enabled(tokens.device.type):
+            x = x.float()  # weights may be in bfloat16; what the layers add up is in float32
         for i, layer in enumerate(self.layers):
             only = at if i + 1 == len(self.layers) else None
             if only is not None and self.config.attention == "causal":
@@ -346,9 +348,10 @@ class Llama(nn.Module):
 
 
 def load_pretrained(path: str | Path | Weights, n_layers: int | None = None, dropout: float = 0.0,
-                    attention: str = "causal", has_output: bool = True) -> Llama:
-    """A Llama in float32, in evaluation mode, with the weights of a file or folder of any format.
+                    attention: str = "causal", has_output: bool = True, dtype: torch.dtype = torch.float32) -> Llama:
+    """A Llama in evaluation mode, with the weights of a file or folder of any format.
 
+    `dtype`: of the weights in memory, where they are once, however the file holds them. What is trained is in float32.
     `n_layers`: the first K layers of the stack only (the others are not read). `has_output`: with the layer that gives
     the logits of words, which a classifier has no use for. Raises FileNotFoundError, or InputError for a file that is
     damaged, of another architecture, that holds other shapes than it says, or that lacks the output layer.
@@ -369,7 +372,7 @@ def load_pretrained(path: str | Path | Weights, n_layers: int | None = None, dro
                              f"wants {tuple(parameter.shape)}")
     names = [name for name, _ in model.named_parameters()]
     with ThreadPoolExecutor(min(4, torch.get_num_threads())) as pool:
-        state = dict(zip(names, pool.map(lambda name: weights.readers[name]().contiguous(), names), strict=True))
+        state = dict(zip(names, pool.map(lambda name: weights.readers[name](dtype).contiguous(), names), strict=True))
     model.load_state_dict(state, assign=True, strict=False)
     if has_output and config.tie_embeddings:
         model.output.weight = model.tok_embeddings.weight

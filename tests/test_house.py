@@ -89,6 +89,8 @@ FLOORS = [
         "command_lines",
         "past_run",
         "weights",
+        "huggingface", "llama2c", "gguf_weights",
+        "tensors",
         "gguf",
         "words",
         "holdout",
