@@ -176,7 +176,7 @@ def _safetensors_files(path: Path) -> list[Path]:
             raise InputError(f"{index}: weight_map is not a list of files")
         names = sorted(set(shards.values()))
         for name in names:
-            if Path(name).name != name or "\\" in name:
+            if Path(name).name != name or "\\" in name or name == "..":
                 raise InputError(f"{index}: it names the file {name!r}, which is outside the folder")
             if not (path / name).is_file():
                 raise FileNotFoundError(f"{path / name}: there is no such file; {index.name} names it as one of "

@@ -337,7 +337,8 @@ def test_a_pt_cut_anywhere_is_refused(tmp_path):
     dict(head_count=3), dict(head_count_kv=4), dict(head_count_kv=0), dict(head_count=16, head_count_kv=8),
     dict(rope_dimension_count=4), dict(context_length=0), dict(layer_norm_rms_eps=float("nan")),
     dict(layer_norm_rms_eps=-1.0), dict(rope_freq_base=0.0), dict(rope_freq_base=float("inf")),
-    dict(head_count=[4, 4, 4]), dict(feed_forward_length=[64, 64, 64]),
+    dict(head_count=[4, 4, 4]), dict(feed_forward_length=[64, 64, 64]), dict(key_length=7), dict(key_length=12),
+    dict(value_length=4), dict(expert_count=8), dict(sliding_window=16), dict(rope_scaling_factor=float("nan")),
 ], ids=str)
 def test_a_gguf_that_promises_another_model_than_it_holds_is_refused(tmp_path, numbers):
     path = tiny.write_gguf(tmp_path / "other.gguf", tiny.hf_model(), **numbers)
@@ -458,6 +459,97 @@ def test_a_pt_that_is_no_llama2c_checkpoint_is_refused(tmp_path, fault):
         load_pretrained(path)
 
 
+# --------------------------------------------------------------------------- llama2.c's .bin
+
+
+def write_bin(path, theirs, version, is_tied):
+    """As legacy_export and version1_export of llama2.c's export.py write a model."""
+    c, state = theirs.config, tiny.pt_dict(theirs)["model"]
+    layers = range(c.num_hidden_layers)
+    numbers = [c.hidden_size, c.intermediate_size, c.num_hidden_layers, c.num_attention_heads, c.num_key_value_heads,
+               c.vocab_size, c.max_position_embeddings]
+
+    def of_layers(*names):
+        return [state[f"layers.{i}.{name}.weight"] for name in names for i in layers]
+
+    attention = of_layers(*(f"attention.w{x}" for x in "qkvo"))
+    feed_forward = of_layers(*(f"feed_forward.w{i}" for i in (1, 2, 3)))
+    if version == 0:
+        head = struct.pack("<7i", *numbers[:5], numbers[5] if is_tied else -numbers[5], numbers[6])
+        tables = [torch.full((c.max_position_embeddings, c.hidden_size // c.num_attention_heads // 2), 9.0)] * 2
+        parts = [state["tok_embeddings.weight"], *of_layers("attention_norm"), *attention, *of_layers("ffn_norm"),
+                 *feed_forward, state["norm.weight"], *tables]
+    else:
+        head = (struct.pack("<Ii7iB", 0x616B3432, version, *numbers, is_tied)).ljust(256, b"\0")
+        parts = [*of_layers("attention_norm"), *of_layers("ffn_norm"), state["norm.weight"],
+                 state["tok_embeddings.weight"], *attention, *feed_forward]
+    parts += [] if is_tied else [state["output.weight"]]
+    path.write_bytes(head + b"".join(part.numpy().astype("<f4").tobytes() for part in parts))
+    return path
+
+
+@pytest.mark.parametrize("version", [0, 1])
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_a_llama2c_bin_equals_transformers(tmp_path, version, tied, kv_heads):
+    theirs = tiny.hf_model(kv_heads, tied)
+    path = write_bin(tmp_path / "tiny.bin", theirs, version, tied)
+    ours = load_pretrained(path)
+    same_numbers(ours, theirs)
+    assert ours.config.tie_embeddings == tied and ours.config.max_seq_len == tiny.CONTEXT
+    ours.config.layer_norm_eps = theirs.config.rms_norm_eps  # which the file does not say: 1e-5
+    for module in ours.modules():
+        module.eps = theirs.config.rms_norm_eps
+    equals(ours, theirs, atol=1e-4, new_tokens=3)
+
+
+@pytest.mark.parametrize("version", [0, 1])
+def test_a_llama2c_bin_cut_anywhere_or_longer_is_refused(tmp_path, version):
+    path = write_bin(tmp_path / "tiny.bin", tiny.hf_model(), version, True)
+    whole = path.read_bytes()
+    for cut in [*range(0, 40), 255, 256, 257, *range(1000, len(whole), 9973), len(whole) - 1]:
+        path.write_bytes(whole[:cut])
+        with refused(path):
+            load_pretrained(path)
+    path.write_bytes(whole + b"\0")
+    with refused(path, "bytes"):
+        load_pretrained(path)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 6), st.one_of(st.integers(-2**31, 2**31 - 1), st.integers(-2, 200))),
+                min_size=1, max_size=3), st.sampled_from([0, 1]))
+def test_hostile_numbers_in_the_header_of_a_bin_are_refused(tmp_path_factory, numbers, version):
+    """Or they describe the same bytes in another way; nothing is allocated before that is known."""
+    path = write_bin(tmp_path_factory.getbasetemp() / "hostile.bin", tiny.hf_model(), version, True)
+    content = bytearray(path.read_bytes())
+    for at, value in numbers:
+        struct.pack_into("<i", content, 4 * at + (8 if version else 0), value)
+    path.write_bytes(content)
+    try:
+        model = load_pretrained(path)
+    except ValueError as error:
+        assert str(path) in str(error)
+    else:
+        assert sum(p.nbytes for p in model.parameters()) <= len(content)
+
+
+def test_a_llama2c_bin_of_version_2_is_refused_by_its_number(tmp_path):
+    path = write_bin(tmp_path / "q8.bin", tiny.hf_model(), 2, True)
+    with refused(path, "version 2"):
+        load_pretrained(path)
+
+
+def test_a_pickle_called_bin_is_still_a_pickle(tmp_path):
+    torch.save(tiny.pt_dict(tiny.hf_model()), tmp_path / "new.bin")
+    torch.save(tiny.pt_dict(tiny.hf_model()), tmp_path / "old.bin", _use_new_zipfile_serialization=False)
+    for name in ("new.bin", "old.bin"):
+        same_numbers(load_pretrained(tmp_path / name), tiny.hf_model())
+
+
+# --------------------------------------------------------------------------- a .pt that is another's
+
+
 def test_a_pt_that_holds_no_dict_is_refused(tmp_path):
     torch.save([1, 2, 3], tmp_path / "list.pt")
     with refused(tmp_path / "list.pt", "model_args"):
@@ -493,6 +585,60 @@ def test_a_config_json_that_cannot_be_is_refused(hf_folder, tmp_path, fault):
     (tmp_path / "config.json").write_bytes(content)
     with refused(tmp_path):
         load_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(("change", "words"), [
+    ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "rope scaling 'yarn'"),
+    ({"rope_parameters": None, "rope_scaling": {"type": "dynamic", "factor": 4.0}}, "rope scaling 'dynamic'"),
+    ({"rope_parameters": {"rope_type": "longrope", "short_factor": [1.0]}}, "rope scaling 'longrope'"),
+    ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor"),
+    ({"rope_parameters": {"rope_type": "linear"}}, "factor"), ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+    ({"hidden_act": "gelu"}, "activation"), ({"attention_bias": True}, "a bias"), ({"mlp_bias": True}, "a bias"),
+    ({"sliding_window": 32}, "sliding_window"), ({"num_local_experts": 8}, "experts"),
+    ({"final_logit_softcapping": 30.0}, "a soft cap"), ({"use_qk_norm": True}, "norms of queries and keys"),
+    ({"quantization_config": {"quant_method": "gptq"}}, "quantisation"), ({"model_type": "qwen2"}, "biases"),
+    ({"model_type": "mixtral"}, "experts"), ({"model_type": "qwen3"}, "norms of queries"),
+    ({"model_type": "gemma2"}, "soft caps"), ({"model_type": "olmo"}, "another norm"),
+    ({"model_type": ["llama"]}, "llama"),
+    ({"model_type": "mistral"}, "sliding_window is 4096"), ({"head_dim": 7}, "head_dim"), ({"head_dim": 12}, "wq"),
+], ids=str)
+def test_what_a_llama_has_not_is_refused_by_name(hf_folder, tmp_path, change, words):
+    shutil.copy(hf_folder / "model.safetensors", tmp_path)
+    config = json.loads((hf_folder / "config.json").read_text(encoding="utf-8"))
+    config["max_position_embeddings"] = 8192  # so that a window of 4096 cuts something off
+    (tmp_path / "config.json").write_text(json.dumps({**config, **change}), encoding="utf-8")
+    with refused(tmp_path, words):
+        load_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(("key", "words"), [
+    ("model.layers.0.self_attn.q_proj.bias", "a bias"), ("model.layers.0.self_attn.q_norm.weight", "a norm of queries"),
+    ("model.layers.0.mlp.experts.0.up_proj.weight", "an expert"), ("lm_head.bias", "a bias"),
+    ("model.layers.0.self_attn.q_proj.lora_A.weight", "an adapter"), ("model.norm.bias", "a bias"),
+    ("model.layers.0.pre_feedforward_layernorm.weight", "another norm"),
+])
+def test_a_tensor_that_a_llama_has_not_is_refused_by_name(hf_folder, tmp_path, key, words):
+    from safetensors.torch import load_file, save_file
+
+    shutil.copy(hf_folder / "config.json", tmp_path)
+    save_file({**load_file(hf_folder / "model.safetensors"), key: torch.zeros(4)}, tmp_path / "model.safetensors")
+    with refused(tmp_path, words):
+        load_pretrained(tmp_path)
+
+
+def test_a_missing_shard_and_one_outside_the_folder_are_named(tmp_path):
+    tiny.hf_relative().save_pretrained(tmp_path / "folder", max_shard_size="30KB")
+    shards = sorted((tmp_path / "folder").glob("*.safetensors"))
+    shards[1].rename(tmp_path / "moved.safetensors")
+    with refused(shards[1], "there is no such file"):
+        load_pretrained(tmp_path / "folder")
+    index = tmp_path / "folder" / "model.safetensors.index.json"
+    for outside in ("../moved.safetensors", str(tmp_path / "moved.safetensors"), "..\\moved.safetensors", ".."):
+        text = json.loads(index.read_text(encoding="utf-8"))
+        text["weight_map"]["model.norm.weight"] = outside
+        (index).write_text(json.dumps(text), encoding="utf-8")
+        with refused(index, "outside the folder"):
+            load_pretrained(tmp_path / "folder")
 
 
 @pytest.mark.parametrize("key", ["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
