@@ -30,7 +30,9 @@ def build_job(config: RunConfig, inputs: Inputs, device: Device) -> Job[Classifi
     random = np.random.default_rng(config.seed)
     torch.manual_seed(config.seed)
     with logs.doing(f"reading {inputs.weights.path}"):
-        llama = load_pretrained(inputs.weights, config.n_layers, config.dropout, config.attention, has_output=False)
+        low = device.dtype if config.lora_r else torch.float32  # what is not trained needs no more digits than are used
+        llama = load_pretrained(inputs.weights, config.n_layers, config.dropout, config.attention, has_output=False,
+                                dtype=low, norm_dtype=torch.float32)
     llama.grad_checkpoint = config.grad_checkpoint
     settings = ClassifierConfig(len(inputs.names), inputs.names, config.pooling, config.loss,
                                 config.hidden_dropout_prob, config.max_sentence_len, llama.config, config.head_bias)
