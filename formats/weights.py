@@ -91,7 +91,8 @@ def _on_its_base(run: Weights, settings: dict[str, Any]) -> Weights:
         magnitude = run.readers.get(f"{name}.magnitude")
         try:
             return adapters.merged(name, below.readers[f"{name}.weight"](), run.readers[f"{name}.lora_a"](),
-                                   run.readers[f"{name}.lora_b"](), lora.scale, magnitude() if magnitude else None).to(dtype)
+                                   run.readers[f"{name}.lora_b"](), lora.scale,
+                                   magnitude() if magnitude else None).to(dtype)
         except (RuntimeError, KeyError) as error:
             raise InputError(f"{run.path}: the adapter of {name} does not fit its base ({error})") from None
 

@@ -213,6 +213,28 @@ def test_the_base_is_held_in_the_devices_precision(inputs):
                    and name != "classifier_head.weight"}
 
 
+@pytest.mark.parametrize("config", [LoraConfig(4, 8.0), LoraConfig(4, 8.0, dora=True)], ids=str)
+def test_a_base_in_bfloat16_gives_the_products_of_one_in_float32(config):
+    """... to the bit, since autocast rounds each matrix; DoRA's norms are those of the rounded one."""
+    logits = []
+    for held in (torch.float32, torch.bfloat16):
+        llama = torch.nn.ModuleDict({"llama": tiny.llama()})
+        lora.add(llama["llama"], config)
+        embeddings = llama["llama"].tok_embeddings.weight.data
+        lora.hold_base(llama, held)
+        llama["llama"].tok_embeddings.weight.data = embeddings
+        torch.manual_seed(1)
+        for name, p in llama.named_parameters():
+            if name.endswith(("lora_a", "lora_b")):
+                p.data.copy_(torch.randn_like(p) / 8)
+        with torch.autocast("cpu", torch.bfloat16):
+            logits.append(llama["llama"].hidden(tiny.tokens(3, 11)).detach())
+    if config.dora:
+        torch.testing.assert_close(logits[1], logits[0], rtol=0.05, atol=0.05)
+    else:
+        assert torch.equal(logits[0], logits[1])
+
+
 @pytest.mark.skipif(fused.library() is None, reason="no C compiler here")
 @pytest.mark.parametrize("config", [LoraConfig(4, 8.0), LoraConfig(4, 8.0, dora=True)], ids=str)
 def test_with_c_the_logits_and_gradients_are_the_plain_ones(config):
