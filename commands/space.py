@@ -25,7 +25,7 @@ SWITCH = {"on": True, "true": True, "off": False, "false": False}
 # What says which data are read and where things go, or belongs to the search itself.
 NOT_SEARCHED = {"option", "run", "dataset", "train", "dev", "test", "label_names", "text_column", "label_column",
                 "output_dir", "overwrite", "resume", "keep_state", "plan", "plots", "logger", "dev_out", "test_out",
-                "seeds", "folds", "fold", "max_minutes", "device", "use_gpu", "monitor", "ordinal",
+                "seeds", "folds", "fold", "adapter", "max_minutes", "device", "use_gpu", "monitor", "ordinal",
                 # and what changes no result
                 "overfit_batch", "check_gradients", "auto_batch", "new_head", "save_every", "kernels"}
 
