@@ -229,7 +229,14 @@ class LlamaZeroShotClassifier(nn.Module):
         hidden = self.llama.hidden(tokens, lengths).float()
         rows = torch.arange(len(tokens), device=tokens.device)
         with torch.autocast(tokens.device.type, enabled=False):  # in bfloat16, close scores would be equal
-            return [F.log_softmax(self.llama.output(hidden[rows, place]), dim=-1) for place in places]
+            return [F.log_softmax(self._logits(hidden[rows, place]), dim=-1) for place in places]
+
+    def _logits(self, x: Tensor) -> Tensor:
+        """x (B, D) float32 to logits (B, V) float32; weights in bfloat16 are widened a part at a time."""
+        weight = self.llama.output.weight
+        if weight.dtype == torch.float32:
+            return self.llama.output(x)
+        return torch.cat([F.linear(x, some.float()) for some in weight.split(4096)], dim=-1)
 
 
 def ask(model: LlamaZeroShotClassifier, sentences: list[np.ndarray], tokenizer: Tokenizer, question: str,

@@ -212,7 +212,8 @@ class Inputs:
         used = {n: getattr(self.files, n) for n in ("train", "dev", "test", "label_names")}
         used |= {"weights": self.weights.path, "tokenizer": self.tokenizer.path}
         used["adapter"] = self.adapter and self.adapter.path
-        found = {name: path.resolve() for name, path in used.items() if path}
+        # A file of the hub's cache is a link to one whose name does not tell what it is: its own name stays.
+        found = {name: path.parent.resolve() / path.name for name, path in used.items() if path}
         known = {name: {"path": str(path), "sha256": files.sha256(path)} for name, path in found.items()}
         if fetched := hub.origin(self.weights.path):
             known["weights"]["hub"] = fetched

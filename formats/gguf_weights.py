@@ -14,7 +14,7 @@ from torch import Tensor
 
 from config import InputError, RopeScaling
 from formats.gguf import GGUFTensor, read_gguf
-from formats.tensors import FLOATING, PIECE, Reader, StoredTensor, Weights, checked_config, damaged
+from formats.tensors import FLOATING, PIECE, Reader, StoredTensor, Weights, checked_config, damaged, stamp_of
 
 _NAMES = {  # of a layer's tensors, in the file and here
     "attn_norm": "attention_norm", "attn_q": "attention.wq", "attn_k": "attention.wk", "attn_v": "attention.wv",
@@ -127,7 +127,7 @@ def _llama3(path: Path, divisors: list[float], head_dim: int, theta: float, cont
 def _reader(path: Path, tensor: GGUFTensor) -> Reader:
     kind = GGMLQuantizationType(tensor.kind).name
     if kind in FLOATING:
-        return StoredTensor(path, tensor.shape, kind, tensor.start).read
+        return StoredTensor(path, tensor.shape, kind, tensor.start, stamp_of(path.stat())).read
     return partial(_dequantise, path, tensor)
 
 

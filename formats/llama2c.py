@@ -1,5 +1,6 @@
 """Weights in: what llama2.c writes (github.com/karpathy/llama2.c): its `.pt`, and its `.bin` of version 0 and 1."""
 
+import os
 import pickle
 import re
 import struct
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from config import InputError, LlamaConfig
 from formats.memory import is_out_of_memory
-from formats.tensors import StoredTensor, Weights, checked_config, damaged
+from formats.tensors import FLOATING, Reader, StoredTensor, Weights, checked_config, damaged, stamp_of
 
 # --------------------------------------------------------------------------- .pt
 
@@ -58,13 +59,46 @@ def read_pt(path: Path) -> Weights:
     args["vocab_size"], args["dim"] = state["tok_embeddings.weight"].shape  # the file's -1 means: as the tensor
     args["hidden_dim"] = state["layers.0.feed_forward.w1.weight"].shape[0]
     output = state.get("output.weight")
-    args["tie_embeddings"] = output is None or torch.equal(output, state["tok_embeddings.weight"])
+    args["tie_embeddings"] = output is None or _is_same(output, state["tok_embeddings.weight"])
     args["dropout"], args["attention"] = 0.0, "causal"
     config = checked_config(path, **{f.name: args[f.name] for f in fields(LlamaConfig) if f.name in args})
     if config.tie_embeddings:
         state.pop("output.weight", None)
+    mapped = _mapped(path)
     return Weights(path, config, {k: tuple(v.shape) for k, v in state.items()},
-                   {k: partial(_copy, v) for k, v in state.items()})
+                   {k: _reader(path, v, mapped) for k, v in state.items()})
+
+
+def _is_same(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and (a.data_ptr() == b.data_ptr() or torch.equal(a[:1], b[:1]) and torch.equal(a, b))
+
+
+def _reader(path: Path, tensor: Tensor, mapped: list[tuple[int, int, int]]) -> Reader:
+    """A tensor that torch has mapped into memory is read from the file: what is touched of the mapping would be
+    a second copy of the weights. Where that cannot be, as in old files without a zip's layout, it is copied."""
+    at = next((offset + tensor.data_ptr() - start for start, end, offset in mapped if start <= tensor.data_ptr() < end),
+              None)
+    kind = next((name for name, dtype in FLOATING.items() if dtype == tensor.dtype), None)
+    if at is None or kind is None or not tensor.is_contiguous():
+        return partial(_copy, tensor)
+    return StoredTensor(path, tuple(tensor.shape), kind, at, stamp_of(path.stat())).read
+
+
+def _mapped(path: Path) -> list[tuple[int, int, int]]:
+    """Where in memory parts of a file are mapped: the first address, the one behind the last, and the place in the
+    file. Empty on systems that do not tell."""
+    try:
+        lines = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []
+    own, found = path.stat(), []
+    for line in lines:
+        addresses, _, offset, device, inode = line.split()[:5]
+        major, _, minor = device.partition(":")
+        if int(inode) == own.st_ino and os.makedev(int(major, 16), int(minor, 16)) == own.st_dev:
+            start, _, end = addresses.partition("-")
+            found.append((int(start, 16), int(end, 16), int(offset, 16)))
+    return found
 
 
 def _copy(tensor: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -121,7 +155,7 @@ def is_bin(path: Path) -> bool:
 def read_bin(path: Path) -> Weights:
     """llama2.c's .bin in float32 (legacy_export and version1_export of its export.py). Such files do not say theta and
     eps; llama2.c takes 10000 and 1e-5. Raises InputError for a header that is not what the file's size says."""
-    size = path.stat().st_size
+    size, stamp = path.stat().st_size, stamp_of(path.stat())
     with open(path, "rb") as file:
         head = file.read(_HEADER)
     version, at, start = 0, 0, 28
@@ -151,7 +185,7 @@ def read_bin(path: Path) -> Weights:
     for part in order:
         names = [f"layers.{i}.{_LAYER[part]}.weight" for i in range(n_layers)] if part in _LAYER else [f"{part}.weight"]
         for name in names:
-            stored[name] = StoredTensor(path, shape[part], "F32", start)
+            stored[name] = StoredTensor(path, shape[part], "F32", start, stamp)
             start += stored[name].nbytes
     stored = {name: tensor for name, tensor in stored.items() if not name.startswith("freqs_")}
     return Weights(path, config, {name: tensor.shape for name, tensor in stored.items()},

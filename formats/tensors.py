@@ -1,6 +1,7 @@
 """What the readers of weights share: `Weights`, tensors that are read when they are wanted, and safetensors."""
 
 import json
+import os
 import struct
 from dataclasses import dataclass
 from math import prod
@@ -63,25 +64,34 @@ def checked_config(path: Path, **values: Any) -> LlamaConfig:
 
 # --------------------------------------------------------------------------- tensors in a file
 
+
+def stamp_of(status: os.stat_result) -> tuple[int, ...]:
+    """What changes when a file is written anew."""
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
 FLOATING = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
 class StoredTensor:
     """Where a tensor of plain numbers lies: `start` counts bytes from the file's first; `kind` is safetensors' name of
-    the type."""
+    the type; `stamp` is the file's, when its header was read."""
 
     path: Path
     shape: tuple[int, ...]
     kind: str
     start: int
+    stamp: tuple[int, ...]
 
     def read(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The tensor in `dtype`, read in pieces, so that it is never in memory twice. Raises InputError for a file that
-        has become shorter."""
+        has changed since its header was read."""
         stored, values = FLOATING[self.kind], torch.empty(self.shape, dtype=dtype)
         flat, piece = values.view(-1), torch.empty(min(values.numel(), PIECE), dtype=stored)
         with open(self.path, "rb") as file:
+            if stamp_of(os.fstat(file.fileno())) != self.stamp:
+                raise InputError(f"{self.path}: it has changed since it was opened; start again")
             file.seek(self.start)
             for at in range(0, len(flat), PIECE):
                 target = flat[at : at + PIECE]
@@ -120,9 +130,10 @@ def stored_in_safetensors(path: Path) -> dict[str, StoredTensor]:
     The library maps the whole file into memory, and what is read of it there counts a second time beside the weights.
     So it checks the header, and the numbers are read by `StoredTensor`.
     """
+    stamp = stamp_of(path.stat()) if path.is_file() else ()
     open_safetensors(path)
     with open(path, "rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
         header = json.loads(file.read(length))
-    return {name: StoredTensor(path, tuple(of["shape"]), of["dtype"], 8 + length + of["data_offsets"][0])
+    return {name: StoredTensor(path, tuple(of["shape"]), of["dtype"], 8 + length + of["data_offsets"][0], stamp)
             for name, of in header.items() if name != "__metadata__"}

@@ -33,6 +33,7 @@ PREDICT, SERVE, HTTP = "commands/predict.py", "commands/serve.py", "commands/htt
 STATE, ONE_RUN = "training/state.py", "commands/one_run.py"
 METRICS, SCORES, START = "training/metrics.py", "commands/scores.py", "commands/start.py"
 SPLITS, ENSEMBLE = "commands/splits.py", "commands/ensemble.py"
+WEIGHTS = "test_weights"
 SEARCH = "test_search"
 LOGGERS, GRADIENTS = "training/loggers.py", "training/gradients.py"
 
@@ -570,6 +571,43 @@ BREAKS = [
           "    if False:\n        for name, parameter", "precision", "test_adapters"),
     Break("the gradient goes through the norm of DoRA", "lora.py", "with torch.no_grad(), torch.autocast(",
           "with torch.enable_grad(), torch.autocast(", "gradients_are", "test_lora"),
+
+    # Weights in
+    Break("rotary positions are never scaled", "llama.py", "    if scaling is None:", "    if True:", "every_shape",
+          WEIGHTS),
+    Break("llama3 is linear", "llama.py", 'if scaling.kind == "linear":', "if True:", "every_shape", WEIGHTS),
+    Break("a head is always width / heads", "formats/huggingface.py", 'head_dim=settings.get("head_dim")',
+          "head_dim=None", "every_shape", WEIGHTS),
+    Break("pairs are reordered as halves are", "formats/huggingface.py", 'settings["model_type"] not in _IN_PAIRS',
+          "True", "every_shape", WEIGHTS),
+    Break("a sliding window is not looked at", "formats/huggingface.py", "if window is not None and", "if False and",
+          "has_not", WEIGHTS),
+    Break("biases are passed over", "formats/huggingface.py", "if name is None and _is_beyond(key):", "if False:",
+          "tensor_that", WEIGHTS),
+    Break("a shard may be anywhere", "formats/huggingface.py", "if Path(name).name != name or", "if False and", "shard",
+          WEIGHTS),
+    Break("rope_freqs are passed over", "formats/gguf_weights.py", "    if divisors is None:", "    if True:",
+          "gguf_of_every", WEIGHTS),
+    Break("the size of a .bin is not checked", "formats/llama2c.py", "    if want != size:", "    if False:", "bin",
+          WEIGHTS),
+    Break("a negative number of words says nothing", "formats/llama2c.py", "vocab_size > 0 if version == 0", "True if "
+          "version == 0", "bin", WEIGHTS),
+    Break("weights are always read in float32", "llama.py", "weights.readers[name](dtype)", "weights.readers[name]()",
+          "precision", WEIGHTS),
+    Break("a file may change while it is read", "formats/tensors.py", "!= self.stamp", "!= stamp_of(os.fstat("
+          "file.fileno()))", "anew", WEIGHTS),
+    Break("generate reads in float32", "commands/generate.py", ", dtype=device.dtype", "", "nothing_is_trained",
+          "test_run_llama"),
+    Break("prompt reads in float32", "commands/prompt.py", ", dtype=device.dtype", "", "nothing_is_trained",
+          "test_run_llama"),
+    Break("sums are in bfloat16", "llama.py", "            x = x.float()", "            pass", "bfloat16_give",
+          "test_llama"),
+    Break("all of a model is fetched", "data/hub.py", "allow_patterns=FILES", "allow_patterns=None", "fetched_once",
+          "test_hub"),
+    Break("the commit is not kept", "commands/inputs.py", "if fetched := hub.origin(self.weights.path):", "if False:",
+          "names_its", "test_hub"),
+    Break("the hub's password is said", "data/hub.py", 'return re.sub(r"//[^/@]*@", "//", address)', "return address",
+          "password", "test_hub"),
 ]
 
 

@@ -39,6 +39,8 @@ class Hub(BaseHTTPRequestHandler):
         self.server.asked.append(path)
         of_api = re.fullmatch(r"/api/models/(\w+/[\w.-]+)(?:/(revision|tree)/(\w+))?", path)
         of_file = re.fullmatch(r"/(\w+/[\w.-]+)/resolve/(\w+)/(.+)", path)
+        if not (of_api or of_file):
+            return self.answer(404)
         name, revision = (of_api[1], of_api[3] or "main") if of_api else (of_file[1], of_file[2])
         if name == "tiny/gated" and self.headers.get("Authorization") != f"Bearer {TOKEN}":
             return self.answer(401, X_Error_Code="GatedRepo")

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import fused
 from config import RopeScaling
 from llama import KVCache, RMSNorm, apply_rotary_emb, load_pretrained, rotary_frequencies, rotary_table
 
@@ -118,6 +119,20 @@ def test_logits_and_hidden_states_equal_transformers(tmp_path, kv_heads):
         want = theirs(ids, output_hidden_states=True)
     assert max_difference(logits, want.logits) < 1e-4
     assert max_difference(hidden, want.hidden_states[-1]) < 1e-4
+
+
+@pytest.mark.parametrize("in_c", [False, True])
+def test_weights_in_bfloat16_give_under_autocast_what_the_same_in_float32_give(in_c):
+    """So only half the memory is needed where nothing is trained: what the layers add up stays in float32."""
+    half = tiny.llama().bfloat16()
+    wide = tiny.llama()
+    wide.load_state_dict(half.state_dict())
+    for model in (half, wide):
+        if in_c:
+            fused.accelerate(model)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        got, want = (model.hidden(tiny.tokens(3, 20)) for model in (half, wide))
+    assert got.dtype == torch.float32 and torch.equal(got, want)
 
 
 @settings(max_examples=25, deadline=None)

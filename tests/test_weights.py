@@ -198,6 +198,42 @@ def test_weights_are_read_in_the_precision_that_is_asked_for(tmp_path, kept, ask
     same_numbers(ours, theirs)
 
 
+@pytest.mark.parametrize("kept", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("asked", [torch.float32, torch.bfloat16])
+def test_a_pt_is_read_in_the_precision_that_is_asked_for(tmp_path, kept, asked):
+    """Also where a tensor is a part of another, or stored column by column."""
+    saved = tiny.pt_dict(tiny.hf_model().to(getattr(torch, kept)))
+    tiny.hf_model.cache_clear()
+    model = saved["model"]
+    whole = torch.stack((model["norm.weight"] * 2, model["norm.weight"]))
+    turned = model["layers.1.attention.wo.weight"].T.contiguous()
+    saved["model"] |= {"norm.weight": whole[1], "layers.1.attention.wo.weight": turned.T}
+    torch.save(saved, tmp_path / "tiny.pt")
+    for name, parameter in load_pretrained(tmp_path / "tiny.pt", dtype=asked).named_parameters():
+        assert torch.equal(parameter, model[name].to(asked)) and parameter.dtype == asked, name
+
+
+@pytest.mark.parametrize("form", ["folder", "pt", "gguf", "bin"])
+def test_a_file_that_is_written_anew_while_it_is_read_is_refused(tmp_path, form):
+    """Not read at the places that the other file's header named."""
+    theirs = tiny.hf_model()
+    path = tmp_path / f"tiny.{form}"
+    if form == "folder":
+        theirs.save_pretrained(path)
+    elif form == "pt":
+        torch.save(tiny.pt_dict(theirs), path)
+    else:
+        tiny.write_gguf(path, theirs) if form == "gguf" else write_bin(path, theirs, 1, True)
+    read = weights.read_weights(path)
+    file = path / "model.safetensors" if form == "folder" else path
+    shutil.copy(file, tmp_path / "other")
+    os.replace(tmp_path / "other", file)
+    if form == "pt" and not os.path.exists("/proc/self/maps"):
+        return  # there it is the mapping of the earlier file
+    with refused(file, "changed"):
+        load_pretrained(read)
+
+
 @pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q8_0"])
 @pytest.mark.parametrize("asked", [torch.float32, torch.bfloat16])
 def test_a_gguf_is_read_in_the_precision_that_is_asked_for(tmp_path, kind, asked, monkeypatch):
