@@ -16,7 +16,7 @@ from config import RunConfig, counted
 from llama import load_pretrained
 from optimizer import OPTIMIZERS, parameter_groups
 from training import device as devices
-from training import logs
+from training import frozen, logs
 from training.device import Device
 from training.task import Job
 from training.trainer import MORE_IS_BETTER
@@ -36,6 +36,7 @@ def build_job(config: RunConfig, inputs: Inputs, device: Device) -> Job[Classifi
     is_trained = start.has_head(config, inputs.weights)
     if is_trained:
         start.load_head(model, inputs.weights)
+    frozen.freeze(model, config.freeze)
     model.to(device.where)
     with logs.doing("compiling fused.c"):
         is_as_fast_as_asked = devices.accelerate(config, model, device)

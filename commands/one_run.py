@@ -75,6 +75,8 @@ def train(config: RunConfig, inputs: Inputs, device: Device, series_folder: RunF
         with logs.doing(f"reading {folder.best}"):
             best_folder.check_best(folder.best, best.get("manifest"))
             saved.load_classifier_state(folder.best, job.model)  # the best weights are what is evaluated
+        if config.save_dtype != "float32":  # those of the frozen part too have been rounded
+            job.task.forget()
         held_out = {name: split for name, split in inputs.splits.items() if name != "train"}
         with stoppable((series_folder or folder).resume_command(config)):
             with logs.doing(f"evaluating the best weights on {' and '.join(held_out)}"):

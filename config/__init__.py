@@ -12,6 +12,7 @@ from config.run import (
     POOLINGS,
     RunConfig,
     contradiction,
+    frozen_layers,
     names_in,
     no_effect,
     only_run,
@@ -20,5 +21,5 @@ from config.run import (
 from config.words import InputError, counted, duration, shown
 
 __all__ = ["COMMANDS", "LOGGERS", "MEANT", "OPTIMIZERS", "POOLINGS", "InputError", "LlamaConfig", "RunConfig",
-           "contradiction", "counted", "duration", "integers", "make_parser", "names_in", "no_effect", "only_run",
-           "options", "parse_args", "shown", "value_type"]
+           "contradiction", "counted", "duration", "frozen_layers", "integers", "make_parser", "names_in", "no_effect",
+           "only_run", "options", "parse_args", "shown", "value_type"]

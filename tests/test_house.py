@@ -66,6 +66,8 @@ FLOORS = [
         "diagnosis",
         "guards",
         "metrics",
+        "kept",
+        "frozen",
         "comparisons",
         "bar",
         "saved",

@@ -157,16 +157,25 @@ def collect(model: nn.Module, optimizer: torch.optim.Optimizer, device: Device, 
     `log_sha256`: of the logs up to here; `described`: the run's args.json, so that no other run takes the state for
     its own."""
     return {
-        "model": model.state_dict(), "optimizer": optimizer.state_dict(), "random": devices.random_state(device),
+        "model": trained_weights(model), "optimizer": optimizer.state_dict(), "random": devices.random_state(device),
         "ema": ema, "progress": asdict(progress), "logs": log_sizes, "log_sha256": log_sha256,
         "run": {"id": described.get("id"), "options": described.get("options", {})},
     }
 
 
+def trained_weights(model: nn.Module) -> dict[str, Tensor]:
+    """The model's weights but those that --freeze leaves as they are: a run that goes on reads these where it began,
+    from the pretrained weights, whose checksum its args.json has."""
+    same = {name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in same}
+
+
 def restore(saved: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer, device: Device,
             ema: list[Tensor]) -> None:
     """Put what `collect` gave back in its place; the progress and the logs are the loop's."""
-    model.load_state_dict(saved["model"])
+    if saved["model"].keys() != trained_weights(model).keys():
+        raise InputError("its weights are not those that are trained here")
+    model.load_state_dict(saved["model"], strict=False)
     optimizer.load_state_dict(saved["optimizer"])
     for mean, old in zip(ema, saved["ema"], strict=True):
         mean.copy_(old)
