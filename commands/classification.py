@@ -1,6 +1,8 @@
 """Sentence classification as a task: its batches, its losses, and its scores on dev."""
 
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 
@@ -82,14 +84,38 @@ class ClassificationTask:
         nothing is kept."""
         if self.keeps and name not in self.kept:
             try:
-                self.kept[name] = kept.compute(self.model, getattr(self, name), self.tokenizer.pad_id, self.device,
-                                               f"frozen part of {name}", self.folder_of_kept())
+                self.kept[name] = self.first_part(name, self.folder_of_kept())
             except OSError as error:
                 logs.warn(f"--freeze: what the frozen part computes cannot be kept ({error}); each epoch computes it "
                           "again")
                 self.forget()
                 self.keeps = False
         return self.kept.get(name)
+
+    def first_part(self, name: str, folder: Path | None = None, rows: np.ndarray | None = None) -> Activations:
+        """What the frozen first part gives for train or dev: see `kept.compute`."""
+        return kept.compute(self.model, getattr(self, name), self.tokenizer.pad_id, self.device,
+                            f"frozen part of {name}", folder, rows)
+
+    def keep(self) -> None:
+        """Compute what the frozen first part gives, where that is kept: before the first step, and not in its time."""
+        if self.keeps and (folder := self.folder_of_kept()):
+            logs.notice(f"--freeze: what the frozen part computes takes {self.bytes_kept() / 2**30:.2f} GiB; it is "
+                        f"kept in a file in {folder}, and mapped into memory")
+        for name in ("train", "dev"):
+            self.activations(name)
+
+    @contextmanager
+    def keeping_only(self, rows: dict[str, np.ndarray]) -> Iterator[None]:
+        """Inside, what the frozen first part gives is kept of these rows of train and dev alone: to measure how long
+        they take."""
+        before = self.kept
+        if self.keeps:
+            self.kept = {name: self.first_part(name, rows=some) for name, some in rows.items()}
+        try:
+            yield
+        finally:
+            self.kept = before
 
     def bytes_kept(self) -> int:
         """The room that all that is kept takes."""

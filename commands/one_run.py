@@ -68,6 +68,8 @@ def train(config: RunConfig, inputs: Inputs, device: Device, series_folder: RunF
         if clock.estimated and n_runs:
             logs.notice(estimate.long_run(clock.estimated, loop.course, loop.progress.step, config, n_runs,
                                           job.task.model.llama.config.n_layers, float(np.median(loop.lengths)), device))
+        with stoppable((series_folder or folder).resume_command(config)):
+            job.task.keep()
         if loop.saved is None:  # a resumed run has had them, and its micro-batch stays
             check_before(config, loop)
         best = loop.run()

@@ -34,6 +34,7 @@ STATE, ONE_RUN = "training/state.py", "commands/one_run.py"
 METRICS, SCORES, START = "training/metrics.py", "commands/scores.py", "commands/start.py"
 SPLITS, ENSEMBLE = "commands/splits.py", "commands/ensemble.py"
 SEARCH = "test_search"
+FROZEN = "training/frozen.py"
 LOGGERS, GRADIENTS = "training/loggers.py", "training/gradients.py"
 
 
@@ -541,6 +542,34 @@ BREAKS = [
     Break("a full disk is a failed trial", "commands/trial.py", "isinstance(error, OSError) and", "False and",
           "full_disk", SEARCH),
     Break("passwords are said", "commands/study.py", r'r"\1:***@"', r'r"\g<0>"', "password", SEARCH),
+    # Freezing
+    Break("freeze freezes nothing", JOB, "frozen.freeze(model, config.freeze)", 'frozen.freeze(model, "none")',
+          "pytorch_does", "test_freeze"),
+    Break("freeze forgets the embeddings", FROZEN, "llama.tok_embeddings.requires_grad_(False)", "pass",
+          "pytorch_does", "test_freeze"),
+    Break("one layer more is frozen", FROZEN, "llama.layers[:k].requires_grad_", "llama.layers[: k + 1].requires_grad_",
+          "pytorch_does", "test_freeze"),
+    Break("frozen layers are in the graph", "llama.py", "torch.is_grad_enabled() and not self.n_frozen",
+          "torch.is_grad_enabled()", "autograd", "test_freeze"),
+    Break("nothing is kept", TASK, "self.keeps = model.llama.n_frozen > 0 and", "self.keeps = False and",
+          "what_is_kept_gives", "test_freeze"),
+    Break("what is kept is of other rows", TASK, 'batch["below"] = activations.batch(rows)',
+          'batch["below"] = activations.batch(rows[::-1])', "what_is_kept_gives", "test_freeze"),
+    Break("the sample has the first rows' activations", TASK, "activations and activations.take(rows)",
+          "activations and activations", "what_is_kept_gives", "test_freeze"),
+    Break("dropout inside the frozen part is kept", FROZEN, "    if config.dropout:", "    if False:",
+          "changes_from_epoch", "test_freeze"),
+    Break("augmented sentences are kept", FROZEN, "if getattr(config, name)]", "if False]", "changes_from_epoch",
+          "test_freeze"),
+    Break("rounded weights meet what was kept before", ONE_RUN, "            job.task.forget()", "            pass",
+          "rounded", "test_freeze"),
+    Break("a file is never taken", TASK, "if self.bytes_kept() <= kept.BUDGET:", "if True:", "file", "test_freeze"),
+    Break("a full disk ends the run", TASK, "except OSError as error:", "except KeyError as error:", "full_disk",
+          "test_freeze"),
+    Break("more layers are frozen than there are", FROZEN, "k is not None and k > n_layers", "False", "refused",
+          "test_freeze"),
+    Break("a state holds what is frozen", STATE, "if not p.requires_grad}", "if False}", "pytorch_does",
+          "test_freeze"),
 ]
 
 

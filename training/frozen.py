@@ -29,6 +29,13 @@ def freeze(model: LlamaEmbeddingClassifier, what: str) -> None:
         llama.n_frozen = k
 
 
+def in_words(freeze: str) -> str:
+    """What --freeze names."""
+    k = frozen_layers(freeze)
+    first = f"the embeddings and the first {'layer' if k == 1 else f'{k} layers'}"
+    return first if k else "all but the head" if freeze == "backbone" else "the embeddings"
+
+
 def why_not_kept(config: RunConfig) -> str:
     """In words, why what the frozen first part gives for a sentence is another thing in each epoch; "" where it is the
     same, and where there is no such part."""

@@ -53,26 +53,28 @@ def bytes_of(model: LlamaEmbeddingClassifier, *splits: Split) -> int:
 
 
 def compute(model: LlamaEmbeddingClassifier, split: Split, pad_id: int, device: Device, label: str,
-            folder: Path | None = None) -> Activations:
-    """The activations of every sentence of a split. `folder`: they go into a file there, which is gone when nobody uses
-    it any more, after a kill too. `label`: in front of the progress bar. Raises OSError where the disk is full.
+            folder: Path | None = None, rows: np.ndarray | None = None) -> Activations:
+    """The activations of every sentence of a split, or of some rows alone. `folder`: they go into a file there, which
+    is gone when nobody uses it any more, after a kill too. `label`: in front of the progress bar. Raises OSError where
+    the disk is full.
 
     The batches are those of an evaluation, whatever the run does: so the same bits come out each time on one machine.
     """
-    batches = list(length_order(split.lengths))
+    rows = np.arange(len(split)) if rows is None else rows
+    batches = [rows[some] for some in length_order(split.lengths[rows])]
     counts = vectors_of(model, split.lengths)
     order, starts = np.concatenate(batches), np.zeros_like(counts)
     starts[order] = np.cumsum(counts[order]) - counts[order]
     numbers, done = torch.empty(0), 0
     with tempfile.TemporaryFile(dir=folder) if folder else nullcontext() as file:
         with in_evaluation(model), Bar(label, len(batches), is_kept=False) as bar:
-            for i, rows in enumerate(batches, 1):
+            for i, some in enumerate(batches, 1):
                 SIGNALS.check()
-                part = _vectors(model, device.put(make_batch(split, rows, pad_id)), device, counts[rows])
+                part = _vectors(model, device.put(make_batch(split, some, pad_id)), device, counts[some])
                 if file:  # written in the ordinary way, so that a full disk is an error
-                    file.write(part.contiguous().view(torch.uint8).numpy())
+                    file.write(part.contiguous().view(torch.uint8).numpy().tobytes())
                 else:
-                    numbers = numbers if done else part.new_empty(counts.sum(), part.shape[1])
+                    numbers = numbers if done else part.new_empty(counts[order].sum(), part.shape[1])
                     numbers[done : done + len(part)] = part
                     done += len(part)
                 bar.update(f"{label}: batch {i} of {len(batches)}")
