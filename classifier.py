@@ -10,14 +10,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from config import POOLINGS, InputError, LlamaConfig
+from config import POOLINGS, Base, InputError, LlamaConfig, LoraConfig
 from llama import Llama, load_pretrained
 from tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
 class ClassifierConfig:
-    """What best/config.json holds: all that is needed to build the classifier again and to name its classes."""
+    """What best/config.json holds: all that is needed to build the classifier again and to name its classes.
+
+    `lora`: the adapters, where model.safetensors holds those and the head alone; the rest is in `base`."""
 
     num_labels: int
     label_names: list[str]
@@ -26,6 +28,9 @@ class ClassifierConfig:
     hidden_dropout_prob: float
     max_sentence_len: int | None
     llama: LlamaConfig
+    head_bias: bool = False
+    lora: LoraConfig | None = None
+    base: Base | None = None
 
     def values(self) -> dict[str, Any]:
         """As the JSON object of config.json."""
@@ -38,14 +43,19 @@ class ClassifierConfig:
         if not isinstance(names, list) or not all(isinstance(n, str) and n.isprintable() for n in names) or (
                 len(names) < 2 or values.get("num_labels") != len(names)
                 or not (longest is None or type(longest) is int and longest > 0)
-                or values.get("pooling") not in POOLINGS or values.get("loss", "ce") not in ("ce", "ordinal")):
-            raise InputError(f"{path}: not a saved classifier (label_names, num_labels, pooling, loss or "
-                             "max_sentence_len is odd)")
+                or values.get("pooling") not in POOLINGS or values.get("loss", "ce") not in ("ce", "ordinal")
+                or type(values.get("head_bias", True)) is not bool):
+            raise InputError(f"{path}: not a saved classifier (label_names, num_labels, pooling, loss, "
+                             "max_sentence_len or head_bias is odd)")
         try:
             if not 0 < values["llama"]["n_layers"] < 1000:
                 raise ValueError(f"n_layers is {values['llama']['n_layers']}")
+            adapters, base = values.get("lora"), values.get("base")
+            if (adapters is None) != (base is None):
+                raise ValueError("an adapter needs its base")
             return cls(len(names), names, values["pooling"], values.get("loss", "ce"), values["hidden_dropout_prob"],
-                       longest, LlamaConfig(**values["llama"]))
+                       longest, LlamaConfig(**values["llama"]), values.get("head_bias", True),  # older ones have it
+                       adapters and LoraConfig(**adapters), base and Base(**base))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise InputError(f"{path}: not a saved classifier ({error!r})") from None
 
@@ -109,8 +119,9 @@ class LlamaEmbeddingClassifier(nn.Module):
     """Pooling, dropout and one linear layer on a Llama's last hidden states.
 
     `config` has `num_labels`, `hidden_dropout_prob`, and if it likes `pooling` (default "last"), `option` ("pretrain"
-    freezes the Llama: only the head is trained) and `loss`: "ordinal" puts an `OrdinalHead` in place of the linear
-    layer. Without a `llama`, `config.pretrained_model_path` is loaded.
+    freezes the Llama: only the head is trained), `loss`: "ordinal" puts an `OrdinalHead` in place of the linear
+    layer, and `head_bias`: has the linear layer a bias (default: none, as Hugging Face's `score`)? Without a `llama`,
+    `config.pretrained_model_path` is loaded.
     """
 
     def __init__(self, config: Any, llama: Llama | None = None):
@@ -122,8 +133,9 @@ class LlamaEmbeddingClassifier(nn.Module):
         self.llama.requires_grad_(getattr(config, "option", "finetune") != "pretrain")
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
         self.is_ordinal = getattr(config, "loss", "ce") == "ordinal"
-        head = OrdinalHead if self.is_ordinal else nn.Linear
-        self.classifier_head = head(self.llama.config.dim, self.num_labels)
+        dim = self.llama.config.dim
+        self.classifier_head = OrdinalHead(dim, self.num_labels) if self.is_ordinal else (
+            nn.Linear(dim, self.num_labels, bias=getattr(config, "head_bias", False)))
         # Small, so that the first loss is ln(num_labels) whatever the size of the model's hidden states.
         with torch.no_grad():
             self.classifier_head.weight.mul_(0.05)

@@ -266,6 +266,8 @@ class Llama(nn.Module):
             raise ValueError("behind the first window of a cache there is one token at a time")
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.n_frozen):
             x = self.dropout(self.tok_embeddings(tokens))
+            if torch.is_autocast_enabled(tokens.device.type):
+                x = x.float()  # what the layers add up stays in float32 where frozen embeddings are in bfloat16
             return self._through(range(self.n_frozen), x, tokens.shape[1], lengths, caches, start, at)
 
     def _through(self, layers: range, x: Tensor, length: int, lengths: Tensor | None, caches: list[KVCache] | None,

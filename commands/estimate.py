@@ -12,12 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import lora
 from commands import job as jobs
 from commands.classification import ClassificationTask
 from config import InputError, RunConfig, duration
 from dataset import Split, length_order
 from formats import files
 from training import clock, gradients, logs
+from training import state as states
 from training.checks import untouched
 from training.clock import Times
 from training.course import Course, course_of
@@ -95,9 +97,9 @@ def measure(job: Job[ClassificationTask], config: RunConfig, device: Device, spl
         first = 0.0  # of a token in a frozen first part that is computed once
         if task.keeps:
             first = _seconds_per_token(lambda rows: task.first_part("dev", rows=rows), scored, task.dev.lengths)
-    weights = sum(t.numel() * t.element_size() for t in job.model.state_dict().values())
-    stored = weights * (2 if config.save_dtype == "bfloat16" else 4) / 4
-    trained = sum(p.numel() * p.element_size() for p in loop.parameters)
+    best = sum(t.numel() for t in lora.without_base(job.model.state_dict()).values())
+    stored = best * (2 if config.save_dtype == "bfloat16" else 4)
+    trained = sum(t.numel() * t.element_size() for t in states.trained(job.model).values())
     state = trained * (2 if config.ema else 1) + state_bytes
     disk = _seconds_per_byte(place, min(int(state), SAMPLE_BYTES))
     tokens = {name: _tokens_of(split) for name, split in {**splits, "train": task.sample}.items()}

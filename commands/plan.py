@@ -56,9 +56,10 @@ def show(asked: RunConfig, config: RunConfig, inputs: Inputs, device: Device, n_
     course, times = course_of(config, job.steps_per_epoch), measured.times
     steps = course.steps
     lr, warmup = rates(job, steps), jobs.warmup_of(config, job.steps_per_epoch)
-    whole, bytes_each = sum(p.numel() for p in job.model.parameters()), 4
-    n = sum(p.numel() for p in job.model.parameters() if p.requires_grad)
-    memory = bytes_each * (whole + n * (2 if config.ema else 1)) + measured.state_bytes
+    parameters = list(job.model.parameters())
+    n, bytes_each = sum(p.numel() for p in parameters if p.requires_grad), 4
+    weights = sum(p.numel() * p.element_size() for p in parameters)
+    memory = weights + n * bytes_each * (1 + (1 if config.ema else 0)) + measured.state_bytes
     logs.say(f"plan :: {counted(len(inputs.splits['train']), 'sentence')}, {config.batch_size * config.grad_accum} a "
              f"step ({config.batch_size} x {config.grad_accum}), {counted(job.steps_per_epoch, 'step')} an epoch, "
              f"{steps} in all")
@@ -67,8 +68,9 @@ def show(asked: RunConfig, config: RunConfig, inputs: Inputs, device: Device, n_
     logs.say(f"plan :: {n / 1e6:.1f}M trainable parameters; weights, gradients and {config.optimizer}'s state take "
              f"{memory / 2**30:.2f} GiB; with the longest batch, {devices.peak_memory(device) / 2**30:.2f} GiB were in "
              "use")
-    if n < whole:
-        logs.say(f"plan :: frozen: {frozen.in_words(config.freeze)}, {(whole - n) / 1e6:.1f}M parameters"
+    if config.freeze != "none":
+        n_frozen = sum(p.numel() for module in frozen.part(job.task.model, config.freeze) for p in module.parameters())
+        logs.say(f"plan :: frozen: {frozen.in_words(config.freeze)}, {n_frozen / 1e6:.1f}M parameters"
                  f"{what_is_kept(config, job)}")
     minutes = times.of(course) / 60
     logs.say(f"plan :: about {times.step:.2f} s a step on {device}: {minutes * job.steps_per_epoch / steps:.1f} min an "

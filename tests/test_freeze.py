@@ -77,6 +77,35 @@ def test_what_is_frozen_stays_and_the_rest_is_trained_as_pytorch_does(inputs, pa
             assert torch.equal(saved[name], before[name])
 
 
+def test_adapters_below_the_frozen_layers_add_nothing(inputs, monkeypatch, without_keeping):
+    """By hand as above, with the adapters of the first layer left out of the training; their dropout is off."""
+    options = ["--lora_r", "4", "--lora_dropout", "0"]
+    job, _ = made(inputs, *SETTINGS, *options)
+    model, frozen = job.model, tuple(PARTS["first:1"])
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad and not name.startswith(frozen)}
+    optimizer = torch.optim.SGD(trained.values(), lr=0.05)
+    for epoch in range(3):
+        for rows in job.task.order(epoch):
+            batch = job.task.make_batch(rows, epoch)
+            optimizer.zero_grad()
+            F.nll_loss(model(batch["tokens"], batch["lengths"]), batch["labels"]).backward()
+            optimizer.step()
+    calls = Calls(monkeypatch)
+    folder = finetune(inputs, "run", "--freeze", "first:1", *options, "--keep_state")
+    state = load_file(max(folder.glob("last/step-*/tensors.safetensors")))
+    assert calls.n == 96 + 30
+    assert {name for name in state if name.startswith("model.")} == {f"model.{name}" for name in trained}
+    for name, p in trained.items():
+        torch.testing.assert_close(state[f"model.{name}"], p.detach(), rtol=1e-4, atol=1e-6)
+    below = [tensor for name, tensor in best(folder).items() if ".layers.0." in name and name.endswith("lora_b")]
+    assert len(below) == 7 and not any(tensor.any() for tensor in below)
+    started = ["--adapter", "run", "--freeze", "first:2", "--lora_dropout", "0.5"]  # what is learned stays, undisturbed
+    one = finetune(inputs, "again", *started)
+    without_keeping()
+    assert_equal_runs(one, finetune(inputs, "computed", *started))
+    assert all(torch.equal(tensor, best(one)[name]) for name, tensor in best(folder).items() if "llama" in name)
+
+
 # --------------------------------------------------------------------------- what is kept
 
 
@@ -265,6 +294,14 @@ def test_options_about_layers_have_no_effect_where_none_is_trained(options, idle
     assert [line.partition(":")[0] for line in no_effect(parse_args([*words, "--freeze", "backbone"]))] == [
         f"--{name}" for name in idle]
     assert not no_effect(parse_args([*words, "--freeze", "first:1"]))
+
+
+def test_options_of_adapters_and_what_is_frozen(capfd):
+    with pytest.raises(SystemExit):
+        parse_args(["--option", "finetune", "--freeze", "backbone", "--lora_r", "4"])
+    assert "--freeze backbone trains the head alone, and --lora_r asks for adapters" in capfd.readouterr().err
+    for part, idle in (("embeddings", ["--freeze: beside adapters, nobody trains the embeddings"]), ("first:1", [])):
+        assert no_effect(parse_args(["--option", "finetune", "--freeze", part, "--lora_r", "4"])) == idle
 
 
 def test_a_plan_says_what_is_frozen_and_where_it_is_kept(inputs, capfd, monkeypatch):

@@ -1,6 +1,9 @@
 """--freeze: the first part of a classifier is not trained. It has no gradient and no optimizer state, runs without
 autograd, and gives the same for a sentence in every epoch (`training/kept.py` keeps that)."""
 
+from torch import nn
+
+import lora
 from classifier import LlamaEmbeddingClassifier
 from config import InputError, RunConfig, counted, frozen_layers
 
@@ -15,18 +18,22 @@ def check(freeze: str, n_layers: int) -> None:
 
 def freeze(model: LlamaEmbeddingClassifier, what: str) -> None:
     """Let that part of a classifier be as it is: "none", "embeddings", "first:K", which is the embeddings and the first
-    K layers, or "backbone", which is all but the head. Raises InputError for more layers than there are."""
-    llama = model.llama
-    check(what, llama.config.n_layers)
-    if what == "none":
-        return
-    llama.tok_embeddings.requires_grad_(False)
-    if what == "backbone":
-        llama.requires_grad_(False)
-        llama.n_frozen, model.is_backbone_frozen = llama.config.n_layers, True
-    elif k := frozen_layers(what):
-        llama.layers[:k].requires_grad_(False)
-        llama.n_frozen = k
+    K layers, or "backbone", which is all but the head. Adapters in that part stay as they are too: new ones, which are
+    zero, add nothing there. Raises InputError for more layers than there are."""
+    check(what, model.llama.config.n_layers)
+    for module in part(model, what):
+        module.requires_grad_(False)
+        for _, adapter in lora.adapted(module):
+            adapter.dropout = 0.0  # which is for training
+    model.is_backbone_frozen = what == "backbone"
+    model.llama.n_frozen = model.llama.config.n_layers if what == "backbone" else frozen_layers(what) or 0
+
+
+def part(model: LlamaEmbeddingClassifier, what: str) -> list[nn.Module]:
+    """The modules that --freeze names."""
+    if what in ("none", "backbone"):
+        return [model.llama] if what == "backbone" else []
+    return [model.llama.tok_embeddings, *model.llama.layers[: frozen_layers(what) or 0]]
 
 
 def in_words(freeze: str) -> str:

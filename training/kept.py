@@ -47,9 +47,8 @@ def vectors_of(model: LlamaEmbeddingClassifier, lengths: np.ndarray) -> np.ndarr
 
 
 def bytes_of(model: LlamaEmbeddingClassifier, *splits: Split) -> int:
-    """The room that the activations of these splits take together."""
-    size = model.llama.config.dim * model.llama.tok_embeddings.weight.element_size()
-    return sum(int(vectors_of(model, split.lengths).sum()) for split in splits) * size
+    """The room that the activations of these splits take together, in float32."""
+    return 4 * model.llama.config.dim * sum(int(vectors_of(model, split.lengths).sum()) for split in splits)
 
 
 def compute(model: LlamaEmbeddingClassifier, split: Split, pad_id: int, device: Device, label: str,
