@@ -129,7 +129,7 @@ class ClassificationTask:
         return folder if folder.is_dir() else Path(tempfile.gettempdir())
 
     def forget(self) -> None:
-        """What was kept is of other weights than those that the frozen part has from here on."""
+        """Let go of what was kept; where it is wanted again, it is computed again, with the weights of then."""
         self.kept = {}
 
     def evaluate(self) -> Evaluation:

@@ -83,6 +83,7 @@ def train(config: RunConfig, inputs: Inputs, device: Device, series_folder: RunF
         with stoppable((series_folder or folder).resume_command(config)):
             with logs.doing(f"evaluating the best weights on {' and '.join(held_out)}"):
                 outputs = {name: job.task.predict(split, name) for name, split in held_out.items()}
+        job.task.forget()  # another run may follow
         for name in outputs:
             metrics.check_finite(outputs[name], f"{folder}: {name}")
         with logs.doing("computing the baselines"):

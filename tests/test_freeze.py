@@ -18,6 +18,7 @@ import run_llama
 from classifier import LlamaEmbeddingClassifier
 from commands.classification import ClassificationTask
 from config import no_effect, parse_args
+from training import device as devices
 from training import kept, trainer
 from training.kept import Activations
 
@@ -157,6 +158,25 @@ def test_what_is_kept_gives_what_is_computed(inputs, monkeypatch, without_keepin
     assert calls.n == (once if "backbone" in options else 96 + 30)
     without_keeping()
     assert_equal_runs(one, finetune(inputs, "computed", *options.split()))
+
+
+@pytest.mark.parametrize("options", ["--freeze first:1 --pooling mean --attention bidirectional", "--freeze backbone"])
+def test_what_is_kept_gives_what_is_computed_in_c(inputs, monkeypatch, without_keeping, options):
+    monkeypatch.setattr(devices, "LARGE", 0)
+    one = finetune(inputs, "kept", *options.split())
+    assert json.loads((one / "args.json").read_text())["versions"]["c_compiler"] != "not used"
+    without_keeping()
+    assert_equal_runs(one, finetune(inputs, "computed", *options.split()))
+
+
+def test_what_is_kept_gives_what_is_computed_in_bfloat16(inputs, without_keeping):
+    """To the precision that bfloat16 has: its products round otherwise in a batch of another size."""
+    options = ["--freeze", "first:1", "--pooling", "mean", "--dtype", "bfloat16", "--epochs", "1"]
+    one = finetune(inputs, "kept", *options)
+    without_keeping()
+    other = finetune(inputs, "computed", *options)
+    for a, b in zip(lines(one, "steps.jsonl"), lines(other, "steps.jsonl"), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], abs=5e-3)
 
 
 @settings(deadline=None)
