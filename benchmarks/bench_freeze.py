@@ -1,6 +1,6 @@
 """What an epoch costs where the first layers are frozen, on SmolLM2-135M's first layers and movies, in turn:
 
-    python -m benchmarks.bench_freeze [--layers 6] [--frozen 4] [--sentences 800] [--rounds 7] [--threads N]
+    python -m benchmarks.bench_freeze [--layers 6] [--frozen 4] [--sentences 800] [--rounds 7] [--threads N] [--cpu]
 
 full        everything is trained
 computed    --freeze first:K, the frozen layers computed at each pass
@@ -9,12 +9,13 @@ remaining   what no program can do without: forward, backward and update of the 
             batches that lie in memory, padded, before the clock starts; dev and a sample of train scored like that too
 
 An epoch has its evaluation in it, and nothing is written to the disk. Prints each one's median, and the ratios of
-rounds that stood next to each other; writes benchmarks/results/freeze.json. On a busy machine the seconds wander; the
-ratios of neighbours do so less.
+rounds that stood next to each other; writes benchmarks/results/freeze.json. On a busy machine the seconds wander, and
+--cpu counts those of the processor instead.
 """
 
 import argparse
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
@@ -23,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.measure import machine, need, ratio, seconds, write
+from benchmarks.measure import machine, need, ratio, write
 from commands import inputs as run_inputs
 from commands import job as jobs
 from config import counted, parse_args
@@ -93,7 +94,15 @@ def main() -> None:
     parser.add_argument("--sentences", type=int, default=800)
     parser.add_argument("--rounds", type=int, default=7, help="epochs of each, after one that does not count")
     parser.add_argument("--threads", type=int, help="default: PyTorch's")
+    parser.add_argument("--cpu", action="store_true", help="the processor's seconds instead of the clock's")
     options = parser.parse_args()
+    clock = time.process_time if options.cpu else time.perf_counter
+
+    def seconds(do: Callable[[], Any]) -> float:
+        began = clock()
+        do()
+        return clock() - began
+
     need(MODEL, TRAIN, DEV)
     if options.threads:
         torch.set_num_threads(options.threads)
