@@ -158,7 +158,8 @@ class RunConfig:
         metavar="PART", check=FREEZE, needs=[Need(lambda c: c.freeze != "embeddings" or not (c.lora_r or c.adapter),
             "beside adapters, nobody trains the embeddings")], also="freeze_layers freeze_backbone num_frozen_layers")
     new_head: bool = _model(False, "where --pretrained_model_path is a finished run: take its Llama alone, and train a "
-        "new head", needs=[Need(lambda c: c.pretrained_model_path, "it needs --pretrained_model_path RUN")])
+        "new head",
+        needs=[Need(lambda c: c.pretrained_model_path or c.adapter, "it needs --pretrained_model_path RUN")])
 
     lora_r: int | None = _lora(None, "train adapters of this rank beside the matrices of the stack, and the head; the "
         "rest stays as it is", metavar="R", check=AT_LEAST_ONE,

@@ -56,5 +56,6 @@ def find_base(base: Base, adapter: Path, typed: str | Path | None = None) -> Pat
                                 "base=PATH))")
     if files.sha256(path) != base.sha256:
         raise InputError(f"{path}: not the base that the adapter in {adapter} was trained on, or it has changed "
-                         "(sha256); say where that one lies: --pretrained_model_path PATH (in Python: load(run, base=PATH))")
+                         "(sha256); say where that one lies: --pretrained_model_path PATH (in Python: load(run, "
+                         "base=PATH))")
     return path

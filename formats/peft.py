@@ -25,8 +25,8 @@ HEADS = ("score", "classifier")
 _HARMLESS = {"peft_type", "peft_version", "task_type", "auto_mapping", "base_model_name_or_path", "revision",
              "inference_mode", "target_modules", "exclude_modules", "layers_pattern", "init_lora_weights",
              "loftq_config", "eva_config", "corda_config", "lora_ga_config", "megatron_core", "megatron_config",
-             "runtime_config", "qalora_group_size", "ensure_weight_tying", "r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora",
-             "modules_to_save", "bias"}
+             "runtime_config", "qalora_group_size", "ensure_weight_tying", "r", "lora_alpha", "lora_dropout",
+             "use_rslora", "use_dora", "modules_to_save", "bias"}
 _CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # of init_lora_weights
 
 
