@@ -101,7 +101,7 @@ def measure(job: Job[ClassificationTask], config: RunConfig, device: Device, spl
     stored = best * (2 if config.save_dtype == "bfloat16" else 4)
     trained = sum(t.numel() * t.element_size() for t in states.trained(job.model).values())
     state = trained * (2 if config.ema else 1) + state_bytes
-    disk = _seconds_per_byte(place, min(int(state), SAMPLE_BYTES))
+    disk = _seconds_per_byte(place, min(int(stored + state), SAMPLE_BYTES))
     tokens = {name: _tokens_of(split) for name, split in {**splits, "train": task.sample}.items()}
     if config.save_every:
         step += disk * state / config.save_every

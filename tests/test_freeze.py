@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 import run_llama
 from classifier import LlamaEmbeddingClassifier
+from commands import estimate
 from commands.classification import ClassificationTask
 from config import no_effect, parse_args
 from training import device as devices
@@ -322,6 +323,15 @@ def test_options_of_adapters_and_what_is_frozen(capfd):
     assert "--freeze backbone trains the head alone, and --lora_r asks for adapters" in capfd.readouterr().err
     for part, idle in (("embeddings", ["--freeze: beside adapters, nobody trains the embeddings"]), ("first:1", [])):
         assert no_effect(parse_args(["--option", "finetune", "--freeze", part, "--lora_r", "4"])) == idle
+
+
+def test_the_disk_is_measured_with_a_file_as_large_as_the_model(inputs, monkeypatch, tmp_path):
+    """A state of the head alone is so small that what a file costs at all would be taken for the price of its bytes."""
+    sizes = []
+    monkeypatch.setattr(estimate, "_seconds_per_byte", lambda place, n: sizes.append(n) or 0.0)
+    job, config = made(inputs, "--freeze", "backbone")
+    estimate.measure(job, config, CPU, {"dev": job.task.dev}, tmp_path)
+    assert sizes[0] > 4 * sum(p.numel() for p in job.model.parameters())
 
 
 def test_a_plan_says_what_is_frozen_and_where_it_is_kept(inputs, capfd, monkeypatch):
