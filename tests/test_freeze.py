@@ -266,16 +266,16 @@ def test_the_optimizer_has_no_state_of_what_is_frozen(inputs):
 
 
 def test_autograd_keeps_nothing_of_the_frozen_part(inputs):
-    """Neither its weights nor its activations are in the graph."""
+    """Neither its weights nor its activations are in the graph, and it runs without."""
     job, _ = made(inputs, "--freeze", "first:1", "--lr_steps", "10", "--batch_size", "8")
     layers = job.model.llama.layers
     graph = {}
     for i, layer in enumerate(layers):
-        layer.register_forward_hook(lambda layer, x, y, i=i: graph.update({i: y.requires_grad}))
+        layer.register_forward_hook(lambda layer, x, y, i=i: graph.update({i: (torch.is_grad_enabled(), y.requires_grad)}))
     batch = job.task.make_batch(np.arange(4), 0)
     assert "below" not in batch, "a range test of a few steps does not compute all of train before"
     job.task.losses(batch)
-    assert graph == {0: False, 1: True}
+    assert graph == {0: (False, False), 1: (True, True)}
 
 
 def test_a_range_test_a_search_and_seeds_run_with_it(inputs, capfd, monkeypatch):
