@@ -271,7 +271,8 @@ def test_autograd_keeps_nothing_of_the_frozen_part(inputs):
     layers = job.model.llama.layers
     graph = {}
     for i, layer in enumerate(layers):
-        layer.register_forward_hook(lambda layer, x, y, i=i: graph.update({i: (torch.is_grad_enabled(), y.requires_grad)}))
+        layer.register_forward_hook(
+            lambda layer, x, y, i=i: graph.update({i: (torch.is_grad_enabled(), y.requires_grad)}))
     batch = job.task.make_batch(np.arange(4), 0)
     assert "below" not in batch, "a range test of a few steps does not compute all of train before"
     job.task.losses(batch)
