@@ -141,18 +141,44 @@ class LlamaEmbeddingClassifier(nn.Module):
             self.classifier_head.weight.mul_(0.05)
             if self.classifier_head.bias is not None:
                 self.classifier_head.bias.zero_()
+        self.is_backbone_frozen = False  # then the Llama runs without autograd
 
-    def forward(self, input_ids: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """Tokens (B, T), padded on the right, and lengths (B,) (None: no padding) to log-probabilities (B, C)."""
+    def forward(self, input_ids: Tensor, lengths: Tensor | None = None, below: Tensor | None = None) -> Tensor:
+        """Tokens (B, T), padded on the right, and lengths (B,) (None: no padding) to log-probabilities (B, C).
+        `below`: what `first_part` gives for them, where it is known already."""
         lengths = all_real(input_ids) if lengths is None else lengths
-        if self.pooling in ("last", "first"):  # the one state that is wanted spares most of the last layer
-            at = lengths - 1 if self.pooling == "last" else torch.zeros_like(lengths)
-            pooled = self.llama.hidden(input_ids, lengths, at=at)[:, 0]
+        if self.is_backbone_frozen:
+            pooled = (self.first_part(input_ids, lengths) if below is None else below)[:, 0]
         else:
-            pooled = pool(self.llama.hidden(input_ids, lengths), lengths, self.pooling)
+            pooled = self._pooled(input_ids, lengths, below)
         with torch.autocast(pooled.device.type, enabled=False):  # a bfloat16 logit has three digits
             out = self.classifier_head(self.dropout(pooled.float()))
         return out if self.is_ordinal else F.log_softmax(out, dim=-1)
+
+    def first_part(self, input_ids: Tensor, lengths: Tensor) -> Tensor:
+        """What the frozen part (see `frozen.freeze`) makes of sentences: (B, T, D), which ends behind each one's
+        length, or (B, 1, D) where one vector of each is all that follows needs. Without autograd."""
+        if self.is_backbone_frozen:
+            with torch.no_grad():
+                return self._pooled(input_ids, lengths)[:, None]
+        return self.llama.first_part(input_ids, lengths, at=self._wanted(lengths))
+
+    def has_one_vector(self) -> bool:
+        """Does `first_part` give one vector of each sentence?"""
+        is_whole = self.llama.n_frozen == self.llama.config.n_layers
+        return self.is_backbone_frozen or is_whole and self.pooling in ("last", "first")
+
+    def _pooled(self, input_ids: Tensor, lengths: Tensor, below: Tensor | None = None) -> Tensor:
+        """One vector of each sentence, (B, D)."""
+        at = self._wanted(lengths)
+        hidden = self.llama.hidden(input_ids, lengths, at=at, below=below)
+        return pool(hidden, lengths, self.pooling) if at is None else hidden[:, 0]
+
+    def _wanted(self, lengths: Tensor) -> Tensor | None:
+        """Where the one state is that the pooling looks at, (B,), which spares most of the last layer; None: at all."""
+        if self.pooling == "last":
+            return lengths - 1
+        return torch.zeros_like(lengths) if self.pooling == "first" else None
 
 
 def classification_loss(model: nn.Module, batch: dict[str, Tensor], label_smoothing: float = 0.0,
@@ -163,7 +189,8 @@ def classification_loss(model: nn.Module, batch: dict[str, Tensor], label_smooth
     r_drop a: the mean of two passes with different dropout, plus a times half their symmetric Kullback-Leibler
     divergence (Liang et al. 2021, arXiv 2106.14448, eq. 4).
     """
-    passes = [model(batch["tokens"], batch["lengths"]) for _ in range(2 if r_drop else 1)]
+    inputs = [batch[name] for name in ("tokens", "lengths", "below") if name in batch]
+    passes = [model(*inputs) for _ in range(2 if r_drop else 1)]
     losses = torch.stack([_cross_entropy(p, batch["labels"], label_smoothing) for p in passes]).mean(0)
     if r_drop:
         p, q = passes

@@ -243,6 +243,7 @@ class Llama(nn.Module):
         super().__init__()
         self.config = config
         self.grad_checkpoint = False  # keep no activations inside a layer, compute them again (Chen et al. 2016)
+        self.n_frozen = 0  # so many of the first layers, and the embeddings below them, run without autograd
         # An empty weight: drawn below once, and not at all where only the shape is wanted (the device "meta").
         empty = torch.empty(config.vocab_size, config.dim)
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim, _weight=empty)
@@ -258,38 +259,56 @@ class Llama(nn.Module):
                 nn.init.normal_(parameter, std=0.02 / (2 * config.n_layers) ** 0.5 if into_stream else 0.02)
 
     def hidden(self, tokens: Tensor, lengths: Tensor | None = None, caches: list[KVCache] | None = None,
-               start: int = 0, at: Tensor | None = None) -> Tensor:
+               start: int = 0, at: Tensor | None = None, below: Tensor | None = None) -> Tensor:
         """tokens (B, T) int64, padded on the right, to hidden states (B, T, D) after the last norm.
 
         `lengths` (B,), the number of real tokens, matters to bidirectional attention only (None: all are real).
         With `caches`, the tokens stand at positions start, start + 1, ... (where start > 0, one token alone). With
         `at` (B,), only the states at these positions are wanted, (B, 1, D): the last layer computes keys and values
-        for all tokens and the rest, nine tenths of its work, for those alone. Raises InputError beyond max_seq_len.
+        for all tokens and the rest, nine tenths of its work, for those alone. `below`: what `first_part` gives for the
+        same tokens, where it is known already. Raises InputError beyond max_seq_len.
         """
+        if below is None:
+            below = self.first_part(tokens, lengths, caches, start, at)
+        layers = range(self.n_frozen, len(self.layers))
+        x = self._through(layers, below, tokens.shape[1], lengths, caches, start, at)
+        with torch.autocast(tokens.device.type, enabled=False):  # no product follows that wants fewer bits
+            return self.norm(x)
+
+    def first_part(self, tokens: Tensor, lengths: Tensor | None = None, caches: list[KVCache] | None = None,
+                   start: int = 0, at: Tensor | None = None) -> Tensor:
+        """As `hidden`, but what comes out of the embeddings and the first `n_frozen` layers: (B, T, D); with `at`,
+        where these are all layers, (B, 1, D). Without autograd where there are such layers."""
         end = start + tokens.shape[1]
         if end > self.config.max_seq_len:
             raise InputError(f"{end} tokens do not fit into the model's context of {self.config.max_seq_len}; "
                              "cut them with --max_sentence_len")
         if start and tokens.shape[1] > 1:
             raise ValueError("behind the first window of a cache there is one token at a time")
-        table = self.angles(end, tokens.device)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.n_frozen):
+            x = self.dropout(self.tok_embeddings(tokens))
+            if torch.is_autocast_enabled(tokens.device.type):
+                x = x.float()  # what the layers add up stays in float32 where frozen embeddings are in bfloat16
+            return self._through(range(self.n_frozen), x, tokens.shape[1], lengths, caches, start, at)
+
+    def _through(self, layers: range, x: Tensor, length: int, lengths: Tensor | None, caches: list[KVCache] | None,
+                 start: int, at: Tensor | None) -> Tensor:
+        """What these layers make of x (B, T, D), where T is `length`; see `hidden`."""
+        end = start + length
+        table = self.angles(end, x.device)
         mask = None
         if lengths is not None and self.config.attention == "bidirectional":
-            mask = (torch.arange(end, device=tokens.device) < lengths[:, None])[:, None, None, :]
-        x = self.dropout(self.tok_embeddings(tokens))
-        if torch.is_autocast_enabled(tokens.device.type):
-            x = x.float()  # weights may be in bfloat16; what the layers add up is in float32
-        for i, layer in enumerate(self.layers):
-            only = at if i + 1 == len(self.layers) else None
+            mask = (torch.arange(end, device=x.device) < lengths[:, None])[:, None, None, :]
+        for i in layers:
+            layer, only = self.layers[i], at if i + 1 == len(self.layers) else None
             if only is not None and self.config.attention == "causal":
-                mask = (torch.arange(end, device=tokens.device) <= start + only[:, None])[:, None, None, :]
+                mask = (torch.arange(end, device=x.device) <= start + only[:, None])[:, None, None, :]
             arguments = (x, table[start:end], mask, caches[i] if caches else None, start, only)
-            if self.grad_checkpoint and self.training:
+            if self.grad_checkpoint and self.training and torch.is_grad_enabled():
                 x = checkpoint(layer, *arguments, use_reentrant=False)
             else:
                 x = layer(*arguments)
-        with torch.autocast(tokens.device.type, enabled=False):  # no product follows that wants fewer bits
-            return self.norm(x)
+        return x
 
     def angles(self, end: int, device: torch.device) -> Tensor:
         """The rotary table of `end` positions or more: of the next 1,024, and not of the whole context, which may be a

@@ -19,7 +19,7 @@ from formats import adapters, files, peft, tables, weights
 from formats.adapters import Adapter
 from formats.weights import Weights
 from tokenizer import TOKENIZER_MODEL, Tokenizer
-from training import logs, saved
+from training import frozen, logs, saved
 from training.device import wants_fused
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -241,6 +241,7 @@ def load(config: RunConfig, need: tuple[str, ...]) -> Inputs:
         read = weights.read_weights(model.weights)
     tokenizers.check_vocabulary(tokenizer, read.config)
     weights.check_n_layers(read, config.n_layers)
+    frozen.check(config.freeze, config.n_layers or read.config.n_layers)
     where = config.device or ("cuda" if config.use_gpu else "cpu")
     if wants_fused(config, where, sum(map(math.prod, read.shapes.values()))):
         threading.Thread(target=fused.library, daemon=True).start()  # compiled while the rest is read

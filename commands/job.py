@@ -18,7 +18,7 @@ from config import Base, RunConfig, counted, lora_config
 from llama import load_pretrained
 from optimizer import OPTIMIZERS, parameter_groups
 from training import device as devices
-from training import logs
+from training import frozen, logs
 from training.device import Device
 from training.task import Job
 from training.trainer import MORE_IS_BETTER
@@ -46,6 +46,7 @@ def build_job(config: RunConfig, inputs: Inputs, device: Device) -> Job[Classifi
     is_trained = start.has_head(config, inputs)
     if is_trained:
         start.load_head(model, inputs)
+    frozen.freeze(model, config.freeze)
     model.to(device.where)
     with logs.doing("compiling fused.c"):
         is_as_fast_as_asked = devices.accelerate(config, model, device)

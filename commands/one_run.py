@@ -68,6 +68,8 @@ def train(config: RunConfig, inputs: Inputs, device: Device, series_folder: RunF
         if clock.estimated and n_runs:
             logs.notice(estimate.long_run(clock.estimated, loop.course, loop.progress.step, config, n_runs,
                                           job.task.model.llama.config.n_layers, float(np.median(loop.lengths)), device))
+        with stoppable((series_folder or folder).resume_command(config)):
+            job.task.keep()
         if loop.saved is None:  # a resumed run has had them, and its micro-batch stays
             check_before(config, loop)
         best = loop.run()
@@ -75,10 +77,13 @@ def train(config: RunConfig, inputs: Inputs, device: Device, series_folder: RunF
         with logs.doing(f"reading {folder.best}"):
             best_folder.check_best(folder.best, best.get("manifest"))
             saved.load_classifier_state(folder.best, job.model)  # the best weights are what is evaluated
+        if config.save_dtype != "float32":  # those of the frozen part too have been rounded
+            job.task.forget()
         held_out = {name: split for name, split in inputs.splits.items() if name != "train"}
         with stoppable((series_folder or folder).resume_command(config)):
             with logs.doing(f"evaluating the best weights on {' and '.join(held_out)}"):
                 outputs = {name: job.task.predict(split, name) for name, split in held_out.items()}
+        job.task.forget()  # another run may follow
         for name in outputs:
             metrics.check_finite(outputs[name], f"{folder}: {name}")
         with logs.doing("computing the baselines"):

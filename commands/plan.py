@@ -7,9 +7,10 @@ import numpy as np
 
 from commands import estimate, plot, rate_pictures
 from commands import job as jobs
+from commands.classification import ClassificationTask
 from commands.inputs import Inputs
 from config import RunConfig, counted, no_effect
-from training import clock, logs
+from training import clock, frozen, kept, logs
 from training import device as devices
 from training.course import course_of
 from training.device import Device
@@ -20,6 +21,20 @@ def rates(job: Job, n_steps: int) -> list[float]:
     """The learning rate of each step of the run, the largest of the parameter groups'."""
     top = max(group["lr"] for group in job.optimizer.param_groups)
     return [top * job.schedule(i, []) for i in range(n_steps)]
+
+
+def what_is_kept(config: RunConfig, job: Job[ClassificationTask]) -> str:
+    """Where what the frozen first part computes is kept, and how much it is; "" where there is no such part."""
+    task, budget = job.task, f"{kept.BUDGET / 2**30:.2f} GiB"
+    if why := frozen.why_not_kept(config):
+        return f"; each epoch computes what they give, since {why}"
+    if not task.keeps:
+        return ""
+    folder = task.folder_of_kept()
+    where = f"in a file in {folder}, mapped into memory, since it is more than {budget}" if folder else (
+        f"in memory (up to {budget})")
+    return (f"; what they give for train and dev is computed once and takes {task.bytes_kept() / 2**30:.2f} GiB, kept "
+            f"{where}")
 
 
 def show(asked: RunConfig, config: RunConfig, inputs: Inputs, device: Device, n_runs: int) -> int:
@@ -41,8 +56,9 @@ def show(asked: RunConfig, config: RunConfig, inputs: Inputs, device: Device, n_
     course, times = course_of(config, job.steps_per_epoch), measured.times
     steps = course.steps
     lr, warmup = rates(job, steps), jobs.warmup_of(config, job.steps_per_epoch)
-    n, bytes_each = sum(p.numel() for p in job.model.parameters() if p.requires_grad), 4
-    weights = sum(p.numel() * p.element_size() for p in job.model.parameters())
+    parameters = list(job.model.parameters())
+    n, bytes_each = sum(p.numel() for p in parameters if p.requires_grad), 4
+    weights = sum(p.numel() * p.element_size() for p in parameters)
     memory = weights + n * bytes_each * (1 + (1 if config.ema else 0)) + measured.state_bytes
     logs.say(f"plan :: {counted(len(inputs.splits['train']), 'sentence')}, {config.batch_size * config.grad_accum} a "
              f"step ({config.batch_size} x {config.grad_accum}), {counted(job.steps_per_epoch, 'step')} an epoch, "
@@ -52,6 +68,10 @@ def show(asked: RunConfig, config: RunConfig, inputs: Inputs, device: Device, n_
     logs.say(f"plan :: {n / 1e6:.1f}M trainable parameters; weights, gradients and {config.optimizer}'s state take "
              f"{memory / 2**30:.2f} GiB; with the longest batch, {devices.peak_memory(device) / 2**30:.2f} GiB were in "
              "use")
+    if config.freeze != "none":
+        n_frozen = sum(p.numel() for module in frozen.part(job.task.model, config.freeze) for p in module.parameters())
+        logs.say(f"plan :: frozen: {frozen.in_words(config.freeze)}, {n_frozen / 1e6:.1f}M parameters"
+                 f"{what_is_kept(config, job)}")
     minutes = times.of(course) / 60
     logs.say(f"plan :: about {times.step:.2f} s a step on {device}: {minutes * job.steps_per_epoch / steps:.1f} min an "
              f"epoch, {minutes:.1f} min in all, evaluation counted ({course.n_evaluations()} of "

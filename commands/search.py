@@ -24,7 +24,7 @@ from commands.study import Plan, Trials
 from commands.trial import Ground, Outcome
 from config import InputError, RunConfig, counted, duration, no_effect
 from formats import files, weights
-from training import clock, loggers, logs, run_folder
+from training import clock, frozen, loggers, logs, run_folder
 from training import device as devices
 from training.bar import Bar
 from training.course import course_of
@@ -62,6 +62,7 @@ def run(config: RunConfig) -> int:
     typed, config = config, defaults.with_defaults(config, whole, {one.name for one in space})
     for line in no_effect(typed):
         logs.warn(f"no effect: {line}")
+    logs.notice(frozen.notice(config))
     for line in spaces.check(space, replace(config, given=typed.given)):
         logs.warn(line)
     ground = Ground(trial.base_config(config, objective), trial.without_test(whole), devices.choose_device(config),
@@ -137,6 +138,7 @@ def plan_of(config: RunConfig, text: str, space: Space, ground: Ground) -> Plan:
         try:
             if at.pretrained_model_path == ground.config.pretrained_model_path:
                 weights.check_n_layers(ground.inputs.weights, at.n_layers)
+                frozen.check(at.freeze, at.n_layers or ground.inputs.weights.config.n_layers)
             n_evaluations = max(n_evaluations, n_evaluations_of(at, ground.inputs))
         except InputError as error:
             raise InputError(f"--space: there is no run at {spaces.in_words(point)}: {error}") from None

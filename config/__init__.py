@@ -12,6 +12,7 @@ from config.run import (
     POOLINGS,
     RunConfig,
     contradiction,
+    frozen_layers,
     lora_config,
     names_in,
     no_effect,
@@ -21,6 +22,6 @@ from config.run import (
 from config.words import InputError, counted, duration, shown
 
 __all__ = ["COMMANDS", "LOGGERS", "LORA_TARGETS", "MEANT", "OPTIMIZERS", "POOLINGS", "Base", "InputError",
-           "LlamaConfig", "LoraConfig", "RopeScaling", "RunConfig", "contradiction", "counted", "duration", "integers",
-           "lora_config", "make_parser", "names_in", "no_effect", "only_run", "options", "parse_args", "shown",
-           "value_type"]
+           "LlamaConfig", "LoraConfig", "RopeScaling", "RunConfig", "contradiction", "counted", "duration",
+           "frozen_layers", "integers", "lora_config", "make_parser", "names_in", "no_effect", "only_run", "options",
+           "parse_args", "shown", "value_type"]

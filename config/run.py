@@ -1,6 +1,7 @@
 """The run's options: one field of `RunConfig` each, with its default, its help, the values that it accepts, the
 commands that use it and the options that it needs."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import Field, dataclass, field, fields
 from functools import partial
@@ -39,6 +40,9 @@ QUESTION = "Is this movie {labels}? This movie is"
 RATE = Check(lambda x: 0 < x <= 1e6, "above 0 and at most 1e6")
 AT_LEAST_TWO = Check(lambda x: x >= 2, "2 or more")
 PROBABILITY = Check(lambda x: 0 <= x < 1, "at least 0 and below 1")
+FREEZE = Check(lambda x: x in ("none", "embeddings", "backbone") or frozen_layers(x) is not None,
+               "none, embeddings, backbone, or first:K with K from 1 on, such as first:4")
+TRAINS_LAYERS = Need(lambda c: c.freeze != "backbone", "--freeze backbone trains the head alone")
 
 SGD = Need(lambda c: c.optimizer == "sgd", "--optimizer {optimizer} does not use it")
 LORA = Need(lambda c: c.lora_r or c.adapter, "it needs --lora_r")
@@ -51,6 +55,12 @@ SERIES = Need(lambda c: c.option in TRIALS or c.resume,
 def names_in(text: str | None) -> tuple[str, ...]:
     """`a,b` as ("a", "b"), each name once; () for None."""
     return tuple(dict.fromkeys(name.strip() for name in text.split(","))) if text else ()
+
+
+def frozen_layers(freeze: str) -> int | None:
+    """K of --freeze first:K; None for everything else."""
+    word, _, number = freeze.partition(":")
+    return int(number) if word == "first" and re.fullmatch("[1-9][0-9]{0,5}", number) else None
 
 
 def _option(group: str, default: Any, help: str, *, only: tuple[str, ...] = TRAINING, common: bool = False,
@@ -144,12 +154,18 @@ class RunConfig:
     dropout: float = _model(0.0, "embedding, attention and residual dropout inside the stack", check=PROBABILITY,
         also="dropout_prob attention_dropout")
 
+    freeze: str = _model("none", "what is not trained: the embeddings; the backbone, which is all but the head; or "
+        "first:K, the embeddings and the first K layers. What a frozen first part computes is kept for the next epoch",
+        metavar="PART", check=FREEZE, needs=[Need(lambda c: c.freeze != "embeddings" or not (c.lora_r or c.adapter),
+            "beside adapters, nobody trains the embeddings")], also="freeze_layers freeze_backbone num_frozen_layers")
     new_head: bool = _model(False, "where --pretrained_model_path is a finished run: take its Llama alone, and train a "
         "new head",
         needs=[Need(lambda c: c.pretrained_model_path or c.adapter, "it needs --pretrained_model_path RUN")])
 
     lora_r: int | None = _lora(None, "train adapters of this rank beside the matrices of the stack, and the head; the "
-        "rest stays as it is", metavar="R", check=AT_LEAST_ONE, also="lora_rank lora_dim rank")
+        "rest stays as it is", metavar="R", check=AT_LEAST_ONE,
+        requires=Need(lambda c: c.freeze != "backbone" or c.adapter, "--freeze backbone trains the head alone, and "
+            "--lora_r asks for adapters; leave one of them out"), also="lora_rank lora_dim rank")
     lora_alpha: float | None = _lora(None, "what an adapter adds is multiplied with alpha / R (default: 2 R)",
         metavar="ALPHA", check=RATE, needs=[LORA])
     lora_dropout: float = _lora(0.0, "dropout in front of the adapters", check=PROBABILITY, needs=[LORA])
@@ -177,7 +193,7 @@ class RunConfig:
     auto_batch: bool = _train(False, "find the largest forward pass that fits into memory on the longest sentences; "
         "the effective batch stays", only=WHOLE_RUN)
     grad_checkpoint: bool = _train(False, "compute activations twice instead of keeping them: less memory, about a "
-        "third more time")
+        "third more time", needs=[TRAINS_LAYERS])
     train_eval: str = _train("sample", "train acc is measured on a fixed random sample as large as dev, or on the "
         "full training set", choices=("sample", "full"), only=WHOLE_RUN)
     seed: int = _train(1337, "the seed of everything random", only=("generate", *TRAINING), common=True,
@@ -192,10 +208,12 @@ class RunConfig:
 
     optimizer: str = _optimizer("adamw", "how gradients become steps; sgd has --momentum", also="optim",
         choices=OPTIMIZERS)
-    lr: float = _optimizer(1e-5, "learning rate at its peak", check=RATE, common=True, also="learning_rate")
+    lr: float = _optimizer(1e-5, "learning rate at its peak", check=RATE, common=True, also="learning_rate",
+        needs=[Need(lambda c: TRAINS_LAYERS.holds(c) or not c.head_lr, "--freeze backbone trains the head alone, and "
+            "--head_lr is its rate")])
     head_lr: float | None = _optimizer(None, "the classification head's own rate", check=RATE)
     layerwise_lr_decay: float = _optimizer(1.0, "each layer's rate is this times that of the layer above", also="llrd",
-        check=FRACTION)
+        check=FRACTION, needs=[TRAINS_LAYERS])
     lr_scaling: str | None = _optimizer(None, "scale the rates with effective batch / --base_batch_size",
         choices=("linear", "sqrt"))
     base_batch_size: int = _optimizer(80, "the batch that the rate was tuned at", check=AT_LEAST_ONE,

@@ -35,6 +35,7 @@ METRICS, SCORES, START = "training/metrics.py", "commands/scores.py", "commands/
 SPLITS, ENSEMBLE = "commands/splits.py", "commands/ensemble.py"
 WEIGHTS = "test_weights"
 SEARCH = "test_search"
+FROZEN = "training/frozen.py"
 LOGGERS, GRADIENTS = "training/loggers.py", "training/gradients.py"
 
 
@@ -608,6 +609,37 @@ BREAKS = [
           "names_its", "test_hub"),
     Break("the hub's password is said", "data/hub.py", 'return re.sub(r"//[^/@]*@", "//", address)', "return address",
           "password", "test_hub"),
+    # Freezing
+    Break("freeze freezes nothing", JOB, "frozen.freeze(model, config.freeze)", 'frozen.freeze(model, "none")',
+          "pytorch_does", "test_freeze"),
+    Break("freeze forgets the embeddings", FROZEN, "[model.llama.tok_embeddings, *model", "[*model", "pytorch_does",
+          "test_freeze"),
+    Break("one layer more is frozen", FROZEN, "layers[: frozen_layers(what) or 0]",
+          "layers[: (frozen_layers(what) or 0) + 1]", "pytorch_does", "test_freeze"),
+    Break("adapters below are trained", FROZEN, "        module.requires_grad_(False)",
+          "        module.requires_grad_(lora.has_adapters(model))", "adapters_below", "test_freeze"),
+    Break("dropout of frozen adapters", FROZEN, "adapter.dropout = 0.0", "pass", "adapters_below", "test_freeze"),
+    Break("frozen layers are in the graph", "llama.py", "torch.is_grad_enabled() and not self.n_frozen",
+          "torch.is_grad_enabled()", "autograd", "test_freeze"),
+    Break("nothing is kept", TASK, "self.keeps = model.llama.n_frozen > 0 and", "self.keeps = False and",
+          "what_is_kept_gives", "test_freeze"),
+    Break("what is kept is of other rows", TASK, 'batch["below"] = activations.batch(rows)',
+          'batch["below"] = activations.batch(rows[::-1])', "what_is_kept_gives", "test_freeze"),
+    Break("the sample has the first rows' activations", TASK, "activations and activations.take(rows)",
+          "activations and activations", "what_is_kept_gives", "test_freeze"),
+    Break("dropout inside the frozen part is kept", FROZEN, "    if config.dropout:", "    if False:",
+          "changes_from_epoch", "test_freeze"),
+    Break("augmented sentences are kept", FROZEN, "if getattr(config, name)]", "if False]", "changes_from_epoch",
+          "test_freeze"),
+    Break("rounded weights meet what was kept before", ONE_RUN, "            job.task.forget()", "            pass",
+          "rounded", "test_freeze"),
+    Break("a file is never taken", TASK, "if self.bytes_kept() <= kept.BUDGET:", "if True:", "file", "test_freeze"),
+    Break("a full disk ends the run", TASK, "except OSError as error:", "except KeyError as error:", "full_disk",
+          "test_freeze"),
+    Break("more layers are frozen than there are", FROZEN, "k is not None and k > n_layers", "False", "refused",
+          "test_freeze"),
+    Break("a state holds what is frozen", STATE, "if not p.requires_grad}", "if False}", "pytorch_does",
+          "test_freeze"),
 ]
 
 

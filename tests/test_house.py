@@ -67,6 +67,8 @@ FLOORS = [
         "diagnosis",
         "guards",
         "metrics",
+        "kept",
+        "frozen",
         "comparisons",
         "bar",
         "saved",

@@ -988,6 +988,7 @@ TESTED = {
     "test_dropout_in_front_of_the_head_is_pytorchs": "hidden_dropout_prob",
     "test_dropout_in_the_stack_is_drawn_in_all_of_its_places": "dropout",
     "test_a_checkpointed_layer_is_computed_twice": "grad_checkpoint",
+    "test_freeze::test_what_is_frozen_stays_and_the_rest_is_trained_as_pytorch_does": "freeze",
     "test_dtype_is_the_precision_of_the_products": "dtype",
     "test_device_and_use_gpu_are_asked_for": "device use_gpu",
     "test_own_data::test_the_columns_that_were_typed_are_read": "text_column label_column",
