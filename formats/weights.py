@@ -152,7 +152,7 @@ def _what_it_calls(path: Path, error: Exception) -> str:
 
 # --------------------------------------------------------------------------- GGUF
 
-_GGUF_NAMES = {  # of a layer's tensors, in the file and here
+GGUF_NAMES = {  # of a layer's tensors, in the file and here
     "attn_norm": "attention_norm", "attn_q": "attention.wq", "attn_k": "attention.wk", "attn_v": "attention.wv",
     "attn_output": "attention.wo", "ffn_norm": "ffn_norm", "ffn_gate": "feed_forward.w1", "ffn_down": "feed_forward.w2",
     "ffn_up": "feed_forward.w3",
@@ -180,8 +180,8 @@ def read_gguf_weights(path: Path) -> Weights:
              "output.weight": "output.weight"}
     for name in tensors:
         match = re.fullmatch(r"blk\.(\d{1,9})\.(\w+)\.weight", name)
-        if match and match[2] in _GGUF_NAMES:
-            names[name] = f"layers.{int(match[1])}.{_GGUF_NAMES[match[2]]}.weight"
+        if match and match[2] in GGUF_NAMES:
+            names[name] = f"layers.{int(match[1])}.{GGUF_NAMES[match[2]]}.weight"
         elif name.startswith("blk."):
             raise InputError(f"{path}: {name} is not part of the Llama that is supported here (a bias, or an expert?)")
     found = {names[name]: tensor for name, tensor in tensors.items() if name in names}
@@ -219,7 +219,7 @@ def _dequantise(path: Path, tensor: GGUFTensor) -> Tensor:
 
 # --------------------------------------------------------------------------- a Hugging Face folder
 
-_HF_NAMES = {  # of a layer's tensors, in the file and here
+HF_NAMES = {  # of a layer's tensors, in the file and here
     "input_layernorm": "attention_norm", "self_attn.q_proj": "attention.wq", "self_attn.k_proj": "attention.wk",
     "self_attn.v_proj": "attention.wv", "self_attn.o_proj": "attention.wo", "post_attention_layernorm": "ffn_norm",
     "mlp.gate_proj": "feed_forward.w1", "mlp.down_proj": "feed_forward.w2", "mlp.up_proj": "feed_forward.w3",
@@ -285,8 +285,8 @@ def _from_hf_name(key: str) -> str | None:
     plain = {"model.embed_tokens.weight": "tok_embeddings.weight", "model.norm.weight": "norm.weight",
              "lm_head.weight": "output.weight"}
     match = re.fullmatch(r"model\.layers\.(\d{1,9})\.(.+)\.weight", key)
-    if match and match[2] in _HF_NAMES:
-        return f"layers.{int(match[1])}.{_HF_NAMES[match[2]]}.weight"
+    if match and match[2] in HF_NAMES:
+        return f"layers.{int(match[1])}.{HF_NAMES[match[2]]}.weight"
     return plain.get(key)
 
 

@@ -18,6 +18,7 @@ FLOORS = [
         "search",
         "inspect", "inspect_run", "inspect_data", "inspect_pages",
         "finetune", "evaluate", "predict", "serve", "prompt", "generate", "lr_find", "verify_resume", "report",
+        "export", "export_hf", "export_tokenizer", "exported",
         # what they share
         "report_pages",
         "search_pages",
@@ -88,6 +89,7 @@ FLOORS = [
         "log_lines",
         "command_lines",
         "past_run",
+        "export_hf", "export_gguf", "export_llama2c",
         "weights",
         "gguf",
         "words",
@@ -99,6 +101,7 @@ FLOORS = [
         "rows",
         "lines",
         "text",
+        "new_folder",
         "files",
         "memory",
     )],
