@@ -1,0 +1,397 @@
+"""--option export, judged by who reads it: transformers, llama.cpp, and a checkpoint in llama2.c's own layout."""
+
+import io
+import json
+import re
+import shutil
+from pathlib import Path
+
+import llamacpp
+import pytest
+import tiny
+import torch
+from conftest import tiny_sentences
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from test_tokenizer import CORPUS
+
+import run_llama
+from classifier import ClassifierConfig, LlamaEmbeddingClassifier, pool
+from commands import export_hf
+from formats import files
+from formats.weights import read_weights
+from llama import Llama, load_pretrained
+from minllama import load
+from tokenizer import Tokenizer
+from training import saved
+
+NAMES = ["bad", "fine", "good"]
+TEXTS = ["the film is good", "a", "dull and awful, a very long mixed one", "naïve café ☕ 我们 1999", "  great  film "]
+
+
+@pytest.fixture(scope="module")
+def tokenizers(tiny_model, tmp_path_factory) -> dict[str, Tokenizer]:
+    """bpe: a tokenizer.json; begin: the same with a begin token in front; spm: SentencePiece, as Llama 2's."""
+    import sentencepiece
+
+    begin = Path(shutil.copytree(tiny_model, tmp_path_factory.mktemp("begin") / "model"))
+    (begin / "tokenizer_config.json").write_text(json.dumps(
+        {"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": True}), encoding="utf-8")
+    path, model = tmp_path_factory.mktemp("spm") / "tokenizer.model", io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(CORPUS), model_writer=model, vocab_size=360, model_type="bpe", byte_fallback=True,
+        normalization_rule_name="identity", remove_extra_whitespaces=False, split_digits=True, minloglevel=2)
+    path.write_bytes(model.getvalue())
+    return {name: Tokenizer(tokenizer_model=place) for name, place in (
+        ("bpe", tiny_model), ("begin", begin), ("spm", path))}
+
+
+def make_run(folder: Path, tokenizer: Tokenizer, pooling: str = "last", loss: str = "ce", bias: bool = False,
+             cut: int | None = None, extra_rows: int = 0, **shape) -> Path:
+    """A run's best/ with a random classifier whose classes differ."""
+    llama = tiny.llama(vocab_size=tokenizer.n_words + extra_rows, **shape)
+    described = ClassifierConfig(3, NAMES, pooling, loss, 0.0, cut, llama.config, bias)
+    model = LlamaEmbeddingClassifier(described, llama)
+    with torch.no_grad():
+        model.classifier_head.weight.mul_(5 if loss == "ordinal" else 40)
+        if bias:
+            model.classifier_head.bias.copy_(torch.tensor([1.0, -2.0, 0.5]))
+    saved.save_classifier(folder / "best", model, tokenizer, described)
+    return folder
+
+
+def export(source: Path, folder: Path, *more: str, code: int = 0) -> Path:
+    option = "--run" if (source / "best").is_dir() else "--pretrained_model_path"
+    words = ["--option", "export", option, source, "--output_dir", folder, *more]
+    assert run_llama.main([str(word) for word in words]) == code
+    assert not list(folder.parent.glob(f".{folder.name}*")), "nothing half-written is left"
+    return folder
+
+
+def logits_of(run: Path, texts: list[str]) -> torch.Tensor:
+    """Our classifier's, in front of the softmax, each text alone."""
+    model, tokenizer = load(run).saved.model, load(run).saved.tokenizer
+    limit, rows = load(run).longest + tokenizer.add_bos, []
+    for text in texts:
+        tokens = torch.tensor([tokenizer.encode(text.strip(), bos=tokenizer.add_bos, eos=False)[:limit]])
+        with torch.no_grad():
+            hidden = model.llama.hidden(tokens)
+            rows.append(model.classifier_head(pool(hidden, torch.tensor([tokens.shape[1]]), model.pooling))[0])
+    return torch.stack(rows)
+
+
+def weights_of(path: Path) -> dict[str, torch.Tensor]:
+    read = read_weights(path)
+    return {name: reader() for name, reader in read.readers.items()}
+
+
+def same_bits(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == wanted.keys()
+    for name in wanted:
+        assert torch.equal(found[name], wanted[name]), name
+
+
+# --------------------------------------------------------------------------- transformers
+
+
+@pytest.mark.parametrize("words, shape", [
+    ("bpe", {}), ("begin", {"tie_embeddings": False, "n_kv_heads": 4}),
+    ("spm", {"attention": "bidirectional", "cut": 6}), ("bpe", {"rope_theta": 5e5, "n_kv_heads": 1, "extra_rows": 7}),
+])
+def test_transformers_classifies_with_our_logits(tokenizers, tmp_path, words, shape):
+    """In a batch, whose short sentences are padded, and one by one; ... and reads the classes' names."""
+    hf = tiny.transformers()
+    run = make_run(tmp_path / "run", tokenizers[words], **shape)
+    folder = export(run, tmp_path / "out", "--format", "hf")
+    tokenizer = hf.AutoTokenizer.from_pretrained(folder)
+    model = hf.AutoModelForSequenceClassification.from_pretrained(folder)
+    want = logits_of(run, TEXTS)
+    inputs = tokenizer([text.strip() for text in TEXTS], padding=True, truncation=True, return_tensors="pt")
+    with torch.no_grad():
+        torch.testing.assert_close(model(**inputs).logits, want, rtol=0, atol=1e-4)
+        for text, logits in zip(TEXTS, want, strict=True):
+            one = tokenizer(text.strip(), truncation=True, return_tensors="pt")
+            torch.testing.assert_close(model(**one).logits[0], logits, rtol=0, atol=1e-4)
+    assert want.std(0).min() > 0.1, "another sentence would be told from it"
+    assert [model.config.id2label[i] for i in range(3)] == NAMES and model.config.label2id["good"] == 2
+    assert model.config.pad_token_id == tokenizer.pad_token_id != tokenizer("a")["input_ids"][-1]
+
+
+@pytest.mark.parametrize("more", [
+    {"pooling": "mean", "attention": "bidirectional"}, {"pooling": "max"}, {"pooling": "first", "bias": True},
+    {"bias": True}, {"loss": "ordinal"}, {"loss": "ordinal", "pooling": "mean"}, {}], ids=str)
+def test_the_lines_of_the_model_card_give_our_probabilities(tokenizers, tmp_path, monkeypatch, capsys, more):
+    tiny.transformers()
+    run = make_run(tmp_path / "run", tokenizers["bpe"], **more)
+    folder = export(run, tmp_path / "out", "--format", "hf")
+    (code,) = re.findall(r"```python\n(.+?)```", (folder / "README.md").read_text(encoding="utf-8"), re.S)
+    assert len(code.splitlines()) <= 16
+    monkeypatch.chdir(folder)
+    found: dict = {}
+    exec(code, found)
+    want = torch.from_numpy(load(run).predict_proba(found["texts"]))
+    torch.testing.assert_close(found["probabilities"], want, rtol=0, atol=1e-5)
+    assert capsys.readouterr().out.splitlines()[-1] == str(load(run).predict(found["texts"]).tolist())
+
+
+def test_what_transformers_has_no_word_for_is_no_sequence_classifier(tokenizers, tmp_path):
+    """... so that nobody loads it as one and gets another class."""
+    run = make_run(tmp_path / "run", tokenizers["bpe"], pooling="mean")
+    folder = export(run, tmp_path / "out", "--format", "hf")
+    assert json.loads((folder / "config.json").read_text(encoding="utf-8"))["architectures"] == ["LlamaModel"]
+    assert "score.weight" not in load_file(folder / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def auto_tokenizers(tokenizers, tmp_path_factory) -> dict:
+    hf, found = tiny.transformers(), {}
+    for name, tokenizer in tokenizers.items():
+        folder = tmp_path_factory.mktemp(name)
+        run = make_run(folder / "run", tokenizer)
+        found[name] = hf.AutoTokenizer.from_pretrained(export(run, folder / "out"))
+    return found
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.text(max_size=30) | st.text("the film is godab'▁ \n19é</s>", max_size=30))
+def test_every_text_has_the_same_tokens_in_transformers(tokenizers, auto_tokenizers, text):
+    for name, tokenizer in tokenizers.items():
+        want = tokenizer.encode(text, bos=tokenizer.add_bos, eos=False)
+        assert auto_tokenizers[name](text)["input_ids"] == want, name
+
+
+@pytest.mark.parametrize("words", ["bpe", "begin", "spm"])
+def test_control_tokens_in_a_text_are_what_ours_makes_of_them(tokenizers, auto_tokenizers, words):
+    for text in ("<s>", "a </s> b", "end</s>", "<unk>"):
+        want = tokenizers[words].encode(text, bos=tokenizers[words].add_bos, eos=False)
+        assert auto_tokenizers[words](text)["input_ids"] == want
+
+
+@pytest.mark.parametrize("more, said", [
+    ({"model_type": "unigram"}, "it is no BPE"), ({"normalization_rule_name": "nfkc"}, "it changes texts first"),
+    ({"user_defined_symbols": ["film"]}, "it has symbols of a user")])
+def test_other_sentencepiece_models_are_refused_by_name(tmp_path, capsys, more, said):
+    import sentencepiece
+
+    model = io.BytesIO()
+    wanted = {"model_type": "bpe", "normalization_rule_name": "identity", "remove_extra_whitespaces": False, **more}
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(CORPUS), model_writer=model, vocab_size=80,
+                                             minloglevel=2, hard_vocab_limit=False, **wanted)
+    (tmp_path / "tokenizer.model").write_bytes(model.getvalue())
+    run = make_run(tmp_path / "run", Tokenizer(tokenizer_model=tmp_path / "tokenizer.model"))
+    for form in ("hf", "gguf"):
+        assert not export(run, tmp_path / "out", "--format", form, code=2).exists()
+        assert said in capsys.readouterr().err
+
+
+# --------------------------------------------------------------------------- llama.cpp
+
+
+def greedy(llama: Llama, tokens: list[int], n: int) -> tuple[list[int], list[torch.Tensor]]:
+    found, steps = list(tokens), []
+    for _ in range(n):
+        with torch.no_grad():
+            steps.append(llama(torch.tensor([found]))[0][0, -1].log_softmax(-1))
+        found.append(int(steps[-1].argmax()))
+    return found[len(tokens):], steps
+
+
+@pytest.mark.parametrize("kind, near", [("f32", 1e-4), ("f16", 0.01), ("bf16", 0.05), ("q8_0", 0.1)])
+@pytest.mark.parametrize("words, tied", [("bpe", True), ("spm", False)])
+def test_llama_cpp_goes_on_with_our_tokens(tokenizers, tmp_path, kind, near, words, tied):
+    """The likeliest tokens and their log-probabilities, as near as the numbers are kept."""
+    llama = tiny.llama(vocab_size=tokenizers[words].n_words, tie_embeddings=tied, rope_theta=5e4, n_layers=3)
+    source = pretrained(tmp_path / "model", llama, tokenizers[words])
+    folder = export(source, tmp_path / "out", "--format", "gguf", "--gguf_type", kind)
+    judge = llamacpp.Judge(folder / "model.gguf", 64)
+    worst = 0.0
+    for text in ("the film", "a very long"):
+        start = tokenizers[words].encode(text, bos=tokenizers[words].add_bos, eos=False)
+        assert judge.tokens(text) == start
+        want, steps = greedy(llama, start, 12)
+        found, tops = judge.continued(start, 12)
+        assert found == want[: len(found)] and len(found) > 2
+        for step, top in zip(steps, tops, strict=False):
+            worst = max(worst, *(abs(step[token] - logprob).item() for token, logprob in top.items()))
+    assert worst < near
+    assert kind == "f32" or worst > 1e-5, "another kind would be told from float32"
+
+
+def pretrained(folder: Path, llama: Llama, tokenizer: Tokenizer) -> Path:
+    """A Hugging Face folder of a Llama, with its tokenizer as it is."""
+    from safetensors.torch import save_file
+
+    from formats.export_hf import hf_config, hf_weights
+
+    folder.mkdir()
+    save_file(hf_weights({n: p.detach() for n, p in llama.named_parameters()}, llama.config),
+              folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(hf_config(llama.config, "LlamaForCausalLM")), encoding="utf-8")
+    tokenizer.save(folder)
+    return folder
+
+
+@pytest.mark.parametrize("words", ["bpe", "begin", "spm"])
+def test_llama_cpp_and_we_read_the_tokenizer_in_a_gguf(tokenizers, tmp_path, words):
+    tokenizer = tokenizers[words]
+    run = make_run(tmp_path / "run", tokenizer, extra_rows=5)
+    file = export(run, tmp_path / "out", "--format", "gguf") / "model.gguf"
+    judge, ours = llamacpp.Judge(file, 64), Tokenizer(tokenizer_model=file)
+    for text in [*TEXTS, *(sentence for _, sentence in tiny_sentences(10, 3)), "tabs\tand\nnew lines", "don't 12345"]:
+        want = tokenizer.encode(text, bos=tokenizer.add_bos, eos=False)
+        assert judge.tokens(text) == want
+        assert ours.encode(text, bos=ours.add_bos, eos=False) == want
+
+
+def test_a_gguf_says_that_attention_is_bidirectional(tokenizers, tmp_path):
+    from formats.gguf import read_gguf
+
+    for attention, want in (("causal", None), ("bidirectional", False)):
+        run = make_run(tmp_path / attention, tokenizers["bpe"], attention=attention)
+        file = export(run, tmp_path / f"{attention}-out", "--format", "gguf") / "model.gguf"
+        assert read_gguf(file)[0].get("llama.attention.causal") is want
+
+
+# --------------------------------------------------------------------------- llama2.c
+
+
+def test_a_checkpoint_has_llama2_cs_layout(tokenizers, tmp_path):
+    """The names and numbers that its `export.py` reads: those of the checkpoint that the tests make from transformers,
+    and nothing that its ModelArgs would stumble over."""
+    hf = tiny.hf_model()
+    source = tmp_path / "model"
+    hf.save_pretrained(source)
+    make = Tokenizer(tokenizer_model=tokenizers["bpe"].path)
+    (source / "tokenizer.json").write_text(json.dumps(small(make)), encoding="utf-8")
+    file = export(source, tmp_path / "out", "--format", "llama2c") / "model.pt"
+    found, want = torch.load(file, weights_only=True), tiny.pt_dict(hf)
+    same_bits(found["model"], want["model"])
+    known = {"dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "hidden_dim", "multiple_of", "norm_eps",
+             "max_seq_len", "dropout"}
+    assert found["model_args"].keys() == known
+    assert {n: found["model_args"][n] for n in want["model_args"]} | {"multiple_of": 4} == want["model_args"]
+
+
+def small(tokenizer: Tokenizer) -> dict:
+    """Its tokenizer.json with the first 96 words alone, which the transformers model of the tests has rows for."""
+    content = tokenizer.as_json()
+    content["model"]["vocab"] = {w: i for w, i in content["model"]["vocab"].items() if i < tiny.VOCAB}
+    content["model"]["merges"] = []
+    return content
+
+
+@pytest.mark.parametrize("shape, said", [
+    ({"rope_theta": 5e4}, "rotates with theta 10000"), ({"attention": "bidirectional"}, "has causal attention"),
+    ({"tie_embeddings": False}, "has one matrix for words in and out")])
+def test_what_llama2_c_has_no_word_for_is_refused(tokenizers, tmp_path, capsys, shape, said):
+    run = make_run(tmp_path / "run", tokenizers["bpe"], **shape)
+    assert not export(run, tmp_path / "out", "--format", "llama2c", code=2).exists()
+    assert said in capsys.readouterr().err
+
+
+# --------------------------------------------------------------------------- there and back
+
+
+@pytest.mark.parametrize("form, file", [("hf", ""), ("gguf", "model.gguf"), ("llama2c", "model.pt")])
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("words", ["bpe", "spm"])
+def test_there_and_back_every_bit_is_the_same(tokenizers, tmp_path, form, file, tied, words):
+    """A model that we have read, once exported, is the same model, with the same tokenizer."""
+    if form == "llama2c" and not tied:
+        pytest.skip("llama2.c has no untied model")
+    llama = tiny.llama(vocab_size=tokenizers[words].n_words, tie_embeddings=tied)
+    source = pretrained(tmp_path / "model", llama, tokenizers[words])
+    folder = export(source, tmp_path / "out", "--format", form, *(["--gguf_type", "f32"] if form == "gguf" else []))
+    same_bits(weights_of(folder / file), {n: p.detach() for n, p in llama.named_parameters()})
+    assert read_weights(folder / file).config == llama.config
+    again = Tokenizer(tokenizer_model=folder / file if file.endswith(".gguf") else folder)
+    for text in TEXTS:
+        assert again.encode(text, again.add_bos, False) == tokenizers[words].encode(text, again.add_bos, False)
+
+
+@pytest.mark.parametrize("form, file", [("hf", ""), ("gguf", "model.gguf"), ("llama2c", "model.pt")])
+def test_the_llama_of_a_run_comes_back_too(tokenizers, tmp_path, form, file):
+    run = make_run(tmp_path / "run", tokenizers["bpe"])
+    folder = export(run, tmp_path / "out", "--format", form, *(["--gguf_type", "f32"] if form == "gguf" else []))
+    state = load_file(run / "best/model.safetensors")
+    same_bits(weights_of(folder / file), {n[6:]: t for n, t in state.items() if n.startswith("llama.")})
+
+
+# --------------------------------------------------------------------------- a model without output layer
+
+
+def test_an_output_layer_that_a_run_has_lost_comes_from_its_base(tokenizers, tmp_path, capsys):
+    base = tiny.llama(vocab_size=tokenizers["bpe"].n_words, tie_embeddings=False, seed=5)
+    source = pretrained(tmp_path / "base", base, tokenizers["bpe"])
+    run = make_run(tmp_path / "run", tokenizers["bpe"], tie_embeddings=False)
+    assert not export(run, tmp_path / "out", "--format", "gguf", code=2).exists()
+    assert "has no output layer" in capsys.readouterr().err
+    described = {"files": {"weights": {"path": str(source), "sha256": files.sha256(source)}}}
+    (run / "args.json").write_text(json.dumps(described), encoding="utf-8")
+    file = export(run, tmp_path / "out", "--format", "gguf", "--gguf_type", "f32") / "model.gguf"
+    state = load_file(run / "best/model.safetensors")
+    same_bits(weights_of(file), {"output.weight": base.output.weight.detach(),
+                                 **{n[6:]: t for n, t in state.items() if n.startswith("llama.")}})
+    (source / "model.safetensors").write_bytes(b"another one")
+    export(run, tmp_path / "again", "--format", "gguf", code=2)
+    assert "is gone or has changed" in capsys.readouterr().err
+
+
+# --------------------------------------------------------------------------- bad input, and what is half-written
+
+
+def test_a_folder_that_holds_something_is_refused(tokenizers, tmp_path, capsys):
+    run, folder = make_run(tmp_path / "run", tokenizers["bpe"]), tmp_path / "out"
+    folder.mkdir()
+    (folder / "mine.txt").write_text("mine", encoding="utf-8")
+    export(run, folder, code=2)
+    assert "there is something in this folder (mine.txt)" in capsys.readouterr().err
+    assert [path.name for path in folder.iterdir()] == ["mine.txt"]
+    (folder / "mine.txt").unlink()
+    assert (export(run, folder) / "config.json").is_file(), "an empty one is taken"
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    export(run, tmp_path / "file", code=2)
+
+
+@pytest.mark.parametrize("words, said", [
+    (["--run", "RUN"], "--option export needs --output_dir DIR"),
+    (["--output_dir", "out"], "--option export needs --run RUN"),
+    (["--run", "RUN", "--pretrained_model_path", "RUN", "--output_dir", "out"], "contradict each other"),
+    (["--pretrained_model_path", "RUN", "--output_dir", "out"], "a finished run; export it with --run"),
+])
+def test_what_is_missing_is_named(tokenizers, tmp_path, capsys, monkeypatch, words, said):
+    monkeypatch.chdir(tmp_path)
+    make_run(tmp_path / "RUN", tokenizers["bpe"])
+    assert run_llama.main(["--option", "export", *words]) == 2
+    assert said in capsys.readouterr().err and not Path("out").exists()
+
+
+def test_an_export_that_fails_in_the_middle_leaves_nothing(tokenizers, tmp_path, monkeypatch):
+    run = make_run(tmp_path / "run", tokenizers["bpe"])
+
+    def full(state, path, **more):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(export_hf, "save_file", full)
+    assert not export(run, tmp_path / "out", code=2).exists()
+
+
+def test_numbers_that_a_kind_cannot_hold_are_refused(tokenizers, tmp_path, capsys):
+    llama = tiny.llama(vocab_size=tokenizers["bpe"].n_words, dim=24, n_heads=2, hidden_dim=32)
+    with torch.no_grad():
+        llama.tok_embeddings.weight[0, 0] = 1e6
+    source = pretrained(tmp_path / "model", llama, tokenizers["bpe"])
+    for kind, said in (("f16", "float16 ends at 65504"), ("q8_0", "there are 32 in a block")):
+        assert not export(source, tmp_path / "out", "--format", "gguf", "--gguf_type", kind, code=2).exists()
+        assert said in capsys.readouterr().err
+    export(source, tmp_path / "out", "--format", "gguf", "--gguf_type", "bf16")
+
+
+def test_the_tokenizer_that_was_typed_is_exported(tokenizers, tmp_path, tiny_model):
+    llama = tiny.llama(vocab_size=400)
+    source = pretrained(tmp_path / "model", llama, tokenizers["bpe"])
+    folder = export(source, tmp_path / "out", "--tokenizer", str(tokenizers["spm"].path))
+    again = Tokenizer(tokenizer_model=folder)
+    assert again.encode("the film", False, False) == tokenizers["spm"].encode("the film", False, False)
+    assert load_pretrained(folder).config.vocab_size == 400
