@@ -123,7 +123,7 @@ def card(settings: ClassifierConfig, kind: str) -> str:
         return begin + SEQUENCE_CLASSIFIER + END
     others = [f"{settings.pooling} pooling"] if settings.pooling != "last" else []
     if settings.loss == "ordinal" or settings.head_bias:
-        others.append(f"a head that is {what_head(settings)}")
+        others.append("an ordinal head" if settings.loss == "ordinal" else "a head with a bias")
     head = HEAD["ordinal" if settings.loss == "ordinal" else "bias" if settings.head_bias else "linear"]
     return begin + LLAMA_AND_HEAD.format(others=" and ".join(others), pool=POOL[settings.pooling], head=head) + END
 

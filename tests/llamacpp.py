@@ -17,19 +17,27 @@ class Judge:
         wanted.cpuparams.n_threads = wanted.cpuparams_batch.n_threads = 1
         wanted.n_gpu_layers, wanted.verbosity, wanted.warmup, wanted.fit_params = 0, 0, False, False
         wanted.cache_type_k = wanted.cache_type_v = module.ggml_type.GGML_TYPE_F32
+        wanted.flash_attn_type = module.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
         self.server = module.Server(wanted)
 
     def tokens(self, text: str) -> list[int]:
         """The token numbers of a text, the begin token in front where the file says so."""
-        body = json.dumps({"content": text, "add_special": True, "parse_special": True}).encode()
-        request = Request(f"{self.server.listening_address}/tokenize", body, {"Content-Type": "application/json"})
-        with urlopen(request, timeout=60) as answer:
-            return json.load(answer)["tokens"]
+        return self._asked("tokenize", content=text, add_special=True, parse_special=True)["tokens"]
 
-    def continued(self, tokens: list[int], n: int, n_probs: int = 5) -> tuple[list[int], list[dict[int, float]]]:
-        """n tokens, greedily; and of each step the log-probabilities of the likeliest."""
-        answer = self.server.handle_completions({"prompt": tokens, "n_predict": n, "temperature": 0, "n_probs": n_probs,
-                                                 "cache_prompt": False, "ignore_eos": False})
-        steps = answer["choices"][0]["logprobs"]["content"]
-        return [one["id"] for one in steps], [{top["id"]: top["logprob"] for top in one["top_logprobs"]}
-                                              for one in steps]
+    def continued(self, tokens: list[int], n: int) -> tuple[list[int], dict[int, dict[int, float]]]:
+        """n tokens, greedily, or fewer up to an end token; and by step the log-probabilities of the five likeliest. It
+        says none for a step that ends inside a letter (a byte of several)."""
+        answer = self._asked("completion", prompt=tokens, n_predict=n, temperature=0, n_probs=5, cache_prompt=False,
+                             return_tokens=True)
+        found, step = {}, 0
+        for one in answer["completion_probabilities"]:
+            step = answer["tokens"].index(one["id"], step)
+            found[step] = {top["id"]: top["logprob"] for top in one["top_logprobs"]}
+            step += 1
+        return answer["tokens"], found
+
+    def _asked(self, what: str, **values) -> dict:
+        request = Request(f"{self.server.listening_address}/{what}", json.dumps(values).encode(),
+                          {"Content-Type": "application/json"})
+        with urlopen(request, timeout=60) as answer:
+            return json.load(answer)

