@@ -10,14 +10,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from config import POOLINGS, InputError, LlamaConfig
+from config import POOLINGS, Base, InputError, LlamaConfig, LoraConfig
 from llama import Llama, load_pretrained
 from tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
 class ClassifierConfig:
-    """What best/config.json holds: all that is needed to build the classifier again and to name its classes."""
+    """What best/config.json holds: all that is needed to build the classifier again and to name its classes.
+
+    `lora`: the adapters, where model.safetensors holds those and the head alone; the rest is in `base`."""
 
     num_labels: int
     label_names: list[str]
@@ -27,6 +29,8 @@ class ClassifierConfig:
     max_sentence_len: int | None
     llama: LlamaConfig
     head_bias: bool = False
+    lora: LoraConfig | None = None
+    base: Base | None = None
 
     def values(self) -> dict[str, Any]:
         """As the JSON object of config.json."""
@@ -46,8 +50,12 @@ class ClassifierConfig:
         try:
             if not 0 < values["llama"]["n_layers"] < 1000:
                 raise ValueError(f"n_layers is {values['llama']['n_layers']}")
+            adapters, base = values.get("lora"), values.get("base")
+            if (adapters is None) != (base is None):
+                raise ValueError("an adapter needs its base")
             return cls(len(names), names, values["pooling"], values.get("loss", "ce"), values["hidden_dropout_prob"],
-                       longest, LlamaConfig(**values["llama"]), values.get("head_bias", True))  # older ones have it
+                       longest, LlamaConfig(**values["llama"]), values.get("head_bias", True),  # older ones have it
+                       adapters and LoraConfig(**adapters), base and Base(**base))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise InputError(f"{path}: not a saved classifier ({error!r})") from None
 

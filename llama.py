@@ -256,6 +256,8 @@ class Llama(nn.Module):
         if lengths is not None and self.config.attention == "bidirectional":
             mask = (torch.arange(end, device=tokens.device) < lengths[:, None])[:, None, None, :]
         x = self.dropout(self.tok_embeddings(tokens))
+        if torch.is_autocast_enabled(tokens.device.type):
+            x = x.float()  # what the layers add up stays in float32 where frozen embeddings are in bfloat16
         for i, layer in enumerate(self.layers):
             only = at if i + 1 == len(self.layers) else None
             if only is not None and self.config.attention == "causal":

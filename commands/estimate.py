@@ -18,6 +18,7 @@ from config import InputError, RunConfig, duration
 from dataset import Split, length_order
 from formats import files
 from training import clock, gradients, logs
+from training import state as states
 from training.checks import untouched
 from training.clock import Times
 from training.course import Course, course_of
@@ -88,7 +89,7 @@ def measure(job: Job[ClassificationTask], config: RunConfig, device: Device, spl
         kept = [value for moments in job.optimizer.state.values() for value in moments.values()
                 if isinstance(value, Tensor)]
         state_bytes = sum(value.numel() * value.element_size() for value in kept)
-    weights = sum(t.numel() * t.element_size() for t in job.model.state_dict().values())
+    weights = sum(t.numel() * t.element_size() for t in states.trained(job.model).values())
     stored = weights * (2 if config.save_dtype == "bfloat16" else 4) / 4
     state = weights * (2 if config.ema else 1) + state_bytes
     disk = _seconds_per_byte(place, min(int(state), SAMPLE_BYTES))

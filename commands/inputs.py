@@ -12,10 +12,11 @@ import dataset
 import fused
 import tokenizer as tokenizers
 from commands import splits as run_splits
-from config import InputError, RunConfig
+from config import InputError, LlamaConfig, RunConfig
 from data import prepare
 from dataset import Split
-from formats import files, tables, weights
+from formats import adapters, files, peft, tables, weights
+from formats.adapters import Adapter
 from formats.weights import Weights
 from tokenizer import TOKENIZER_MODEL, Tokenizer
 from training import logs, saved
@@ -118,10 +119,14 @@ def find_model(config: RunConfig, may_fetch: bool = True) -> ModelFiles:
     models/) with its tokenizer; else smollm2-135m, which is fetched where it may be. Raises FileNotFoundError."""
     models = prepare.weights_path("smollm2-135m").parent
     typed, notice = config.pretrained_model_path, ""
+    if config.adapter and not typed:
+        typed = base_of_adapter(Path(config.adapter))
+        if not typed or not (Path(typed).exists() or typed in prepare.WEIGHTS):
+            where = f"its base is {typed}, and nothing lies there" if typed else "it does not name its base"
+            raise FileNotFoundError(f"--adapter {config.adapter}: {where}; say where it is: --pretrained_model_path "
+                                    "PATH")
     if typed:
-        found = _typed_weights(typed, [Path(), ROOT, models])
-        if saved.is_run(found):
-            found = saved.checked_best(found, "--pretrained_model_path")
+        found = find_weights(typed)
     else:
         places = [place / "stories42M.pt" for place in (Path(), ROOT, models)]
         stories = next((p for p in places if p.is_file() and _tokenizer_beside(p, config)), None)
@@ -141,6 +146,13 @@ def find_model(config: RunConfig, may_fetch: bool = True) -> ModelFiles:
         raise FileNotFoundError(f"{found}: there is no tokenizer beside it; `python data/prepare.py stories42M` "
                                 "fetches the one of the stories models, --tokenizer names another")
     return ModelFiles(found, tokenizer, notice)
+
+
+def find_weights(typed: str) -> Path:
+    """The weights that were typed: a path, from here, from beside the code or in models/, or a name that
+    data/prepare.py knows; of a run, its best/. Raises FileNotFoundError with the nearest name."""
+    found = _typed_weights(typed, [Path(), ROOT, prepare.weights_path("smollm2-135m").parent])
+    return saved.checked_best(found, "--pretrained_model_path") if saved.is_run(found) else found
 
 
 def _typed_weights(typed: str, places: list[Path]) -> Path:
@@ -186,6 +198,7 @@ class Inputs:
     tokenizer: Tokenizer
     weights: Weights
     held_out: dict[str, Split] = field(default_factory=dict)
+    adapter: Adapter | None = None
 
     def steps_per_epoch(self, config: RunConfig) -> int:
         """Optimizer steps in one pass over the training sentences; a last, short one counts."""
@@ -195,6 +208,7 @@ class Inputs:
     def _checksums(self) -> dict[str, dict[str, str]]:
         used = {n: getattr(self.files, n) for n in ("train", "dev", "test", "label_names")}
         used |= {"weights": self.weights.path, "tokenizer": self.tokenizer.path}
+        used["adapter"] = self.adapter and self.adapter.path
         found = {name: path.resolve() for name, path in used.items() if path}
         return {name: {"path": str(path), "sha256": files.sha256(path)} for name, path in found.items()}
 
@@ -236,7 +250,38 @@ def load(config: RunConfig, need: tuple[str, ...]) -> Inputs:
             held_out = run_splits.hold_out(splits["train"])
             splits = {**splits, **held_out}
     run_splits.say_without_test(splits)
-    return Inputs(found, splits, classes.names, tokenizer, read, held_out)
+    return Inputs(found, splits, classes.names, tokenizer, read, held_out, read_adapter(config, read))
+
+
+def read_adapter(config: RunConfig, base: Weights) -> Adapter | None:
+    """--adapter: that of a run of ours, or one of PEFT's, for this base. Raises InputError or FileNotFoundError."""
+    if not config.adapter:
+        return None
+    if peft.is_peft(Path(config.adapter)):
+        return peft.read_peft(Path(config.adapter), limited(base.config, config.n_layers))
+    settings, best = saved.read_settings(config.adapter, "--adapter")
+    if not settings.lora or not settings.base:
+        raise InputError(f"--adapter {config.adapter}: this run has no adapters; begin with its weights: "
+                         f"--pretrained_model_path {config.adapter}")
+    adapters.find_base(settings.base, best, base.path)
+    handle = weights.open_safetensors(best / "model.safetensors")
+    tensors = {name: handle.get_tensor(name).float() for name in handle.keys()}
+    parts = {part: {name.removeprefix(part): tensor for name, tensor in tensors.items() if name.startswith(part)}
+             for part in ("llama.", "classifier_head.")}
+    return Adapter(best, settings.lora, parts["llama."], parts["classifier_head."], settings.base, settings.values())
+
+
+def limited(config: LlamaConfig, n_layers: int | None) -> LlamaConfig:
+    """The shape with the first layers alone."""
+    return replace(config, n_layers=n_layers or config.n_layers)
+
+
+def base_of_adapter(folder: Path) -> str | None:
+    """The base that an adapter names; None where nothing lies there."""
+    if peft.is_peft(folder):
+        return peft.named_base(folder)
+    settings, _ = saved.read_settings(folder, "--adapter")
+    return settings.base.path if settings.base else None
 
 
 def limit_train(config: RunConfig, inputs: Inputs) -> Inputs:

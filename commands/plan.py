@@ -42,7 +42,8 @@ def show(asked: RunConfig, config: RunConfig, inputs: Inputs, device: Device, n_
     steps = course.steps
     lr, warmup = rates(job, steps), jobs.warmup_of(config, job.steps_per_epoch)
     n, bytes_each = sum(p.numel() for p in job.model.parameters() if p.requires_grad), 4
-    memory = n * bytes_each * (2 + (1 if config.ema else 0)) + measured.state_bytes
+    weights = sum(p.numel() * p.element_size() for p in job.model.parameters())
+    memory = weights + n * bytes_each * (1 + (1 if config.ema else 0)) + measured.state_bytes
     logs.say(f"plan :: {counted(len(inputs.splits['train']), 'sentence')}, {config.batch_size * config.grad_accum} a "
              f"step ({config.batch_size} x {config.grad_accum}), {counted(job.steps_per_epoch, 'step')} an epoch, "
              f"{steps} in all")

@@ -13,7 +13,7 @@ from training.trainer import Loop
 
 # A file of args.json, and the option that names it.
 OPTION_OF = {"train": "train", "dev": "dev", "test": "test", "label_names": "label_names", "tokenizer": "tokenizer",
-             "weights": "pretrained_model_path"}
+             "weights": "pretrained_model_path", "adapter": "adapter"}
 
 
 # What may be another value than the run began with.

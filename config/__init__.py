@@ -3,7 +3,7 @@
 Nothing here imports torch, so `python run_llama.py --help` answers at once.
 """
 
-from config.model import LlamaConfig
+from config.model import LORA_TARGETS, Base, LlamaConfig, LoraConfig
 from config.parser import MEANT, integers, make_parser, parse_args, value_type
 from config.run import (
     COMMANDS,
@@ -12,6 +12,7 @@ from config.run import (
     POOLINGS,
     RunConfig,
     contradiction,
+    lora_config,
     names_in,
     no_effect,
     only_run,
@@ -19,6 +20,6 @@ from config.run import (
 )
 from config.words import InputError, counted, duration, shown
 
-__all__ = ["COMMANDS", "LOGGERS", "MEANT", "OPTIMIZERS", "POOLINGS", "InputError", "LlamaConfig", "RunConfig",
-           "contradiction", "counted", "duration", "integers", "make_parser", "names_in", "no_effect", "only_run",
-           "options", "parse_args", "shown", "value_type"]
+__all__ = ["COMMANDS", "LOGGERS", "LORA_TARGETS", "MEANT", "OPTIMIZERS", "POOLINGS", "Base", "InputError",
+           "LlamaConfig", "LoraConfig", "RunConfig", "contradiction", "counted", "duration", "integers", "lora_config",
+           "make_parser", "names_in", "no_effect", "only_run", "options", "parse_args", "shown", "value_type"]

@@ -1,4 +1,4 @@
-"""The shape of a Llama."""
+"""The shape of a Llama, and of the adapters on it."""
 
 import math
 from dataclasses import dataclass
@@ -52,3 +52,56 @@ class LlamaConfig:
     @property
     def head_dim(self) -> int:
         return self.dim // self.n_heads
+
+
+LORA_TARGETS = {  # of each layer: the matrix's name in --lora_targets, and here
+    "q": "attention.wq", "k": "attention.wk", "v": "attention.wv", "o": "attention.wo",
+    "gate": "feed_forward.w1", "up": "feed_forward.w3", "down": "feed_forward.w2",
+}
+
+
+@dataclass(frozen=True)
+class Base:
+    """The pretrained weights that an adapter was trained on: a file or a folder, and `formats.files.sha256` of it."""
+
+    path: str
+    sha256: str
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.path, str) or not isinstance(self.sha256, str):
+            raise ValueError(f"the base is {self.path!r} with the sha256 {self.sha256!r}; both must be texts")
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters (`lora.py`). `r`: their rank; `alpha`: with it, the scale of what they add; `dropout`: on their
+    input; `targets`: the names in LORA_TARGETS of the matrices that get one; `rs`: the scale is alpha / sqrt(r) instead
+    of alpha / r; `dora`: each output's magnitude is learned apart from its direction."""
+
+    r: int
+    alpha: float
+    dropout: float = 0.0
+    targets: tuple[str, ...] = tuple(LORA_TARGETS)
+    rs: bool = False
+    dora: bool = False
+
+    def __post_init__(self) -> None:
+        if type(self.r) is not int or self.r < 1:
+            raise ValueError(f"r is {self.r!r}; the rank must be a whole number, 1 or more")
+        if type(self.alpha) not in (int, float) or not 0 < self.alpha < math.inf:
+            raise ValueError(f"alpha is {self.alpha!r}; it must be a number above 0")
+        if type(self.dropout) not in (int, float) or not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout is {self.dropout!r}; it must be at least 0 and below 1")
+        if type(self.rs) is not bool or type(self.dora) is not bool:
+            raise ValueError(f"rs is {self.rs!r} and dora {self.dora!r}; both are true or false")
+        if not isinstance(self.targets, list | tuple) or not self.targets or not {*self.targets} <= {*LORA_TARGETS}:
+            raise ValueError(f"targets is {self.targets!r}; it can be {', '.join(LORA_TARGETS)}")
+        # In one order, however they were written; JSON has lists.
+        object.__setattr__(self, "targets", tuple(name for name in LORA_TARGETS if name in self.targets))
+        object.__setattr__(self, "alpha", float(self.alpha))
+        object.__setattr__(self, "dropout", float(self.dropout))
+
+    @property
+    def scale(self) -> float:
+        """alpha / r (Hu et al. 2021, section 4.1), or alpha / sqrt(r) (Kalajdzievski 2023, arXiv 2312.03732, eq. 7)."""
+        return self.alpha / (math.sqrt(self.r) if self.rs else self.r)

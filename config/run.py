@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import schedule
+from config.model import LORA_TARGETS, LoraConfig
 from config.words import InputError
 from schedule import AT_LEAST_ONE, FRACTION, NOT_NEGATIVE, SCHEDULERS, Check, Need
 
@@ -40,6 +41,7 @@ AT_LEAST_TWO = Check(lambda x: x >= 2, "2 or more")
 PROBABILITY = Check(lambda x: 0 <= x < 1, "at least 0 and below 1")
 
 SGD = Need(lambda c: c.optimizer == "sgd", "--optimizer {optimizer} does not use it")
+LORA = Need(lambda c: c.lora_r or c.adapter, "it needs --lora_r")
 ONE_RUN = Need(lambda c: not c.seeds and (not c.folds or c.fold is not None),
                "each run has its predictions in its own folder")
 SERIES = Need(lambda c: c.option in TRIALS or c.resume,
@@ -64,8 +66,8 @@ def _option(group: str, default: Any, help: str, *, only: tuple[str, ...] = TRAI
 # A group of the help each, with the commands of those of its options that name none.
 _what = partial(_option, "What to do", common=True)
 _data = partial(_option, "Data", only=LABELLED, metavar="FILE")
-_model, _train, _optimizer, _schedule, _regular, _output = (partial(_option, group) for group in (
-    "Model", "Training", "Optimizer", "Schedule", "Regularisation", "Output"))
+_model, _lora, _train, _optimizer, _schedule, _regular, _output = (partial(_option, group) for group in (
+    "Model", "Adapters", "Training", "Optimizer", "Schedule", "Regularisation", "Output"))
 _stop = partial(_option, "Stopping and guards", only=WHOLE_RUN)
 _search = partial(_option, "Search", only=("search",))
 _range = partial(_option, "Range test", only=("lr_find",))
@@ -126,7 +128,7 @@ class RunConfig:
 
     pretrained_model_path: str | None = _model(None, "a llama2.c .pt, a .gguf, a Hugging Face folder, the folder of a "
         "finished run, or a name that data/prepare.py knows (default: stories42M.pt where it is, else smollm2-135m)",
-        metavar="PATH", common=True, only=(*MODEL_FILES, "export"),
+        metavar="PATH", common=True, only=(*MODEL_FILES, *SAVED, "export"),
         also="model model_name model_name_or_path checkpoint")
     tokenizer: str | None = _model(None, "SentencePiece .model, tokenizer.json or .gguf (default: the one that comes "
         "with the weights)", metavar="FILE", only=(*MODEL_FILES, "export"),
@@ -146,6 +148,22 @@ class RunConfig:
 
     new_head: bool = _model(False, "where --pretrained_model_path is a finished run: take its Llama alone, and train a "
         "new head", needs=[Need(lambda c: c.pretrained_model_path, "it needs --pretrained_model_path RUN")])
+
+    lora_r: int | None = _lora(None, "train adapters of this rank beside the matrices of the stack, and the head; the "
+        "rest stays as it is", metavar="R", check=AT_LEAST_ONE, also="lora_rank lora_dim rank")
+    lora_alpha: float | None = _lora(None, "what an adapter adds is multiplied with alpha / R (default: 2 R)",
+        metavar="ALPHA", check=RATE, needs=[LORA])
+    lora_dropout: float = _lora(0.0, "dropout in front of the adapters", check=PROBABILITY, needs=[LORA])
+    lora_targets: str = _lora("all", "which matrices of each layer get an adapter: q, k, v, o, gate, up, down, with "
+        "commas between, or all", metavar="NAME[,NAME]", needs=[LORA], also="lora_target_modules target_modules",
+        check=Check(lambda x: x == "all" or bool(names_in(x)) and {*names_in(x)} <= {*LORA_TARGETS},
+                    f"all, or some of {', '.join(LORA_TARGETS)} with commas"))
+    lora_rs: bool = _lora(False, "multiply with alpha / sqrt(R) instead (rsLoRA), for large ranks", needs=[LORA],
+        also="use_rslora")
+    lora_dora: bool = _lora(False, "learn the length of each row apart from its direction (DoRA); slower",
+        needs=[LORA], also="use_dora")
+    adapter: str | None = _lora(None, "begin with this adapter: the folder of a run with --lora_r, or one of PEFT's; "
+        "predict uses one of PEFT's that has a head", metavar="DIR", only=(*TRAINING, "predict"))
 
     epochs: int = _train(10, "passes over the training set", check=AT_LEAST_ONE, common=True, also="num_train_epochs")
     max_steps: int | None = _train(None, "end after N optimizer steps, where --epochs would have more; the schedule is "
@@ -341,6 +359,14 @@ def only_run(c: RunConfig) -> str:
     if len(c.run) > 1:
         raise InputError(f"--option {c.option} uses one --run, and {len(c.run)} are given: {', '.join(c.run[:5])}")
     return c.run[0]
+
+
+def lora_config(c: RunConfig) -> LoraConfig | None:
+    """The adapters that are to be trained; None: none."""
+    if not c.lora_r:
+        return None
+    targets = tuple(LORA_TARGETS) if c.lora_targets == "all" else names_in(c.lora_targets)
+    return LoraConfig(c.lora_r, c.lora_alpha or 2 * c.lora_r, c.lora_dropout, targets, c.lora_rs, c.lora_dora)
 
 
 def options() -> list[Field[Any]]:

@@ -9,7 +9,7 @@ import math
 import pickle
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,8 @@ from gguf.quants import dequantize
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from config import InputError, LlamaConfig, counted
+from config import Base, InputError, LlamaConfig, LoraConfig, counted
+from formats import adapters
 from formats.files import read_json
 from formats.gguf import GGUFTensor, read_gguf
 from formats.memory import is_out_of_memory
@@ -362,8 +363,35 @@ def read_run(path: Path) -> Weights:
         readers[part][name] = partial(_read_float32, handle, key)
         if part == "llama":
             shapes[name] = tuple(handle.get_slice(key).get_shape())
-    return Weights(path, _config(path / "config.json", **llama), shapes, readers["llama"],
-                   TrainedHead(settings, readers["classifier_head"]))
+    run = Weights(path, _config(path / "config.json", **llama), shapes, readers["llama"],
+                  TrainedHead(settings, readers["classifier_head"]))
+    return _on_its_base(run) if settings.get("lora") else run
+
+
+def _on_its_base(run: Weights) -> Weights:
+    """The Llama of a run with adapters: the weights of its base, the adapters merged into them as they are read."""
+    assert run.head
+    try:
+        lora, base = LoraConfig(**run.head.settings["lora"]), Base(**run.head.settings["base"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{run.path / 'config.json'}: not a saved adapter ({error!r})") from None
+    below = read_weights(adapters.find_base(base, run.path))
+
+    def read(name: str) -> Tensor:
+        magnitude = f"{name}.magnitude"
+        try:
+            return adapters.merged(name, below.readers[f"{name}.weight"](), run.readers[f"{name}.lora_a"](),
+                                   run.readers[f"{name}.lora_b"](), lora.scale,
+                                   run.readers[magnitude]() if magnitude in run.readers else None)
+        except (RuntimeError, KeyError) as error:
+            raise InputError(f"{run.path}: the adapter of {name} does not fit its base ({error})") from None
+
+    kept = {name: shape for name, shape in below.shapes.items()
+            if not (layer := re.match(r"layers\.(\d+)\.", name)) or int(layer[1]) < run.config.n_layers}
+    adapted = {name.rpartition(".")[0] for name in run.shapes}
+    readers = {name: partial(read, name.removesuffix(".weight")) if name.removesuffix(".weight") in adapted
+               else below.readers[name] for name in kept}
+    return replace(run, shapes=kept, readers=readers)
 
 
 def _read_float32(handle: Any, key: str) -> Tensor:

@@ -1062,6 +1062,9 @@ TESTED = {
     "test_search::test_objective_decides_and_is_the_monitor": "objective",
     "test_search::test_storage_is_where_the_trials_are": "storage",
     "test_search::test_finalists_and_final_seeds_say_what_runs_again": "finalists final_seeds",
+    "test_adapters::test_the_options_are_those_of_peft": "lora_r lora_alpha lora_targets lora_rs lora_dora",
+    "test_adapters::test_lora_dropout_is_drawn_in_front_of_the_adapters": "lora_dropout",
+    "test_adapters::test_adapter_goes_on_with_the_adapter_and_the_head_of_a_run": "adapter",
     "test_report::test_n_dev_says_how_much_is_chance": "n_dev",
     "test_report::test_score_names_the_column_of_a_table": "score",
 }

@@ -125,7 +125,7 @@ class RunFolder:
                     not isinstance(file.get("sha256", ""), str)):
                 raise InputError(f"{path}: the {name} file is {file!r}, expected its path and its sha256")
             at = Path(file["path"])
-            if at.exists() and not at.is_file() and not (at.is_dir() and name in ("weights", "tokenizer")):
+            if at.exists() and not at.is_file() and not (at.is_dir() and name in ("weights", "tokenizer", "adapter")):
                 raise InputError(f"{path}: the {name} file is {at}, which is not a regular file")
         return described
 

@@ -1,0 +1,107 @@
+"""PEFT's adapters for a Llama: a folder with adapter_config.json and adapter_model.safetensors.
+
+What PEFT computes otherwise than lora.py is refused by name.
+"""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from config import LORA_TARGETS, InputError, LlamaConfig, LoraConfig, counted
+from formats.adapters import Adapter
+from formats.files import read_json
+from formats.weights import open_safetensors
+
+SETTINGS, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+PROJECTIONS = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj", "gate": "gate_proj", "up": "up_proj",
+               "down": "down_proj"}  # what PEFT and transformers call the targets
+_TARGETS = {theirs: ours for ours, theirs in PROJECTIONS.items()}
+_PARTS = {"lora_A": "lora_a", "lora_B": "lora_b", "lora_magnitude_vector": "magnitude"}
+HEADS = ("score", "classifier")
+# Settings that change nothing of what a finished adapter computes, beside those that `read_peft` reads. Any other one
+# that is switched on is refused.
+_HARMLESS = {"peft_type", "peft_version", "task_type", "auto_mapping", "base_model_name_or_path", "revision",
+             "inference_mode", "target_modules", "exclude_modules", "layers_pattern", "init_lora_weights",
+             "loftq_config", "eva_config", "corda_config", "lora_ga_config", "megatron_core", "megatron_config",
+             "runtime_config", "qalora_group_size", "ensure_weight_tying", "r", "lora_alpha", "lora_dropout",
+             "use_rslora", "use_dora", "modules_to_save", "bias"}
+_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # of init_lora_weights
+
+
+def is_peft(path: Path) -> bool:
+    """Is this the folder of an adapter of PEFT's?"""
+    return (path / SETTINGS).is_file()
+
+
+def named_base(path: Path) -> str | None:
+    """What adapter_config.json says of the base: a folder, or a name on the hub."""
+    found = read_json(path / SETTINGS).get("base_model_name_or_path")
+    return found if isinstance(found, str) else None
+
+
+def read_peft(path: Path, llama: LlamaConfig) -> Adapter:
+    """The adapter of a folder for a Llama of this shape. Rows of a query's and a key's B and magnitude are in halves
+    there; they are reordered to adjacent pairs. Raises InputError for what is not computed here, by name."""
+    settings, file = read_json(path / SETTINGS), path / TENSORS
+    _check(settings, path / SETTINGS)
+    handle = open_safetensors(file)
+    tensors: dict[str, Tensor] = {}
+    head: dict[str, Tensor] = {}
+    places: set[tuple[int, str]] = set()
+    for key in handle.keys():
+        inside = re.fullmatch(r"base_model\.model\.(?:model\.)?layers\.(\d{1,4})\.(?:self_attn|mlp)\.(\w+)\."
+                              r"(lora_A|lora_B|lora_magnitude_vector)(?:\.weight)?", key)
+        of_head = re.fullmatch(rf"base_model\.model\.(?:{'|'.join(HEADS)})\.(weight|bias)", key)
+        if inside and inside[2] in _TARGETS:
+            layer, target, part = int(inside[1]), _TARGETS[inside[2]], _PARTS[inside[3]]
+            value = handle.get_tensor(key).float().contiguous()
+            if target in ("q", "k") and part != "lora_a":
+                value = _to_pairs(value, llama.head_dim, f"{file}: {key}")
+            tensors[f"layers.{layer}.{LORA_TARGETS[target]}.{part}"] = value
+            places.add((layer, target))
+        elif of_head:
+            head[of_head[1]] = handle.get_tensor(key).float()
+        else:
+            raise InputError(f"{file}: {key} is not part of an adapter that is computed here (those of "
+                             f"{', '.join(PROJECTIONS.values())}, and a head called {' or '.join(HEADS)})")
+    targets = {target for _, target in places}
+    if not places or places != {(layer, target) for layer in range(llama.n_layers) for target in targets}:
+        n = len({layer for layer, _ in places})
+        raise InputError(f"{file}: it has adapters in {counted(n, 'layer')}, and not the same in each of the "
+                         f"{llama.n_layers} of the model; is it for another base? (adapters in some layers only are "
+                         "not computed here)")
+    try:
+        config = LoraConfig(settings["r"], settings["lora_alpha"], settings.get("lora_dropout") or 0.0,
+                            tuple(targets), bool(settings.get("use_rslora")), bool(settings.get("use_dora")))
+    except (KeyError, ValueError) as error:
+        raise InputError(f"{path / SETTINGS}: {error}") from None
+    return Adapter(path, config, tensors, head)
+
+
+def _check(settings: dict[str, Any], path: Path) -> None:
+    """Raises InputError for a setting with which PEFT computes something else than lora.py."""
+    if settings.get("peft_type") != "LORA":
+        raise InputError(f"{path}: the peft_type is {settings.get('peft_type')!r}; only LORA is computed here")
+    if settings.get("bias", "none") != "none" or settings.get("lora_bias"):
+        raise InputError(f"{path}: it has trained biases (bias, lora_bias); a Llama has none here")
+    saved = settings.get("modules_to_save") or []
+    if other := sorted({*saved} - {*HEADS}):
+        raise InputError(f"{path}: modules_to_save names {', '.join(other)}; only a head ({' or '.join(HEADS)}) can be "
+                         "trained beside an adapter here")
+    how = str(settings.get("init_lora_weights"))
+    if how.startswith(_CHANGE_THE_BASE):
+        raise InputError(f"{path}: init_lora_weights is {how}, which changes the base too; let PEFT convert the "
+                         "adapter to a plain one (save_pretrained with path_initial_model_for_weight_conversion)")
+    for name, value in settings.items():
+        if value and name not in _HARMLESS:
+            raise InputError(f"{path}: {name} is {value!r:.60}; this is not computed here")
+
+
+def _to_pairs(rows: Tensor, head_dim: int, what: str) -> Tensor:
+    """Rows (out, r), or numbers (out,), of a query or a key: halves of each head become adjacent pairs."""
+    if rows.shape[0] % head_dim:
+        raise InputError(f"{what}: {rows.shape[0]} rows are not whole heads of {head_dim}; is it for another base?")
+    heads = rows.reshape(-1, 2, head_dim // 2, *rows.shape[1:])
+    return heads.transpose(1, 2).reshape(rows.shape)
