@@ -2,7 +2,7 @@
 
     python run_llama.py --option export --run runs/finetune-10-1e-05 --format hf --output_dir my-model
 
-hf: transformers; gguf: llama.cpp; llama2c: llama2.c. The folder is new and whole, or not there.
+hf: transformers; peft: PEFT, beside it; gguf: llama.cpp; llama2c: llama2.c. The folder is new and whole, or not there.
 """
 
 from collections.abc import Callable
@@ -37,7 +37,11 @@ def run(config: RunConfig) -> int:
 
 
 def write_hf(folder: Path, model: Exported, config: RunConfig) -> str:
-    return f"transformers ({export_hf.write(folder, model)})"
+    return export_hf.write(folder, model)
+
+
+def write_peft(folder: Path, model: Exported, config: RunConfig) -> str:
+    return export_hf.write_peft(folder, model)
 
 
 def write_gguf(folder: Path, model: Exported, config: RunConfig) -> str:
@@ -63,4 +67,4 @@ def _say_without_head(model: Exported) -> None:
                     "to classify, and may have forgotten how to go on with a text")
 
 
-WRITERS: dict[str, Writer] = {"hf": write_hf, "gguf": write_gguf, "llama2c": write_llama2c}
+WRITERS: dict[str, Writer] = {"hf": write_hf, "peft": write_peft, "gguf": write_gguf, "llama2c": write_llama2c}

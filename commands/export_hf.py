@@ -1,4 +1,4 @@
-"""--format hf: a folder for Hugging Face's transformers.
+"""--format hf and peft: folders for Hugging Face's transformers, and for PEFT beside it.
 
 A classifier that pools the last token with a linear head without a bias is a LlamaForSequenceClassification. Another
 one is a LlamaModel, its head in head.safetensors, and a README.md that says how to pool.
@@ -16,95 +16,66 @@ from torch.nn import functional as F
 from classifier import ClassifierConfig
 from commands import export_tokenizer
 from commands.exported import Exported
-from formats import export_hf
-
-# How hidden states (B, T, D) become `pooled` (B, D), given the `mask` (B, T) of the real tokens.
-POOL = {
-    "last": "pooled = hidden[range(len(hidden)), mask.sum(1) - 1]",
-    "first": "pooled = hidden[:, 0]",
-    "mean": "pooled = (hidden * mask[:, :, None]).sum(1) / mask.sum(1, keepdim=True)",
-    "max": 'pooled = hidden.masked_fill(mask[:, :, None] == 0, float("-inf")).amax(1)',
-}
-# How they become `probabilities` (B, C).
-HEAD = {
-    "linear": 'probabilities = (pooled @ head["weight"].T).softmax(1)',
-    "bias": 'probabilities = (pooled @ head["weight"].T + head["bias"]).softmax(1)',
-    "ordinal": 'at_most = torch.sigmoid(head["cuts"] - pooled @ head["weight"].T)  # P(class <= k), (B, C - 1)\n'
-               "at_most = torch.nn.functional.pad(at_most, (1, 0))\n"
-               "probabilities = torch.diff(at_most, append=torch.ones(len(pooled), 1))",
-}
-BEGIN = """# A sentence classifier on a Llama
-
-Classes: {classes}. Attention: {attention}. Pooling: {pooling}. Head: {head}.
-"""
-SEQUENCE_CLASSIFIER = """
-```python
-import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
-path, texts = ".", ["a charming film", "a dull one"]
-tokenizer, model = AutoTokenizer.from_pretrained(path), AutoModelForSequenceClassification.from_pretrained(path)
-inputs = tokenizer([text.strip() for text in texts], padding=True, truncation=True, return_tensors="pt")
-with torch.no_grad():
-    probabilities = model(**inputs).logits.softmax(1)
-print([model.config.id2label[i] for i in probabilities.argmax(1).tolist()])
-```
-"""
-LLAMA_AND_HEAD = """
-`AutoModelForSequenceClassification` does not know {others}, and would compute something else.
-So the head is a file of its own, and these lines pool and apply it:
-
-```python
-import torch
-from safetensors.torch import load_file
-from transformers import AutoModel, AutoTokenizer
-
-path, texts = ".", ["a charming film", "a dull one"]
-tokenizer, model = AutoTokenizer.from_pretrained(path), AutoModel.from_pretrained(path)
-head = load_file(f"{{path}}/head.safetensors")
-inputs = tokenizer([text.strip() for text in texts], padding=True, truncation=True, return_tensors="pt")
-with torch.no_grad():
-    hidden, mask = model(**inputs).last_hidden_state, inputs["attention_mask"]
-{pool}
-{head}
-print([model.config.id2label[i] for i in probabilities.argmax(1).tolist()])
-```
-"""
-END = """
-In training texts were stripped of the spaces around them. A text without any token has no class.
-"""
+from commands.model_card import card, is_sequence_classifier
+from config import InputError
+from formats import export_hf, export_peft, files, peft
 
 
 def write(folder: Path, model: Exported) -> str:
-    """Fill the folder. Returns what loads it, in words."""
-    pad = export_tokenizer.write_hf(folder, model.tokenizer, model.longest)
+    """Fill the folder for transformers; adapters are merged into the weights. Returns what loads it, in words."""
     settings, state = model.settings, export_hf.hf_weights(model.weights, model.config)
     if settings is None:
-        kind = "LlamaForCausalLM"
+        write_around(folder, model, "LlamaForCausalLM")
+        loader = "AutoModelForCausalLM"
     elif is_sequence_classifier(settings):
-        kind = "LlamaForSequenceClassification"
         state["score.weight"] = model.head["weight"]
+        write_around(folder, model, "LlamaForSequenceClassification")
+        loader = "AutoModelForSequenceClassification"
     else:
-        kind = "LlamaModel"
         save_file(plain_head(model.head, settings), folder / "head.safetensors")
+        write_around(folder, model, "LlamaModel")
+        loader = "AutoModel, with the head in head.safetensors: README.md says how"
+    if settings:
+        (folder / "README.md").write_text(card(settings), encoding="utf-8", newline="\n")
     save_file({name: tensor.detach().contiguous() for name, tensor in state.items()}, folder / "model.safetensors",
               metadata={"format": "pt"})
-    values: dict[str, Any] = {**export_hf.hf_config(model.config, kind), "pad_token_id": pad}
+    return f"transformers ({loader})"
+
+
+def write_peft(folder: Path, model: Exported) -> str:
+    """Fill the folder for PEFT. Returns what loads it, in words. Raises InputError for a run without adapters."""
+    settings = model.settings
+    if not settings or not settings.lora or not settings.base:
+        raise InputError(f"--format peft: {model.path} has no adapters (it was not trained with --lora_r); take "
+                         "--format hf")
+    has_score = is_sequence_classifier(settings)
+    write_around(folder, model, "LlamaForSequenceClassification" if has_score else "LlamaModel")
+    if not has_score:
+        save_file(plain_head(model.head, settings), folder / "head.safetensors")
+    tensors = export_peft.peft_tensors(model.adapters, model.head if has_score else None, model.config)
+    save_file({name: tensor.detach() for name, tensor in tensors.items()}, folder / peft.TENSORS,
+              metadata={"format": "pt"})
+    base = Path(settings.base.path)
+    is_for_hf = (base / "config.json").is_file() and "model_type" in files.read_json(base / "config.json")
+    described = export_peft.peft_config(settings.lora, str(base) if is_for_hf else None, has_score)
+    (folder / peft.SETTINGS).write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
+    (folder / "README.md").write_text(card(settings, base.name), encoding="utf-8", newline="\n")
+    of_base = str(base) if is_for_hf else (f"its base; --option export --pretrained_model_path {base} --format hf "
+                                           "writes that one")
+    return f"PEFT (PeftModel.from_pretrained, on {of_base})"
+
+
+def write_around(folder: Path, model: Exported, architecture: str) -> None:
+    """config.json and the tokenizer."""
+    pad = export_tokenizer.write_hf(folder, model.tokenizer, model.longest)
+    values: dict[str, Any] = {**export_hf.hf_config(model.config, architecture), "pad_token_id": pad}
     values |= {f"{name}_token_id": number if number >= 0 else None for name, number in (
         ("bos", model.tokenizer.bos_id), ("eos", model.tokenizer.eos_id))}
-    if settings:
-        values |= {"id2label": dict(enumerate(settings.label_names)), "problem_type": "single_label_classification",
-                   "label2id": {name: i for i, name in enumerate(settings.label_names)}}
-        (folder / "README.md").write_text(card(settings, kind), encoding="utf-8", newline="\n")
+    if model.settings:
+        names = model.settings.label_names
+        values |= {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)},
+                   "problem_type": "single_label_classification"}
     (folder / "config.json").write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-    return {"LlamaForCausalLM": "AutoModelForCausalLM", "LlamaModel": "AutoModel, with the head in head.safetensors "
-            "(README.md says how)"}.get(kind, "AutoModelForSequenceClassification")
-
-
-def is_sequence_classifier(settings: ClassifierConfig) -> bool:
-    """Does transformers' LlamaForSequenceClassification compute the same? It pools the last token, and its head is a
-    matrix."""
-    return settings.pooling == "last" and settings.loss == "ce" and not settings.head_bias
 
 
 def plain_head(head: dict[str, Tensor], settings: ClassifierConfig) -> dict[str, Tensor]:
@@ -113,23 +84,3 @@ def plain_head(head: dict[str, Tensor], settings: ClassifierConfig) -> dict[str,
         steps = torch.cat((head["first_cut"], F.softplus(head["gaps"])))
         return {"weight": head["weight"].contiguous(), "cuts": steps.cumsum(0)}
     return {name: tensor.detach().contiguous() for name, tensor in head.items()}
-
-
-def card(settings: ClassifierConfig, kind: str) -> str:
-    """README.md: what this is, and some lines that use it."""
-    begin = BEGIN.format(classes=", ".join(settings.label_names), attention=settings.llama.attention,
-                         pooling=settings.pooling, head=what_head(settings))
-    if kind != "LlamaModel":
-        return begin + SEQUENCE_CLASSIFIER + END
-    others = [f"{settings.pooling} pooling"] if settings.pooling != "last" else []
-    if settings.loss == "ordinal" or settings.head_bias:
-        others.append("an ordinal head" if settings.loss == "ordinal" else "a head with a bias")
-    head = HEAD["ordinal" if settings.loss == "ordinal" else "bias" if settings.head_bias else "linear"]
-    return begin + LLAMA_AND_HEAD.format(others=" and ".join(others), pool=POOL[settings.pooling], head=head) + END
-
-
-def what_head(settings: ClassifierConfig) -> str:
-    """The head in words."""
-    if settings.loss == "ordinal":
-        return "ordinal: one score, and rising cuts between the classes"
-    return f"linear, {'with' if settings.head_bias else 'without'} a bias"

@@ -5,22 +5,23 @@ from pathlib import Path
 
 from torch import Tensor
 
+import lora
 import tokenizer as tokenizers
 from classifier import ClassifierConfig
-from commands import inputs
-from config import InputError, LlamaConfig, RunConfig, only_run
+from commands import finished, inputs
+from config import InputError, LlamaConfig, RunConfig
 from formats import files, weights
 from llama import load_pretrained
 from tokenizer import Tokenizer
-from training import logs, saved
-from training.run_folder import RunFolder
+from training import logs
 from training.saved import SavedRun
 
 
 @dataclass(frozen=True)
 class Exported:
-    """`path`: the run, or the file; `weights`: the Llama's parameters by our names, float32, and `head` the head's;
-    `settings`: of a run's classifier, None for pretrained weights."""
+    """`path`: the run, or the file; `weights`: the Llama's parameters by our names, float32, with what adapters there
+    are merged into them, and `head` the head's; `settings`: of a run's classifier, None for pretrained weights;
+    `adapters`: by their names in the Llama, {} where there are none."""
 
     path: Path
     config: LlamaConfig
@@ -28,6 +29,7 @@ class Exported:
     tokenizer: Tokenizer
     settings: ClassifierConfig | None
     head: dict[str, Tensor]
+    adapters: dict[str, Tensor]
     run: SavedRun | None
 
     @property
@@ -40,8 +42,6 @@ class Exported:
 
 def load(config: RunConfig) -> Exported:
     """What --run or --pretrained_model_path names, all checked. Raises InputError or FileNotFoundError."""
-    if config.run and config.pretrained_model_path:
-        raise InputError("--run and --pretrained_model_path contradict each other; give one")
     if not config.run and not config.pretrained_model_path:
         raise InputError("--option export needs --run RUN, the folder of a finished fine-tuning run, or "
                          "--pretrained_model_path PATH")
@@ -49,14 +49,16 @@ def load(config: RunConfig) -> Exported:
 
 
 def of_run(config: RunConfig) -> Exported:
-    """The classifier of --run."""
-    run = saved.load_run(only_run(config))
-    parts: dict[str, dict[str, Tensor]] = {"llama": {}, "classifier_head": {}}
-    for name, tensor in run.model.state_dict().items():
-        part, _, inner = name.partition(".")
-        parts[part][inner] = tensor
-    return Exported(run.typed, run.settings.llama, parts["llama"], run.tokenizer, run.settings,
-                    parts["classifier_head"], run)
+    """The classifier of --run. Raises InputError for adapters that cannot be merged."""
+    run = finished.load_run(config)
+    merged, state = lora.merge(run.model), run.model.state_dict()
+
+    def below(part: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name.removeprefix(part): tensor for name, tensor in tensors.items() if name.startswith(part)}
+
+    adapters = {name: tensor for name, tensor in below("llama.", state).items() if lora.is_adapter(name)}
+    return Exported(run.typed, run.settings.llama, below("llama.", merged), run.tokenizer, run.settings,
+                    below("classifier_head.", merged), adapters, run)
 
 
 def of_weights(config: RunConfig) -> Exported:
@@ -69,7 +71,7 @@ def of_weights(config: RunConfig) -> Exported:
     if read.head:
         raise InputError(f"{found.weights}: a finished run; export it with --run {config.pretrained_model_path}")
     llama = load_pretrained(read)
-    return Exported(found.weights, llama.config, dict(llama.named_parameters()), tokenizer, None, {}, None)
+    return Exported(found.weights, llama.config, dict(llama.named_parameters()), tokenizer, None, {}, {}, None)
 
 
 def with_output(model: Exported) -> dict[str, Tensor]:
@@ -79,8 +81,7 @@ def with_output(model: Exported) -> dict[str, Tensor]:
     if model.config.tie_embeddings or "output.weight" in model.weights:
         return model.weights
     assert model.run, "pretrained weights have an output layer"
-    home: RunFolder = model.run.home
-    used = files.read_json(home.args).get("files", {}).get("weights", {}) if home.has_run() else {}
+    used = base_of(model.run)
     base = Path(used.get("path", ""))
     fault = "and which weights it began with is not known here (no args.json)"
     if used:
@@ -92,3 +93,10 @@ def with_output(model: Exported) -> dict[str, Tensor]:
             fault = f"and {base}, with which it began, has none for it either"
     raise InputError(f"{model.path}: this classifier has no output layer, without which there are no words, {fault}; "
                      "take --format hf")
+
+
+def base_of(run: SavedRun) -> dict[str, str]:
+    """`path` and `sha256` of the weights that a run began with; {} where they are not known."""
+    if run.settings.base:
+        return {"path": run.settings.base.path, "sha256": run.settings.base.sha256}
+    return files.read_json(run.home.args).get("files", {}).get("weights", {}) if run.home.has_run() else {}

@@ -334,8 +334,8 @@ class RunConfig:
         "(default: 1101, those of SST-5, and the report says that it assumed so)", metavar="N",
         check=Check(lambda x: 2 <= x <= 10**9, "2 or more, and at most a billion"))
 
-    format: str = _output("hf", "what the files are for: transformers, llama.cpp, llama2.c",
-        choices=("hf", "gguf", "llama2c"), only=("export",))
+    format: str = _output("hf", "what the files are for: transformers, PEFT (the adapters of a run with --lora_r), "
+        "llama.cpp, llama2.c", choices=("hf", "peft", "gguf", "llama2c"), only=("export",))
     gguf_type: str = _output("f16", "how a GGUF stores the matrices; q8_0 takes about half of f16",
         choices=("f32", "f16", "bf16", "q8_0"), only=("export",), also="quantization quant outtype",
         needs=[Need(lambda c: c.format == "gguf", "--format {format} does not use it")])

@@ -14,13 +14,18 @@ import torch
 from conftest import tiny_sentences
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_tokenizer import CORPUS
 
+import lora
 import run_llama
 from classifier import ClassifierConfig, LlamaEmbeddingClassifier, pool
 from commands import export_hf
+from config import LORA_TARGETS, Base, LoraConfig
 from formats import files
+from formats.export_hf import hf_config, hf_weights
+from formats.gguf import read_gguf
+from formats.peft import read_peft
 from formats.weights import read_weights
 from llama import Llama, load_pretrained
 from minllama import load
@@ -186,6 +191,109 @@ def test_other_sentencepiece_models_are_refused_by_name(tmp_path, capsys, more, 
         assert said in capsys.readouterr().err
 
 
+# --------------------------------------------------------------------------- PEFT
+
+ALL = tuple(LORA_TARGETS)
+
+
+def make_lora_run(folder: Path, tokenizer: Tokenizer, lora_config: LoraConfig, pooling: str = "last", **shape) -> Path:
+    """A run with random adapters, on the base in folder/base, a Hugging Face folder of more layers."""
+    base = tiny.llama(vocab_size=tokenizer.n_words, n_layers=3, **shape)
+    path = pretrained(folder / "base", base, tokenizer)
+    llama = load_pretrained(path, 2, attention=shape.get("attention", "causal"), has_output=False)
+    described = ClassifierConfig(3, NAMES, pooling, "ce", 0.0, None, llama.config, False, lora_config,
+                                 Base(str(path), files.sha256(path)))
+    model = LlamaEmbeddingClassifier(described, llama)
+    lora.add(llama, lora_config)
+    torch.manual_seed(3)
+    with torch.no_grad():
+        model.classifier_head.weight.mul_(40)
+        for name, parameter in model.named_parameters():
+            if name.endswith("lora_b"):
+                parameter.normal_(std=0.1)
+            elif name.endswith("magnitude"):
+                parameter.mul_(torch.rand_like(parameter) + 0.5)
+    saved.save_classifier(folder / "run" / "best", model, tokenizer, described)
+    return folder / "run"
+
+
+PEFT_CASES = [
+    ("all", LoraConfig(4, 8, targets=ALL), {}),
+    ("dora", LoraConfig(4, 8, targets=ALL, dora=True), {"n_kv_heads": 4, "tie_embeddings": False}),
+    ("rs", LoraConfig(8, 5.5, 0.1, ("q", "v"), rs=True), {"attention": "bidirectional"}),
+    ("dora of q and k", LoraConfig(2, 4, targets=("q", "k"), rs=True, dora=True), {}),
+    ("mean", LoraConfig(4, 8, targets=("k", "down")), {"pooling": "mean", "attention": "bidirectional"}),
+]
+
+
+@pytest.mark.parametrize("name, config, shape", PEFT_CASES, ids=[case[0] for case in PEFT_CASES])
+def test_peft_classifies_with_our_probabilities(tokenizers, tmp_path, monkeypatch, capsys, name, config, shape):
+    """... by the lines of the model card, on the base as --format hf writes it."""
+    pytest.importorskip("peft", reason="peft is the judge here, and is not installed")
+    run = make_lora_run(tmp_path, tokenizers["bpe"], config, **shape)
+    folder = export(run, tmp_path / "out", "--format", "peft")
+    export(tmp_path / "base", folder / "base", "--format", "hf")
+    (code,) = re.findall(r"```python\n(.+?)```", (folder / "README.md").read_text(encoding="utf-8"), re.S)
+    monkeypatch.chdir(folder)
+    found: dict = {}
+    exec(code, found)
+    want = logits_of(run, found["texts"])
+    torch.testing.assert_close(found["probabilities"], want.softmax(1), rtol=0, atol=1e-5)
+    if name != "mean":
+        with torch.no_grad():
+            logits = found["model"](**found["inputs"]).logits
+        torch.testing.assert_close(logits, want, rtol=0, atol=1e-4)
+    with monkeypatch.context() as patch:  # without the adapters it would be another model
+        patch.setattr(lora.LoRALinear, "forward", lambda self, x: self.ops.linear(x, self.weight))
+        assert (logits_of(run, found["texts"]) - want).abs().max() > 0.05
+
+
+def test_the_folder_names_the_base_that_peft_loads_by_itself(tokenizers, tmp_path):
+    peft = pytest.importorskip("peft", reason="peft is the judge here, and is not installed")
+    run = make_lora_run(tmp_path, tokenizers["bpe"], LoraConfig(4, 8, targets=ALL))
+    folder = export(run, tmp_path / "out", "--format", "peft")
+    assert peft.PeftConfig.from_pretrained(folder).base_model_name_or_path == str(tmp_path / "base")
+    assert "score" in peft.PeftConfig.from_pretrained(folder).modules_to_save
+
+
+@pytest.mark.parametrize("name, config, shape", PEFT_CASES[:4], ids=[case[0] for case in PEFT_CASES[:4]])
+def test_an_adapter_comes_back_with_every_bit(tokenizers, tmp_path, name, config, shape):
+    """Ours, to PEFT's, to ours: the adapters, their settings and the head."""
+    run = make_lora_run(tmp_path, tokenizers["bpe"], config, **shape)
+    folder = export(run, tmp_path / "out", "--format", "peft")
+    again = read_peft(folder, load(run).saved.settings.llama)
+    state = load_file(run / "best/model.safetensors")
+    same_bits(again.tensors, {n[6:]: t for n, t in state.items() if n.startswith("llama.")})
+    same_bits(again.head, {"weight": state["classifier_head.weight"]})
+    assert again.config == config
+
+
+@pytest.mark.parametrize("form", ["hf", "gguf"])
+def test_a_run_with_adapters_is_exported_merged(tokenizers, tmp_path, form):
+    config = LoraConfig(4, 8, targets=ALL, dora=True)
+    run = make_lora_run(tmp_path, tokenizers["bpe"], config)
+    more = ["--gguf_type", "f32"] if form == "gguf" else []
+    folder = export(run, tmp_path / "out", "--format", form, *more)
+    llama = load_pretrained(folder if form == "hf" else folder / "model.gguf", has_output=False)
+    model, tokens = load(run).saved.model.llama, torch.randint(2, 90, (2, 9))
+    with torch.no_grad():
+        torch.testing.assert_close(llama.hidden(tokens), model.hidden(tokens), rtol=0, atol=1e-4)
+    if form == "hf":
+        classifier = tiny.transformers().AutoModelForSequenceClassification.from_pretrained(folder)
+        inputs = tiny.transformers().AutoTokenizer.from_pretrained(folder)(TEXTS[0], return_tensors="pt")
+        torch.testing.assert_close(classifier(**inputs).logits, logits_of(run, TEXTS[:1]), rtol=0, atol=1e-4)
+
+
+def test_adapters_that_are_not_finite_are_not_merged(tokenizers, tmp_path, capsys):
+    run = make_lora_run(tmp_path, tokenizers["bpe"], LoraConfig(4, 8, targets=("v",)))
+    state = load_file(run / "best/model.safetensors")
+    state["llama.layers.1.attention.wv.lora_b"][3, 2] = float("nan")
+    save_file(state, run / "best/model.safetensors")
+    (run / "best/manifest.json").unlink()
+    assert not export(run, tmp_path / "out", code=2).exists()
+    assert "numbers that are not finite" in capsys.readouterr().err
+
+
 # --------------------------------------------------------------------------- llama.cpp
 
 
@@ -217,10 +325,6 @@ def test_llama_cpp_goes_on_with_our_tokens(tokenizers, tmp_path, kind, near, wor
 
 def pretrained(folder: Path, llama: Llama, tokenizer: Tokenizer) -> Path:
     """A Hugging Face folder of a Llama, with its tokenizer as it is."""
-    from safetensors.torch import save_file
-
-    from formats.export_hf import hf_config, hf_weights
-
     folder.mkdir()
     save_file(hf_weights({n: p.detach() for n, p in llama.named_parameters()}, llama.config),
               folder / "model.safetensors")
@@ -242,8 +346,6 @@ def test_llama_cpp_and_we_read_the_tokenizer_in_a_gguf(tokenizers, tmp_path, wor
 
 
 def test_a_gguf_says_that_attention_is_bidirectional(tokenizers, tmp_path):
-    from formats.gguf import read_gguf
-
     for attention, want in (("causal", None), ("bidirectional", False)):
         run = make_run(tmp_path / attention, tokenizers["bpe"], attention=attention)
         file = export(run, tmp_path / f"{attention}-out", "--format", "gguf") / "model.gguf"
@@ -357,7 +459,7 @@ def test_a_folder_that_holds_something_is_refused(tokenizers, tmp_path, capsys):
 @pytest.mark.parametrize("words, said", [
     (["--run", "RUN"], "--option export needs --output_dir DIR"),
     (["--output_dir", "out"], "--option export needs --run RUN"),
-    (["--run", "RUN", "--pretrained_model_path", "RUN", "--output_dir", "out"], "contradict each other"),
+    (["--run", "RUN", "--format", "peft", "--output_dir", "out"], "has no adapters (it was not trained with --lora_r)"),
     (["--pretrained_model_path", "RUN", "--output_dir", "out"], "a finished run; export it with --run"),
 ])
 def test_what_is_missing_is_named(tokenizers, tmp_path, capsys, monkeypatch, words, said):

@@ -18,7 +18,7 @@ FLOORS = [
         "search",
         "inspect", "inspect_run", "inspect_data", "inspect_pages",
         "finetune", "evaluate", "predict", "serve", "prompt", "generate", "lr_find", "verify_resume", "report",
-        "export", "export_hf", "export_tokenizer", "exported",
+        "export", "export_hf", "model_card", "export_tokenizer", "exported",
         # what they share
         "report_pages",
         "search_pages",
@@ -90,7 +90,7 @@ FLOORS = [
         "log_lines",
         "command_lines",
         "past_run",
-        "export_hf", "export_gguf", "export_llama2c",
+        "export_peft", "export_hf", "export_gguf", "export_llama2c",
         "peft",
         "weights",
         "adapters",
