@@ -147,7 +147,8 @@ class RunConfig:
         also="dropout_prob attention_dropout")
 
     new_head: bool = _model(False, "where --pretrained_model_path is a finished run: take its Llama alone, and train a "
-        "new head", needs=[Need(lambda c: c.pretrained_model_path, "it needs --pretrained_model_path RUN")])
+        "new head",
+        needs=[Need(lambda c: c.pretrained_model_path or c.adapter, "it needs --pretrained_model_path RUN")])
 
     lora_r: int | None = _lora(None, "train adapters of this rank beside the matrices of the stack, and the head; the "
         "rest stays as it is", metavar="R", check=AT_LEAST_ONE, also="lora_rank lora_dim rank")

@@ -246,8 +246,7 @@ def test_a_plan_counts_what_is_trained(inputs):
 
 
 def test_a_search_tries_ranks_and_targets(inputs):
-    words = [word for word in TRAIN if word not in ("--lr", "1e-2")]
-    search = main(Path("s"), ["--option", "search", *inputs, *words, "--method", "grid", "--space",
+    search = main(Path("s"), ["--option", "search", *inputs, *TRAIN, "--method", "grid", "--space",
                               "lora_r=2|4 lora_targets=q,v|all", "--finalists", "0", "--output_dir", "s"])
     assert search.code == 0, search.err
     sizes = {len(values_of(folder.parent)) for folder in Path("s").rglob("best") if folder.is_dir()}

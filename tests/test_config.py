@@ -39,7 +39,7 @@ def test_the_defaults_are_the_teaching_scripts():
 def test_minus_and_underscore_are_interchangeable(f):
     check = f.metadata.get("check")
     read = config.value_type(f)
-    fitting = next((v for v in ("0.5", "1", "2", "10", "csv") if "float" in str(f.type) or "." not in v
+    fitting = next((v for v in ("0.5", "1", "2", "10", "csv", "all") if "float" in str(f.type) or "." not in v
                     if not check or check.holds(read(v))), "1")
     value = [] if f.type is bool else [str((f.metadata.get("choices") or [fitting])[0])]
     finetune = ["--option", "finetune"]
@@ -372,6 +372,11 @@ NEEDS = {
     "r_drop": ("1 --hidden_dropout_prob 0", "1 --hidden_dropout_prob 0 --dropout 0.1",
                "without --dropout and --hidden_dropout_prob the two passes are the same"),
     "overwrite": ("", "--output_dir x", "it needs --output_dir"),
+    "lora_alpha": ("8", "8 --lora_r 4", "it needs --lora_r"), "lora_dropout": ("0.1", "0.1 --lora_r 4",
+                                                                               "it needs --lora_r"),
+    "lora_targets": ("q,v", "q,v --lora_r 4", "it needs --lora_r"), "lora_rs": ("", "--lora_r 4", "it needs --lora_r"),
+    "lora_dora": ("", "--lora_r 4", "it needs --lora_r"),
+    "head_bias": ("--loss ordinal", "", "the head of --loss ordinal has none"),
     "new_head": ("", "--pretrained_model_path runs/x", "it needs --pretrained_model_path RUN"),
     "head_bias": ("--loss ordinal", "", "the head of --loss ordinal has none"),
     "tokenizer": ("x --option export --run y", "x --option export", "the saved run has its own"),
