@@ -1,10 +1,11 @@
 """A Llama from scratch: RMSNorm, rotary positions, grouped-query attention, SwiGLU, a key-value cache, `generate`.
 
-Shapes: B sentences, T tokens, D = config.dim, H heads of size D / H, K key-value heads, V words.
+Shapes: B sentences, T tokens, D = config.dim, H heads of size head_dim, K key-value heads, V words.
 Rotary positions turn adjacent pairs (Llama 2's own layout); `formats/weights.py` reorders the weights of files that
 rotate halves instead.
 """
 
+import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from config import InputError, LlamaConfig
+from config import InputError, LlamaConfig, RopeScaling
 from formats.weights import Weights, check_n_layers, read_weights
 
 # --------------------------------------------------------------------------- the operations
@@ -32,13 +33,33 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).type_as(x) * weight
 
 
+def rotary_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None, device: torch.device) -> Tensor:
+    """theta^(-2j / head_dim), (head_dim / 2,) float32, in radians a position (Su et al. 2021, arXiv 2104.09864, section
+    3.2.2); slower where the model has a `scaling`.
+
+    "llama3" (Grattafiori et al. 2024, arXiv 2407.21783, section 3.2; the numbers are in Llama 3.1's config): f turns
+    t = f * original_max_seq_len / 2 pi times within the original context, and becomes f * (s + (1 - s) / factor), where
+    s = (t - low) / (high - low), held between 0 and 1.
+    """
+    frequencies = theta ** (-torch.arange(0, head_dim, 2, device=device).float() / head_dim)
+    if scaling is None:
+        return frequencies
+    if scaling.kind == "linear":
+        return frequencies / scaling.factor
+    assert scaling.original_max_seq_len and scaling.low_freq_factor and scaling.high_freq_factor
+    turns = frequencies * (scaling.original_max_seq_len / (2 * math.pi))
+    share = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    share = share.clamp(0, 1)
+    return frequencies * (share + (1 - share) / scaling.factor)
+
+
 @lru_cache(maxsize=8)
 @torch.inference_mode(False)  # a table first made by `generate` is kept, and training needs it later
-def rotary_table(head_dim: int, max_seq_len: int, theta: float, device: torch.device) -> Tensor:
-    """exp(i * position * theta^(-2j / head_dim)): (max_seq_len, head_dim / 2) complex64
-    (Su et al. 2021, arXiv 2104.09864, section 3.2.2)."""
-    inverse = theta ** (-torch.arange(0, head_dim, 2, device=device).float() / head_dim)
-    angles = torch.outer(torch.arange(max_seq_len, device=device).float(), inverse)
+def rotary_table(head_dim: int, max_seq_len: int, theta: float, device: torch.device,
+                 scaling: RopeScaling | None = None) -> Tensor:
+    """exp(i * position * frequency): (max_seq_len, head_dim / 2) complex64; see `rotary_frequencies`."""
+    frequencies = rotary_frequencies(head_dim, theta, scaling, device)
+    angles = torch.outer(torch.arange(max_seq_len, device=device).float(), frequencies)
     return torch.polar(torch.ones_like(angles), angles)
 
 
@@ -145,11 +166,11 @@ class Attention(nn.Module):
     def __init__(self, config: LlamaConfig):
         super().__init__()
         self.config = config
-        kv_dim = config.n_kv_heads * config.head_dim
-        self.wq = Linear(config.dim, config.dim)
+        q_dim, kv_dim = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+        self.wq = Linear(config.dim, q_dim)
         self.wk = Linear(config.dim, kv_dim)
         self.wv = Linear(config.dim, kv_dim)
-        self.wo = Linear(config.dim, config.dim)
+        self.wo = Linear(q_dim, config.dim)
         self.resid_dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, table: Tensor, mask: Tensor | None = None, cache: KVCache | None = None,
@@ -172,7 +193,7 @@ class Attention(nn.Module):
             query, key, value, attn_mask=mask, is_causal=causal, enable_gqa=True,
             dropout_p=self.config.dropout if self.training else 0.0,
         )
-        return self.resid_dropout(self.wo(out.transpose(1, 2).reshape(x.shape)))
+        return self.resid_dropout(self.wo(out.transpose(1, 2).reshape(batch, length, -1)))
 
 
 class FeedForward(nn.Module):
@@ -257,7 +278,7 @@ class Llama(nn.Module):
             mask = (torch.arange(end, device=tokens.device) < lengths[:, None])[:, None, None, :]
         x = self.dropout(self.tok_embeddings(tokens))
         if torch.is_autocast_enabled(tokens.device.type):
-            x = x.float()  # what the layers add up stays in float32 where frozen embeddings are in bfloat16
+            x = x.float()  # weights may be in bfloat16; what the layers add up is in float32
         for i, layer in enumerate(self.layers):
             only = at if i + 1 == len(self.layers) else None
             if only is not None and self.config.attention == "causal":
@@ -274,7 +295,7 @@ class Llama(nn.Module):
         """The rotary table of `end` positions or more: of the next 1,024, and not of the whole context, which may be a
         million."""
         reach = min(self.config.max_seq_len, -(-end // 1024) * 1024)
-        return rotary_table(self.config.head_dim, reach, self.config.rope_theta, device)
+        return rotary_table(self.config.head_dim, reach, self.config.rope_theta, device, self.config.rope_scaling)
 
     def forward(self, tokens: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """tokens (B, T) to logits (B, T, V) and hidden states (B, T, D)."""
@@ -327,9 +348,10 @@ class Llama(nn.Module):
 
 
 def load_pretrained(path: str | Path | Weights, n_layers: int | None = None, dropout: float = 0.0,
-                    attention: str = "causal", has_output: bool = True) -> Llama:
-    """A Llama in float32, in evaluation mode, with the weights of a file or folder of any format.
+                    attention: str = "causal", has_output: bool = True, dtype: torch.dtype = torch.float32) -> Llama:
+    """A Llama in evaluation mode, with the weights of a file or folder of any format.
 
+    `dtype`: of the weights in memory, where they are once, however the file holds them. What is trained is in float32.
     `n_layers`: the first K layers of the stack only (the others are not read). `has_output`: with the layer that gives
     the logits of words, which a classifier has no use for. Raises FileNotFoundError, or InputError for a file that is
     damaged, of another architecture, that holds other shapes than it says, or that lacks the output layer.
@@ -350,7 +372,7 @@ def load_pretrained(path: str | Path | Weights, n_layers: int | None = None, dro
                              f"wants {tuple(parameter.shape)}")
     names = [name for name, _ in model.named_parameters()]
     with ThreadPoolExecutor(min(4, torch.get_num_threads())) as pool:
-        state = dict(zip(names, pool.map(lambda name: weights.readers[name]().contiguous(), names), strict=True))
+        state = dict(zip(names, pool.map(lambda name: weights.readers[name](dtype).contiguous(), names), strict=True))
     model.load_state_dict(state, assign=True, strict=False)
     if has_output and config.tie_embeddings:
         model.output.weight = model.tok_embeddings.weight

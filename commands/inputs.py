@@ -13,7 +13,7 @@ import fused
 import tokenizer as tokenizers
 from commands import splits as run_splits
 from config import InputError, LlamaConfig, RunConfig
-from data import prepare
+from data import hub, prepare
 from dataset import Split
 from formats import adapters, files, peft, tables, weights
 from formats.adapters import Adapter
@@ -156,6 +156,9 @@ def find_weights(typed: str) -> Path:
 
 
 def _typed_weights(typed: str, places: list[Path]) -> Path:
+    if typed.startswith(hub.PREFIX):
+        with input_errors():
+            return hub.fetch(typed)
     if typed in prepare.WEIGHTS and not Path(typed).exists():
         path = prepare.weights_path(typed)
         if not path.exists():
@@ -210,11 +213,14 @@ class Inputs:
         used |= {"weights": self.weights.path, "tokenizer": self.tokenizer.path}
         used["adapter"] = self.adapter and self.adapter.path
         found = {name: path.resolve() for name, path in used.items() if path}
-        return {name: {"path": str(path), "sha256": files.sha256(path)} for name, path in found.items()}
+        known = {name: {"path": str(path), "sha256": files.sha256(path)} for name, path in found.items()}
+        if fetched := hub.origin(self.weights.path):
+            known["weights"]["hub"] = fetched
+        return known
 
     def checksums(self) -> dict[str, dict[str, str]]:
-        """For the run's args.json: each file that is read, with its whole path and its sha256. The same files are read
-        once, for all the runs of a series or a search."""
+        """For the run's args.json: each file that is read, with its whole path and its sha256; of weights from the hub
+        their name and commit too. The same files are read once, for all the runs of a series or a search."""
         return {name: {**one} for name, one in self._checksums.items()}
 
 

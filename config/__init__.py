@@ -3,7 +3,7 @@
 Nothing here imports torch, so `python run_llama.py --help` answers at once.
 """
 
-from config.model import LORA_TARGETS, Base, LlamaConfig, LoraConfig
+from config.model import LORA_TARGETS, Base, LlamaConfig, LoraConfig, RopeScaling
 from config.parser import MEANT, integers, make_parser, parse_args, value_type
 from config.run import (
     COMMANDS,
@@ -21,5 +21,6 @@ from config.run import (
 from config.words import InputError, counted, duration, shown
 
 __all__ = ["COMMANDS", "LOGGERS", "LORA_TARGETS", "MEANT", "OPTIMIZERS", "POOLINGS", "Base", "InputError",
-           "LlamaConfig", "LoraConfig", "RunConfig", "contradiction", "counted", "duration", "integers", "lora_config",
-           "make_parser", "names_in", "no_effect", "only_run", "options", "parse_args", "shown", "value_type"]
+           "LlamaConfig", "LoraConfig", "RopeScaling", "RunConfig", "contradiction", "counted", "duration", "integers",
+           "lora_config", "make_parser", "names_in", "no_effect", "only_run", "options", "parse_args", "shown",
+           "value_type"]

@@ -126,9 +126,10 @@ class RunConfig:
     train_limit: int | None = _data(None, "train on a random N of the training sentences", metavar="N", only=TRAINING,
         check=AT_LEAST_ONE, also="max_train_samples")
 
-    pretrained_model_path: str | None = _model(None, "a llama2.c .pt, a .gguf, a Hugging Face folder, the folder of a "
-        "finished run, or a name that data/prepare.py knows (default: stories42M.pt where it is, else smollm2-135m)",
-        metavar="PATH", common=True, only=(*MODEL_FILES, *SAVED, "export"),
+    pretrained_model_path: str | None = _model(None, "a llama2.c .pt or .bin, a .gguf, a Hugging Face folder, "
+        "hf:OWNER/NAME[@REVISION] from its hub, the folder of a finished run, or a name that data/prepare.py knows "
+        "(default: stories42M.pt where it is, else smollm2-135m)", metavar="PATH", common=True,
+        only=(*MODEL_FILES, *SAVED, "export"),
         also="model model_name model_name_or_path checkpoint")
     tokenizer: str | None = _model(None, "SentencePiece .model, tokenizer.json or .gguf (default: the one that comes "
         "with the weights)", metavar="FILE", only=(*MODEL_FILES, "export"),

@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from config import LlamaConfig
-from formats.weights import HF_NAMES
+from formats.huggingface import HF_NAMES
 
 _NAMES = {**{ours: theirs for theirs, ours in HF_NAMES.items()}, "tok_embeddings": "embed_tokens"}
 
@@ -46,11 +46,24 @@ def hf_config(config: LlamaConfig, architecture: str) -> dict[str, Any]:
         "num_hidden_layers": config.n_layers, "num_attention_heads": config.n_heads,
         "num_key_value_heads": config.n_kv_heads, "head_dim": config.head_dim,
         "max_position_embeddings": config.max_seq_len, "rms_norm_eps": config.layer_norm_eps,
-        "rope_theta": config.rope_theta,  # read by transformers 4; rope_parameters by 5
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        "rope_theta": config.rope_theta,  # and rope_scaling are read by transformers 4; rope_parameters by 5
+        "rope_parameters": hf_rope(config),
         "tie_word_embeddings": config.tie_embeddings, "hidden_act": "silu", "attention_bias": False, "mlp_bias": False,
         "attention_dropout": 0.0,
     }
+    if config.rope_scaling:
+        values["rope_scaling"] = values["rope_parameters"]
     if config.attention == "bidirectional":
         values["is_causal"] = False
     return values
+
+
+def hf_rope(config: LlamaConfig) -> dict[str, Any]:
+    """`rope_parameters`: how fast the rotary positions turn."""
+    found: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}
+    if scaling := config.rope_scaling:
+        found |= {"rope_type": scaling.kind, "factor": scaling.factor}
+        if scaling.kind == "llama3":
+            found |= {"low_freq_factor": scaling.low_freq_factor, "high_freq_factor": scaling.high_freq_factor,
+                      "original_max_position_embeddings": scaling.original_max_seq_len}
+    return found

@@ -15,6 +15,10 @@ def write_pt(path: Path, weights: dict[str, Tensor], config: LlamaConfig) -> Non
     fault = ""
     if config.rope_theta != 10000.0:
         fault = f"rotates with theta 10000, and this model with {config.rope_theta:g}"
+    elif config.rope_scaling:
+        fault = f"scales no rotary positions, and this one does ({config.rope_scaling.kind})"
+    elif config.head_dim * config.n_heads != config.dim:
+        fault = f"has heads of dim / n_heads, and this model of {config.head_dim}"
     elif config.attention != "causal":
         fault = f"has causal attention, and this model {config.attention}"
     elif not config.tie_embeddings:

@@ -25,16 +25,17 @@ class Judge:
         return self._asked("tokenize", content=text, add_special=True, parse_special=True)["tokens"]
 
     def continued(self, tokens: list[int], n: int) -> tuple[list[int], dict[int, dict[int, float]]]:
-        """n tokens, greedily, or fewer up to an end token; and by step the log-probabilities of the five likeliest. It
-        says none for a step that ends inside a letter (a byte of several)."""
-        answer = self._asked("completion", prompt=tokens, n_predict=n, temperature=0, n_probs=5, cache_prompt=False,
-                             return_tokens=True)
-        found, step = {}, 0
-        for one in answer["completion_probabilities"]:
-            step = answer["tokens"].index(one["id"], step)
-            found[step] = {top["id"]: top["logprob"] for top in one["top_logprobs"]}
-            step += 1
-        return answer["tokens"], found
+        """n tokens, greedily; and by step the log-probabilities of the five likeliest. It says none for a step that
+        ends inside a letter (a byte of several), nor for an end token."""
+        found: list[int] = []
+        likeliest = {}
+        for step in range(n):
+            answer = self._asked("completion", prompt=tokens + found, n_predict=1, temperature=0, n_probs=5,
+                                 cache_prompt=False, return_tokens=True)
+            found += answer["tokens"]
+            for one in answer.get("completion_probabilities", []):
+                likeliest[step] = {top["id"]: top["logprob"] for top in one["top_logprobs"]}
+        return found, likeliest
 
     def _asked(self, what: str, **values) -> dict:
         request = Request(f"{self.server.listening_address}/{what}", json.dumps(values).encode(),

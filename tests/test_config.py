@@ -1,9 +1,11 @@
 """The command line: spellings, defaults, and messages."""
 
 import ast
+import dataclasses
 import functools
 import importlib
 import io
+import json
 import re
 import subprocess
 import sys
@@ -378,7 +380,6 @@ NEEDS = {
     "lora_dora": ("", "--lora_r 4", "it needs --lora_r"),
     "head_bias": ("--loss ordinal", "", "the head of --loss ordinal has none"),
     "new_head": ("", "--pretrained_model_path runs/x", "it needs --pretrained_model_path RUN"),
-    "head_bias": ("--loss ordinal", "", "the head of --loss ordinal has none"),
     "tokenizer": ("x --option export --run y", "x --option export", "the saved run has its own"),
     "gguf_type": ("f32 --option export", "f32 --option export --format gguf", "--format hf does not use it"),
     "use_gpu": ("--device cpu", "", "--device decides"),
@@ -417,8 +418,25 @@ def test_an_option_of_another_command_does_nothing(f):
     assert config.no_effect(config.parse_args(["--option", its, *f"--{f.name} {value}".split()])) == []
 
 
+LLAMA3 = {"kind": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_seq_len": 32}
+ROPE_FAULTS = ["linear", [2.0], {}, {"kind": "yarn", "factor": 2.0}, {"kind": "linear"},
+               {"kind": "linear", "factor": "2"},
+               {"kind": "linear", "factor": 0}, {"kind": "linear", "factor": float("nan")}, {"kind": [], "factor": 2.0},
+               {**LLAMA3, "kind": "linear"}, {"kind": "llama3", "factor": 8.0}, {**LLAMA3, "low_freq_factor": 4.0},
+               {**LLAMA3, "original_max_seq_len": 32.5}, {**LLAMA3, "high_freq_factor": True}, {**LLAMA3, "more": 1}]
+
+
+def test_a_models_shape_is_read_again_from_its_json():
+    shape = config.LlamaConfig(dim=32, n_heads=4, head_dim=12, rope_scaling=config.RopeScaling(**LLAMA3))
+    again = config.LlamaConfig(**json.loads(json.dumps(dataclasses.asdict(shape))))
+    assert again == shape and again.rope_scaling.factor == 8.0
+    assert config.LlamaConfig(dim=32, n_heads=4).head_dim == 8  # as in files of before it was a field
+
+
 @pytest.mark.parametrize("bad", [{"dim": 0}, {"dim": 30, "n_heads": 4}, {"n_heads": 4, "n_kv_heads": 3},
-                                 {"attention": "sideways"}, {"n_layers": "8"}, {"dim": 12, "n_heads": 4}])
+                                 {"attention": "sideways"}, {"n_layers": "8"}, {"dim": 12, "n_heads": 4},
+                                 {"head_dim": 7}, {"head_dim": 0}, {"head_dim": 8.0}, {"head_dim": True},
+                                 *({"rope_scaling": scaling} for scaling in ROPE_FAULTS)], ids=str)
 def test_a_model_that_cannot_be_is_refused(bad):
     with pytest.raises(ValueError):
         config.LlamaConfig(**bad)

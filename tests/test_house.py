@@ -94,6 +94,8 @@ FLOORS = [
         "peft",
         "weights",
         "adapters",
+        "huggingface", "llama2c", "gguf_weights",
+        "tensors",
         "gguf",
         "words",
         "holdout",
@@ -109,20 +111,21 @@ FLOORS = [
         "memory",
     )],
     ["config.parser", "config.run", "config.model", "config.words", "optimizer"],
-    ["schedule", "fused", "data.prepare", "data.download"],
+    ["schedule", "fused", "data.prepare", "data.hub", "data.download"],
 ]
 FOLDERS = ("commands", "training", "formats", "config", "data")
 PLACE = {room: (floor, i) for floor, rooms in enumerate(FLOORS) for i, room in enumerate(rooms)}
 WITHOUT_TORCH = [
     "run_llama", "config.parser", "schedule", "tokenizer", "formats.memory", "formats.files", "formats.labels",
     "formats.tables", "formats.holdout", "formats.lines",
-    "formats.gguf", "data.prepare", "data.download", "training.logs", "training.run_folder", "training.streams",
+    "formats.gguf", "data.prepare", "data.download", "data.hub", "training.logs",
+    "training.run_folder", "training.streams",
     "training.signals", "training.course", "training.clock", "commands.report",
     "formats.words", "training.data_checks", "training.calibration", "training.mistakes", "commands.space"]
 # What a room may import inside a function: a library that takes over 0.2 s, or one that only some systems have.
 LATE = {"sklearn", "scipy", "matplotlib", "safetensors", "tokenizers", "sentencepiece", "gguf", "tqdm", "importlib",
         "optuna", "jinja2", "markupsafe", "pyarrow", "tensorboardX", "wandb", "mlflow", "fcntl", "msvcrt",
-        "resource"}
+        "resource", "huggingface_hub"}
 
 
 def path_of(room: str) -> Path:

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llama import KVCache, RMSNorm, apply_rotary_emb, load_pretrained, rotary_table
+from config import RopeScaling
+from llama import KVCache, RMSNorm, apply_rotary_emb, load_pretrained, rotary_frequencies, rotary_table
 
 
 def max_difference(a, b):
@@ -53,6 +54,24 @@ def test_rotary_positions_turn_pairs_by_position_times_frequency(theta):
     new_query, new_key = apply_rotary_emb(query, key, 16, 40, theta)
     torch.testing.assert_close(new_query, turned(query, 16, theta), rtol=1e-4, atol=2e-5)
     torch.testing.assert_close(new_key, turned(key, 16, theta), rtol=1e-4, atol=2e-5)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.sampled_from([8, 64, 128]), st.sampled_from([1e4, 5e5]), st.floats(1, 64), st.floats(0.1, 4),
+       st.floats(0.1, 9), st.integers(2, 10**5))
+def test_scaled_frequencies_are_those_of_transformers(head_dim, theta, factor, low, more, original):
+    hf = tiny.transformers()
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    for kind, numbers in (("linear", {}), ("llama3", {"low_freq_factor": low, "high_freq_factor": low + more,
+                                                      "original_max_seq_len": original})):
+        theirs = {"rope_type": kind, "rope_theta": theta, "factor": factor,
+                  **{name.replace("max_seq_len", "max_position_embeddings"): n for name, n in numbers.items()}}
+        shape = hf.LlamaConfig(hidden_size=4 * head_dim, num_attention_heads=4, rope_parameters=theirs)
+        want, scale = ROPE_INIT_FUNCTIONS[kind](shape, device="cpu")
+        got = rotary_frequencies(head_dim, theta, RopeScaling(kind, factor, **numbers), torch.device("cpu"))
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=0)
+        assert scale == 1.0
 
 
 @settings(max_examples=50, deadline=None)
