@@ -272,6 +272,20 @@ def test_an_adapter_comes_back_with_every_bit(tokenizers, tmp_path, name, config
     assert again.config == config
 
 
+def test_predict_takes_the_adapter_back_with_its_attention_and_layers(tokenizers, tmp_path, capsys):
+    """... which stand in the config.json beside it: the base says others."""
+    run = make_lora_run(tmp_path, tokenizers["bpe"], LoraConfig(4, 8, targets=ALL), attention="bidirectional")
+    folder = export(run, tmp_path / "out", "--format", "peft")
+    (tmp_path / "texts.txt").write_text("\n".join(TEXTS), encoding="utf-8")
+    capsys.readouterr()
+    words = ["--option", "predict", "--adapter", folder, "--input", tmp_path / "texts.txt", "--output_format", "jsonl"]
+    assert run_llama.main([str(word) for word in words]) == 0
+    found = [json.loads(line)["probabilities"] for line in capsys.readouterr().out.splitlines()]
+    assert list(found[0]) == NAMES
+    torch.testing.assert_close(torch.tensor([[*one.values()] for one in found]),
+                               torch.from_numpy(load(run).predict_proba(TEXTS)), rtol=0, atol=2e-5)
+
+
 @pytest.mark.parametrize("form", ["hf", "gguf"])
 def test_a_run_with_adapters_is_exported_merged(tokenizers, tmp_path, form):
     config = LoraConfig(4, 8, targets=ALL, dora=True)
