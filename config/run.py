@@ -13,8 +13,8 @@ from config.words import InputError
 from schedule import AT_LEAST_ONE, FRACTION, NOT_NEGATIVE, SCHEDULERS, Check, Need
 
 COMMANDS = ("generate", "prompt", "finetune", "evaluate", "predict", "serve", "lr_find", "verify_resume",
-            "search", "inspect", "report")
-COMPUTING = COMMANDS[:-1]  # those that run a model
+            "search", "inspect", "report", "export")
+COMPUTING = COMMANDS[:-2]  # those that run a model
 FINETUNE = ("finetune",)
 TRIALS = ("finetune", "search")  # the trials of a search are such runs
 WHOLE_RUN = (*TRIALS, "verify_resume")  # the commands that train to the end
@@ -104,12 +104,13 @@ class RunConfig:
     option: str = _what("generate", "generate continues --prefix; prompt asks the pretrained model without training; "
         "finetune trains, then evaluates the best epoch; evaluate, predict and serve use a saved --run; lr_find looks "
         "for the learning rate; verify_resume kills a run and compares; search looks for the best options; inspect "
-        "says what is wrong with data or with a --run; report compares runs and says what is chance",
+        "says what is wrong with data or with a --run; report compares runs and says what is chance; export writes a "
+        "--run, or pretrained weights, for other programs",
         choices=COMMANDS, only=COMMANDS,
         show_default=False, also="mode task command")
     run: tuple[str, ...] | None = _what(None, "the folder of a finished run; evaluate and predict average several, "
         "or those of --seeds and --folds; report takes folders of runs, logs and tables too", metavar="RUN",
-        only=(*SAVED, "inspect", "report"), also="runs")
+        only=(*SAVED, "inspect", "report", "export"), also="runs")
     input: str | None = _what(None, "the sentences to label: one a line, or a table as --train takes; - is stdin, "
         "which is answered line by line; inspect says of each which words tip the decision", metavar="FILE",
         only=("predict", "inspect"))
@@ -138,9 +139,11 @@ class RunConfig:
     pretrained_model_path: str | None = _model(None, "a llama2.c .pt or .bin, a .gguf, a Hugging Face folder, "
         "hf:OWNER/NAME[@REVISION] from its hub, the folder of a finished run, or a name that data/prepare.py knows "
         "(default: stories42M.pt where it is, else smollm2-135m)", metavar="PATH", common=True,
-        only=(*MODEL_FILES, *SAVED), also="model model_name model_name_or_path checkpoint")
+        only=(*MODEL_FILES, *SAVED, "export"),
+        also="model model_name model_name_or_path checkpoint")
     tokenizer: str | None = _model(None, "SentencePiece .model, tokenizer.json or .gguf (default: the one that comes "
-        "with the weights)", metavar="FILE", only=MODEL_FILES)
+        "with the weights)", metavar="FILE", only=(*MODEL_FILES, "export"),
+        needs=[Need(lambda c: c.option != "export" or not c.run, "the saved run has its own")])
     n_layers: int | None = _model(None, "use the first K layers of the pretrained stack", metavar="K", only=PRETRAINED,
         check=AT_LEAST_ONE, common=True)
     attention: str = _model("causal", "what a token sees: the ones before it, or all",
@@ -317,8 +320,8 @@ class RunConfig:
 
     output_dir: str | None = _output(None, "the run folder (default: runs/<option>-<epochs>-<lr>, with -2, -3 behind "
         "it when it exists; of search runs/search, where the same search goes on; of report runs/report, which the "
-        "next report replaces, and of inspect the --run, or runs/inspect)", metavar="DIR", common=True, also="save_dir",
-        only=(*TRAINING, "inspect", "report"))
+        "next report replaces, and of inspect the --run, or runs/inspect; export needs a new one)", metavar="DIR",
+        common=True, also="save_dir", only=(*TRAINING, "inspect", "report", "export"))
     overwrite: bool = _output(False, "replace the run that is in --output_dir", also="overwrite_output_dir force",
         only=("finetune", "verify_resume", "lr_find"),
         needs=[Need(lambda c: c.output_dir, "it needs --output_dir")])
@@ -350,6 +353,12 @@ class RunConfig:
     n_dev: int | None = _report(None, "how many dev sentences an accuracy was measured on, where a log does not say it "
         "(default: 1101, those of SST-5, and the report says that it assumed so)", metavar="N",
         check=Check(lambda x: 2 <= x <= 10**9, "2 or more, and at most a billion"))
+
+    format: str = _output("hf", "what the files are for: transformers, PEFT (the adapters of a run with --lora_r), "
+        "llama.cpp, llama2.c", choices=("hf", "peft", "gguf", "llama2c"), only=("export",))
+    gguf_type: str = _output("f16", "how a GGUF stores the matrices; q8_0 takes about half of f16",
+        choices=("f32", "f16", "bf16", "q8_0"), only=("export",), also="quantization quant outtype",
+        needs=[Need(lambda c: c.format == "gguf", "--format {format} does not use it")])
 
     prefix: str = _text(GENERATE_PREFIX, "the text to continue", metavar="TEXT", show_default=False, common=True,
         also="prompt_text text")

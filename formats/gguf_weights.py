@@ -16,7 +16,7 @@ from config import InputError, RopeScaling
 from formats.gguf import GGUFTensor, read_gguf
 from formats.tensors import FLOATING, PIECE, Reader, StoredTensor, Weights, checked_config, damaged, stamp_of
 
-_NAMES = {  # of a layer's tensors, in the file and here
+GGUF_NAMES = {  # of a layer's tensors, in the file and here
     "attn_norm": "attention_norm", "attn_q": "attention.wq", "attn_k": "attention.wk", "attn_v": "attention.wv",
     "attn_output": "attention.wo", "ffn_norm": "ffn_norm", "ffn_gate": "feed_forward.w1", "ffn_down": "feed_forward.w2",
     "ffn_up": "feed_forward.w3",
@@ -42,8 +42,8 @@ def read_gguf_weights(path: Path) -> Weights:
              "output.weight": "output.weight"}
     for name in tensors:
         match = re.fullmatch(r"blk\.(\d{1,9})\.(\w+)\.weight", name)
-        if match and match[2] in _NAMES:
-            names[name] = f"layers.{int(match[1])}.{_NAMES[match[2]]}.weight"
+        if match and match[2] in GGUF_NAMES:
+            names[name] = f"layers.{int(match[1])}.{GGUF_NAMES[match[2]]}.weight"
         elif name.startswith("blk.") and not name.endswith("rope_freqs.weight"):
             raise InputError(f"{path}: {name} is not part of the Llama that is supported here (a bias, or an expert?)")
     for key in ("expert_count", "attention.sliding_window"):

@@ -41,7 +41,7 @@ _BEYOND = {
     "norms of queries and keys": ("qk_norm", "use_qk_norm"),
     "quantisation": ("quantization_config",),
 }
-_NAMES = {  # of a layer's tensors, in the file and here
+HF_NAMES = {  # of a layer's tensors, in the file and here
     "input_layernorm": "attention_norm", "self_attn.q_proj": "attention.wq", "self_attn.k_proj": "attention.wk",
     "self_attn.v_proj": "attention.wv", "self_attn.o_proj": "attention.wo", "post_attention_layernorm": "ffn_norm",
     "mlp.gate_proj": "feed_forward.w1", "mlp.down_proj": "feed_forward.w2", "mlp.up_proj": "feed_forward.w3",
@@ -141,8 +141,8 @@ def _own_name(key: str) -> str | None:
         return "output.weight"
     key = key.removeprefix("model.")
     match = re.fullmatch(r"layers\.(\d{1,9})\.(.+)\.weight", key)
-    if match and match[2] in _NAMES:
-        return f"layers.{int(match[1])}.{_NAMES[match[2]]}.weight"
+    if match and match[2] in HF_NAMES:
+        return f"layers.{int(match[1])}.{HF_NAMES[match[2]]}.weight"
     return {"embed_tokens.weight": "tok_embeddings.weight", "norm.weight": "norm.weight"}.get(key)
 
 

@@ -87,12 +87,12 @@ def _on_its_base(run: Weights, settings: dict[str, Any]) -> Weights:
         raise InputError(f"{run.path / 'config.json'}: not a saved adapter ({error!r})") from None
     below = read_weights(adapters.find_base(base, run.path))
 
-    def merged(name: str, dtype: torch.dtype = torch.float32) -> Tensor:
-        magnitude = run.readers.get(f"{name}.magnitude")
+    def read(name: str, dtype: torch.dtype = torch.float32) -> Tensor:
+        magnitude = f"{name}.magnitude"
         try:
             return adapters.merged(name, below.readers[f"{name}.weight"](), run.readers[f"{name}.lora_a"](),
                                    run.readers[f"{name}.lora_b"](), lora.scale,
-                                   magnitude() if magnitude else None).to(dtype)
+                                   run.readers[magnitude]() if magnitude in run.readers else None).to(dtype)
         except (RuntimeError, KeyError) as error:
             raise InputError(f"{run.path}: the adapter of {name} does not fit its base ({error})") from None
 

@@ -18,6 +18,7 @@ FLOORS = [
         "search",
         "inspect", "inspect_run", "inspect_data", "inspect_pages",
         "finetune", "evaluate", "predict", "serve", "prompt", "generate", "lr_find", "verify_resume", "report",
+        "export", "export_hf", "model_card", "export_tokenizer", "exported",
         # what they share
         "report_pages",
         "search_pages",
@@ -91,6 +92,7 @@ FLOORS = [
         "log_lines",
         "command_lines",
         "past_run",
+        "export_peft", "export_hf", "export_gguf", "export_llama2c",
         "peft",
         "weights",
         "adapters",
@@ -106,6 +108,7 @@ FLOORS = [
         "rows",
         "lines",
         "text",
+        "new_folder",
         "files",
         "memory",
     )],

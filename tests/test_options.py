@@ -983,6 +983,7 @@ def test_prompt_asks_the_question_that_was_given(inputs, talker, files, tmp_path
 TESTED = {
     "test_the_first_loss_is_that_of_the_model_that_was_asked_for": "n_layers attention pooling max_sentence_len",
     "test_the_head_has_a_bias_where_one_is_asked_for": "head_bias",
+    "test_export::test_llama_cpp_goes_on_with_our_tokens": "format gguf_type",
     "test_the_weights_are_those_of_the_path": "pretrained_model_path",
     "test_the_tokens_are_those_of_the_tokenizer": "tokenizer",
     "test_dropout_in_front_of_the_head_is_pytorchs": "hidden_dropout_prob",

@@ -1,0 +1,48 @@
+"""A new folder that is whole or not there."""
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from config import InputError
+from formats import files
+
+
+def check_new(folder: Path, option: str) -> None:
+    """Raises InputError for a folder that is there and holds something, or whose place something else has."""
+    if folder.is_symlink() or folder.exists() and not folder.is_dir():
+        raise InputError(f"{option} {folder}: this is not a folder; name one that is new or empty")
+    held = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    if held:
+        more = f", ... ({len(held)} in all)" if len(held) > 3 else ""
+        raise InputError(f"{option} {folder}: there is something in this folder ({', '.join(held[:3])}{more}), and "
+                         "nothing is replaced; name one that is new or empty")
+
+
+def write_folder(folder: Path, fill: Callable[[Path], None], option: str) -> None:
+    """`fill` a folder beside, .NAME.tmp, flush its files to disk and rename it: a half-written one never has the name.
+
+    Raises InputError as `check_new`, and OSError, naming the path and the bytes that are free, when the disk is full.
+    """
+    check_new(folder, option)
+    folder = folder.absolute()
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)  # of one that was killed
+        temporary.mkdir(parents=True)
+        fill(temporary)
+        for path in sorted(temporary.iterdir()):
+            path.chmod(0o644)  # safetensors makes its files 0600
+            with open(path, "rb+") as file:
+                os.fsync(file.fileno())
+        if folder.exists():
+            folder.rmdir()  # it is empty, and Windows renames onto no folder
+        os.replace(temporary, folder)
+        files.flush_folder(folder.parent)
+    except (OSError, SafetensorError) as error:
+        raise files.disk_full(folder, error) from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
