@@ -87,7 +87,7 @@ def _on_its_base(run: Weights, settings: dict[str, Any]) -> Weights:
         raise InputError(f"{run.path / 'config.json'}: not a saved adapter ({error!r})") from None
     below = read_weights(adapters.find_base(base, run.path))
 
-    def read(name: str, dtype: torch.dtype = torch.float32) -> Tensor:
+    def merged(name: str, dtype: torch.dtype = torch.float32) -> Tensor:
         magnitude = f"{name}.magnitude"
         try:
             return adapters.merged(name, below.readers[f"{name}.weight"](), run.readers[f"{name}.lora_a"](),
