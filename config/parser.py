@@ -119,7 +119,7 @@ def parse_args(argv: list[str] | None = None, needs_command: bool = False) -> Ru
     namespace, unknown = parser.parse_known_args(words)
     if unknown:
         name = unknown[0].partition("=")[0]
-        if namespace.space and not name.startswith("-"):
+        if getattr(namespace, "space", None) and not name.startswith("-"):
             parser.error(f"{unknown[0]} stands behind --space and is no option; put the whole space in quotes: "
                          f'--space "{namespace.space} {unknown[0]}"')
         meant = MEANT.get(name.lstrip("-").replace("-", "_"))

@@ -8,7 +8,7 @@
 # Windows PowerShell: type the commands below one after the other, each in one line, with your files in the place of "$@"
 # and "$sentences", and 1800 in that of the calculation.
 #
-# Half of the time is for trials: three epochs, or 300 steps of 32 sentences where that is less, and an evaluation after
+# Half of the time is for trials: three epochs, or 264 steps of 32 sentences where that is less, and an evaluation after
 # each quarter of an epoch, where those that are behind the others end. The rest is for the best two again, with two new
 # seeds each. With more cores or a GPU take more layers and steps; the same search in a second terminal helps too
 # (docs/search.md).
@@ -24,8 +24,8 @@ set -- --train "$train"
 [ -z "$dev" ] || set -- "$@" --dev "$dev"
 [ -z "$test" ] || set -- "$@" --test "$test"
 
-python run_llama.py --option search "$@" --epochs 3 --max_steps 300 --eval_every 0.25 \
-    --space "n_layers=4|8|12 lr=log:3e-4..1.5e-3 hidden_dropout_prob=0.1|0.3 layerwise_lr_decay=0.8..1" \
+python run_llama.py --option search "$@" --epochs 3 --max_steps 264 --eval_every 0.25 \
+    --space "n_layers=4|8 lr=log:3e-4..1.5e-3 hidden_dropout_prob=0.1|0.3 layerwise_lr_decay=0.8..1" \
     --trials 30 --timeout $((${MINUTES:-60} * 30)) --finalists 2 --final_seeds 2 --output_dir runs/tuned
 python run_llama.py --option report --run runs/tuned
 winner=$(python -c "import json; print(json.load(open('runs/tuned/search.json', encoding='utf-8'))['winner_run'])")

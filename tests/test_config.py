@@ -74,6 +74,8 @@ def test_values_keep_their_underscores_and_minuses():
     (["--cycle_mult", "0.5"], "--cycle_mult 0.5: it must be 1 or more"),
     (["--pct_start", "1"], "--pct_start 1.0: it must be above 0 and below 1"),
     (["finetune"], "unknown option finetune"),
+    (["--space", "lr=1e-4|1e-3", "batch_size=16|32"], "put the whole space in quotes"),
+    (["--space", "--lr=1e-4|1e-3"], "its parts have no dashes"),
 ])
 def test_a_bad_value_is_one_line_and_exit_code_2(argv, words, capsys):
     with pytest.raises(SystemExit) as stop:
