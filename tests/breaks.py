@@ -592,8 +592,8 @@ BREAKS = [
           WEIGHTS),
     Break("a negative number of words says nothing", "formats/llama2c.py", "vocab_size > 0 if version == 0", "True if "
           "version == 0", "bin", WEIGHTS),
-    Break("weights are always read in float32", "llama.py", "weights.readers[name](dtypes[name])", "weights.readers[name]()",
-          "precision", WEIGHTS),
+    Break("weights are always read in float32", "llama.py", "weights.readers[name](dtypes[name])",
+          "weights.readers[name]()", "precision", WEIGHTS),
     Break("a file may change while it is read", "formats/tensors.py", "!= self.stamp", "!= stamp_of(os.fstat("
           "file.fileno()))", "anew", WEIGHTS),
     Break("generate reads in float32", "commands/generate.py", ", dtype=device.dtype", "", "nothing_is_trained",

@@ -41,7 +41,7 @@ def test_the_defaults_are_the_teaching_scripts():
 def test_minus_and_underscore_are_interchangeable(f):
     check = f.metadata.get("check")
     read = config.value_type(f)
-    fitting = next((v for v in ("0.5", "1", "2", "10", "csv", "all") if "float" in str(f.type) or "." not in v
+    fitting = next((v for v in ("0.5", "1", "2", "10", "csv", "all", "none") if "float" in str(f.type) or "." not in v
                     if not check or check.holds(read(v))), "1")
     value = [] if f.type is bool else [str((f.metadata.get("choices") or [fitting])[0])]
     finetune = ["--option", "finetune"]
@@ -384,6 +384,11 @@ NEEDS = {
     "new_head": ("", "--pretrained_model_path runs/x", "it needs --pretrained_model_path RUN"),
     "tokenizer": ("x --option export --run y", "x --option export", "the saved run has its own"),
     "gguf_type": ("f32 --option export", "f32 --option export --format gguf", "--format hf does not use it"),
+    "freeze": ("embeddings --lora_r 4", "embeddings", "beside adapters, nobody trains the embeddings"),
+    "grad_checkpoint": ("--freeze backbone", "--freeze first:2", "--freeze backbone trains the head alone"),
+    "lr": ("1 --freeze backbone --head_lr 1", "1 --freeze backbone",
+           "--freeze backbone trains the head alone, and --head_lr is its rate"),
+    "layerwise_lr_decay": ("0.5 --freeze backbone", "0.5 --freeze first:2", "--freeze backbone trains the head alone"),
     "use_gpu": ("--device cpu", "", "--device decides"),
     "dev_out": ("x --seeds 2", "x", "each run has its predictions in its own folder"),
     "final_seeds": ("2 --option search --finalists 0", "2 --option search", "there are no --finalists"),
