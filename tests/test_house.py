@@ -20,11 +20,10 @@ FLOORS = [
         "finetune", "evaluate", "predict", "serve", "prompt", "generate", "lr_find", "verify_resume", "report",
         # what they share
         "report_pages",
-        "search_pages",
         "report_pictures",
         "past_runs",
         "confirm",
-        "finalists", "trial", "study", "storage", "space",
+        "finalists", "search_pages", "trial", "study", "storage", "space",
         "series",
         "one_run",
         "resume",
