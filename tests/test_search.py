@@ -26,8 +26,8 @@ import pytest
 from conftest import ROOT, tiny_sentences, write_split
 from test_resume import lines, main
 
-from commands import job as jobs
 from commands import finalists, one_run, search_pages, study, trial
+from commands import job as jobs
 from commands import space as spaces
 from formats import files
 from training import metrics
