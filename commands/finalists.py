@@ -14,6 +14,7 @@ from commands import job as jobs
 from commands import results, scores, trial
 from commands import space as spaces
 from commands.inputs import Inputs
+from commands.search_pages import ABOUT, ENOUGH, TABLE
 from commands.study import Trials
 from commands.trial import Ground
 from config import RunConfig, counted
@@ -22,9 +23,9 @@ from training import best as best_folder
 from training import logs, metrics, saved
 from training.run_folder import RunFolder
 
-TABLE, ABOUT, LOCK = "trials.csv", "search.json", ".finalists.lock"
+LOCK = ".finalists.lock"
 LEADERS = 10  # that are shown
-FEWEST, ENOUGH = 4, 20  # complete trials, for the importance of a parameter to be computed, and to say something
+FEWEST = 4  # complete trials, for the importance of a parameter to be computed
 
 
 @dataclass(frozen=True)
@@ -121,8 +122,7 @@ def tell(found: list[Any], leaders: list[Any], trials: Trials, ground: Ground) -
         logs.say(f"pruned :: {len(pruned)} of {counted(len(found), 'trial')}, after {done} of their "
                  f"{counted(planned, 'evaluation')}: {planned - done} of the search's {whole} were saved")
     found_important = importances(trials) if len(leaders) >= FEWEST else {}
-    files.write_json(trials.folder / ABOUT, {**read_about(trials.folder / ABOUT), "importances": found_important,
-                                             "complete": len(leaders)})
+    files.write_json(trials.folder / ABOUT, {**read_about(trials.folder / ABOUT), "importances": found_important})
     for name, value in found_important.items():
         logs.say(f"importance :: {name} {value:.2f}")
     if found_important and len(leaders) < ENOUGH:
@@ -201,7 +201,7 @@ def compare_with_baselines(score: float, ground: Ground) -> None:
         return
     logs.say(f"dev baselines :: {scores.baselines_text(known)}")
     beaten_by = [name for name, acc in (("the majority class", known.majority), ("TF-IDF", known.tfidf))
-                 if acc is not None and score <= acc]
+                 if score <= acc]
     if ground.objective == "dev_acc" and beaten_by:
         logs.warn(f"the winner is no better on dev than {' and '.join(beaten_by)}")
 

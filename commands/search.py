@@ -18,6 +18,7 @@ from commands import job as jobs
 from commands import space as spaces
 from commands import storage as storages
 from commands.inputs import Inputs
+from commands.search_pages import ABOUT, TABLE
 from commands.space import Space
 from commands.storage import hidden
 from commands.study import Plan, Trials
@@ -34,7 +35,7 @@ from training.streams import without_readers
 N_TRIALS = 20
 FIRST = 3  # when so many trials have failed, and none has come out, the search ends
 ANY_RATE = "log:1e-7..1e-2"  # --option lr_find tries these
-DATABASE, ABOUT = "search.db", "search.json"
+DATABASE = "search.db"
 # No number of a trial depends on these, or the checksums of the data say what they name.
 PLACES = {"option", "output_dir", "plots", "logger", "train", "dev", "pretrained_model_path"}
 
@@ -67,7 +68,7 @@ def run(config: RunConfig) -> int:
         logs.warn(line)
     ground = Ground(trial.base_config(config, objective), trial.without_test(whole), devices.choose_device(config),
                     objective)
-    plan_of(config, text, space, ground)  # what cannot be is refused before anything is written
+    plan = plan_of(config, text, space, ground)  # what cannot be is refused before anything is written
     folder = folder_of(config)
     before = finalists.read_about(folder / ABOUT)
     storage = config.storage or f"sqlite:///{quote((folder / DATABASE).as_posix(), safe='/: ')}"
@@ -79,8 +80,7 @@ def run(config: RunConfig) -> int:
         known = before.get("space") if before.get("asked") == asked else None
         text = known if isinstance(known, str) else spaces.with_rates(text, rates_of(ground))
         logs.notice(f"space :: {text} (the rates are the range test's)")
-        space = spaces.parse(text)
-    plan = plan_of(config, text, space, ground)
+        plan = plan_of(config, text, spaces.parse(text), ground)
     trials = Trials(plan, storage, folder)
     files.write_json(folder / ABOUT, {**before, "command": command_of(typed), "method": config.method, "asked": asked,
                                       "space": text, "objective": objective, "prune": plan.prune, "storage": kept})
@@ -121,7 +121,7 @@ def folder_of(config: RunConfig) -> Path:
     that of a run."""
     folder = Path(config.output_dir or "runs/search")
     files.check_writable(folder / ABOUT, "--output_dir")
-    for name in (ABOUT, finalists.TABLE, DATABASE):
+    for name in (ABOUT, TABLE, DATABASE):
         files.check_plain(folder / name)
     if (folder / RUN_FILE).exists():
         raise FileExistsError(f"{folder}: there is a run in this folder; choose another --output_dir for the search")

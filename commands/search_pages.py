@@ -19,6 +19,7 @@ from formats import files
 from training import logs
 
 PAGE, TABLE, ABOUT = "search.html", "trials.csv", "search.json"
+ENOUGH = 20  # complete trials, for the importance of a parameter to say something
 TEMPLATE = Path(__file__).with_name("search.html")
 FIXED = ("number", "state", "reason", "evaluations", "seconds", "folder")  # columns of trials.csv that are no parameter
 WIDTH = 7.0  # inches
@@ -121,7 +122,7 @@ def write(path: Path, folder: Path) -> Path:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["shown"] = shown
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
-    text = template.render(search=search, pictures=pictures(search), svg=Markup)
+    text = template.render(search=search, enough=ENOUGH, pictures=pictures(search), svg=Markup)
     files.write_text(folder / PAGE, text, follow=False)
     return folder / PAGE
 

@@ -83,8 +83,8 @@ def check_address(storage: str) -> None:
     if scheme.startswith("sqlite"):
         name = rest.partition("?")[0].removeprefix("/")
         if not rest.startswith("/") or name in ("", ":memory:"):
-            raise InputError(f"--storage {storage}: it names no file; expected three slashes and a file, such as "
-                             "sqlite:///search.db")
+            raise InputError(f"--storage {hidden(storage)}: it names no file; expected three slashes and a file, such "
+                             "as sqlite:///search.db")
         return
     from sqlalchemy import make_url
 

@@ -87,7 +87,18 @@ class Trials:
                     if one.number < self.plan.n_trials or "folder" in one.user_attrs]
 
     def folder_of(self, number: int) -> Path:
+        """Where this process has the run of a trial that it begins."""
         return self.folder / f"trial-{number:04d}"
+
+    def _home(self, one: Any) -> Path:
+        """Where the run of a trial is, whoever has begun it."""
+        return Path(one.user_attrs.get("folder", self.folder_of(one.number)))
+
+    def _running(self) -> list[Any]:
+        """The trials that somebody has begun, and nobody has ended."""
+        from optuna.trial import TrialState
+
+        return self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
 
     @contextmanager
     def take(self) -> Iterator[tuple[Any, dict[str, Any], Path] | None]:
@@ -132,10 +143,8 @@ class Trials:
         machine, there has been no sign of life."""
         import optuna
 
-        running = self.study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.RUNNING,))
-        for one in running:
-            known = one.user_attrs.get("folder")
-            folder = Path(known) if known else self.folder_of(one.number)
+        for one in self._running():
+            folder = self._home(one)
             lock = folder / WORKED_ON
             if lock.is_file():
                 inner = ExitStack()
@@ -164,12 +173,10 @@ class Trials:
 
     def others(self) -> int:
         """How many trials other processes work on just now."""
-        import optuna
-
         n = 0
         with files.locked(self.lock, waits=True), faults_named(self.storage):
-            for one in self.study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.RUNNING,)):
-                lock = Path(one.user_attrs.get("folder", self.folder_of(one.number))) / WORKED_ON
+            for one in self._running():
+                lock = self._home(one) / WORKED_ON
                 if lock.is_file():
                     with files.locked(lock) as is_free:
                         n += not is_free

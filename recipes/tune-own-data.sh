@@ -13,7 +13,14 @@
 # seeds each. With more cores or a GPU take more layers and steps; the same search in a second terminal helps too
 # (docs/search.md).
 #
-# RESULT
+# Result with MINUTES=20 on the data set movies (8,456 sentences, with its dev and test), smollm2-135m, two threads of an
+# Intel Xeon (AVX512_BF16, in bfloat16) with so much other work beside it that two trials were all the time there was for;
+# it took 24 minutes:
+#   trials :: 2: 2 complete, 0 pruned, 0 failed
+#   winner :: trial 0: dev_acc 0.654 +- 0.007, n_layers 8, lr 0.000913, hidden_dropout_prob 0.1, layerwise_lr_decay 0.87
+#   dev baselines :: majority 0.364, tf-idf + logistic regression 0.560
+#   test acc :: 0.623    (majority 0.326, tf-idf + logistic regression 0.555)
+# A whole hour on a quiet machine was not tried yet.
 set -eu
 if [ $# -lt 2 ]; then
     echo "usage: sh recipes/tune-own-data.sh TRAIN SENTENCES [DEV [TEST]]" >&2

@@ -21,11 +21,10 @@ FLOORS = [
         "export", "export_hf", "model_card", "export_tokenizer", "exported",
         # what they share
         "report_pages",
-        "search_pages",
         "report_pictures",
         "past_runs",
         "confirm",
-        "finalists", "trial", "study", "storage", "space",
+        "finalists", "search_pages", "trial", "study", "storage", "space",
         "series",
         "one_run",
         "resume",

@@ -19,14 +19,15 @@ import weakref
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import optuna
 import pytest
 from conftest import ROOT, tiny_sentences, write_split
 from test_resume import lines, main
 
+from commands import finalists, one_run, search_pages, study, trial
 from commands import job as jobs
-from commands import one_run, search_pages, study, trial
 from commands import space as spaces
 from formats import files
 from training import metrics
@@ -153,6 +154,7 @@ def test_the_scores_are_those_of_the_runs(searched):
         means.append(score)
     assert again["mean"] == pytest.approx(sum(means) / 2)
     gain = float(best["dev_acc"]) - again["mean"]
+    assert "dev baselines :: majority" in said
     assert (f"again :: the best trial had {float(best['dev_acc']):.3f}; with new seeds {again['mean']:.3f} +- ") in said
     assert (f"flattered it by {gain:.3f}" if gain > 0 else "it was not flattered") in said
 
@@ -226,7 +228,7 @@ def test_trials_is_a_total_over_all_starts(inputs, capsys):
     assert capsys.readouterr().out.count("trial 2 ::") == 1
 
 
-def test_timeout_ends_the_trial_at_its_next_evaluation(inputs, monkeypatch):
+def test_timeout_ends_the_trial_at_its_next_evaluation(inputs, monkeypatch, capsys):
     """The second trial finds the time over at its first evaluation; no third one begins."""
     real, now = trial.run_trial, time.monotonic
 
@@ -240,6 +242,8 @@ def test_timeout_ends_the_trial_at_its_next_evaluation(inputs, monkeypatch):
     assert [(row["state"], row["reason"], row["evaluations"]) for row in table("runs/search")] == [
         ("complete", "finished", "2"), ("pruned", "timeout", "1")]
     assert result("runs/search/trial-0001")["stopped"] == "timeout"
+    said = capsys.readouterr().out
+    assert "trials :: 2: 1 complete, 0 pruned, 1 ended by --timeout, 0 failed" in said and "pruned ::" not in said
 
 
 PRUNERS = {"median": lambda: optuna.pruners.MedianPruner(5, 1),
@@ -414,11 +418,20 @@ def opened(folder, *, n_trials=4, space="lr=1e-4|1e-3|1e-2", method="random") ->
     return study.Trials(plan, "sqlite:///shared.db", Path(folder))
 
 
-def test_two_processes_never_draw_one_point(tmp_path):
+def test_two_processes_never_draw_one_point(tmp_path, monkeypatch):
     one, other = opened("a", method="grid"), opened("b", method="grid")
+    was_free = []
+
+    def suggest(*arguments, real=study.suggest):
+        with files.locked(one.lock) as is_free:  # then the other process could draw here, and not know this point
+            was_free.append(is_free)
+        return real(*arguments)
+
+    monkeypatch.setattr(study, "suggest", suggest)
     with one.take() as first, other.take() as second, one.take() as third:
         assert sorted(taken[1]["lr"] for taken in (first, second, third)) == [1e-4, 1e-3, 1e-2]
         assert one.others() == 3
+    assert len(was_free) == 3 and not any(was_free)
 
 
 def test_a_kill_between_drawing_a_trial_and_taking_it_loses_nothing(tmp_path, monkeypatch):
@@ -609,6 +622,7 @@ def test_a_storage_of_another_search_is_refused_by_name(inputs, capsys, change, 
     ("sqlite:///", "it names no file"),
     ("sqlite:///:memory:", "it names no file"),
     ("sqlite://x.db", "it names no file"),
+    ("sqlite://me:s3cret@x.db", "sqlite://me:***@x.db: it names no file"),
     ("nowhere/at/all.journal", "expected a file in a folder that there is"),
 ])
 def test_a_storage_that_cannot_be_reached_is_one_message_without_its_password(inputs, capsys, storage, words):
@@ -674,10 +688,10 @@ def test_the_folder_of_a_run_is_refused(inputs, capsys):
 # --------------------------------------------------------------------------- on a closed form
 
 
-def regret(method: str, seed: int, n: int = 30) -> float:
-    """How far the best of n points is from the optimum, at lr 1e-3 and dropout 0.3."""
+def drawn(method: str, seed: int, n: int, n_trials: int) -> optuna.Study:
+    """The first n of so many trials; the value is the distance from the optimum, at lr 1e-3, dropout 0.3, decay 0.5."""
     space = spaces.parse("lr=log:1e-6..1e-1 hidden_dropout_prob=0..0.9 weight_decay=0..1")
-    plan = study.Plan(space, method, "none", False, n, 1, seed)
+    plan = study.Plan(space, method, "none", False, n_trials, 1, seed)
     done = optuna.create_study(direction="minimize")
     for _ in range(n):
         point = study.propose(plan, None, None, done.get_trials())
@@ -687,7 +701,12 @@ def regret(method: str, seed: int, n: int = 30) -> float:
         asked = done.ask()
         assert spaces.walk(space, partial(study.suggest, asked)) == point
         done.tell(asked, value)
-    return done.best_value
+    return done
+
+
+def regret(method: str, seed: int, n: int = 30) -> float:
+    """How far the best of n points is from the optimum."""
+    return drawn(method, seed, n, n).best_value
 
 
 def test_tpe_finds_an_optimum_better_than_chance():
@@ -707,14 +726,7 @@ def test_the_points_depend_on_the_seed_and_the_trials_alone():
 
 def test_a_search_that_is_extended_is_the_longer_one():
     def points(n_trials: int) -> list[dict]:
-        space = spaces.parse("lr=log:1e-6..1e-1 hidden_dropout_prob=0..0.9")
-        plan = study.Plan(space, "tpe", "none", False, n_trials, 1, 0)
-        done = optuna.create_study(direction="minimize")
-        for _ in range(12):
-            done.enqueue_trial(study.propose(plan, None, None, done.get_trials()))
-            asked = done.ask()
-            done.tell(asked, spaces.walk(space, partial(study.suggest, asked))["lr"])
-        return [one.params for one in done.trials]
+        return [one.params for one in drawn("tpe", 0, 12, n_trials).trials]
 
     assert points(12) == points(100)
 
@@ -732,6 +744,17 @@ def test_a_finalist_whose_seeds_have_failed_comes_behind_the_others(inputs, monk
                   "--final_seeds", "2") == 0
     said = capsys.readouterr().out
     assert "winner :: trial 1" in said and "(1 more seed failed)" in said
+
+
+@pytest.mark.parametrize("score, objective, warning", [
+    (0.5, "dev_acc", ""), (0.4, "dev_acc", "no better on dev than TF-IDF"),
+    (0.2, "dev_acc", "no better on dev than the majority class and TF-IDF"), (0.2, "dev_loss", "")])
+def test_the_winner_stands_beside_what_costs_nothing(capsys, score, objective, warning):
+    ground = SimpleNamespace(baselines={"dev": metrics.Baseline(0.3, 0.4)}, objective=objective)
+    finalists.compare_with_baselines(score, ground)
+    said = capsys.readouterr()
+    assert said.out == "dev baselines :: majority 0.300, tf-idf + logistic regression 0.400\n"
+    assert (warning in said.err) if warning else not said.err
 
 
 def test_what_pruning_saved_counts_the_evaluations_of_each_trial(inputs, monkeypatch, capsys):
