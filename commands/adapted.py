@@ -1,6 +1,5 @@
 """--adapter for predict: an adapter of PEFT's with a head, on its base, as a classifier."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import lora
@@ -25,18 +24,14 @@ def load(config: RunConfig) -> SavedRun:
         raise InputError(f"--adapter {folder}: there is no adapter of PEFT's here (no adapter_config.json); for a run "
                          "with --lora_r, say --run")
     found = inputs.find_model(config)
-    beside = files.read_json(folder / "config.json") if (folder / "config.json").is_file() else {}  # as we export them
-    attention = "bidirectional" if beside.get("is_causal") is False else "causal"
-    n_layers = beside.get("num_hidden_layers") if isinstance(beside.get("num_hidden_layers"), int) else None
     with logs.doing(f"reading {found.weights}"):
         read = weights.read_weights(found.weights)
-        weights.check_n_layers(read, n_layers)
-        adapter = inputs.read_adapter(replace(config, n_layers=n_layers), read)
+        adapter = inputs.read_adapter(config, read)
         assert adapter
         if not adapter.head:
             raise InputError(f"--adapter {folder}: it has no head (no score.weight), so it says no classes; train one "
                              f"with --option finetune --adapter {folder}")
-        llama = load_pretrained(read, n_layers, attention=attention, has_output=False)
+        llama = load_pretrained(read, adapter.n_layers, attention=adapter.attention, has_output=False)
     n, dim = adapter.head["weight"].shape
     if dim != llama.config.dim:
         raise InputError(f"{folder}: its head is for hidden states of {dim} numbers, and {found.weights} has "

@@ -12,7 +12,7 @@ import dataset
 import fused
 import tokenizer as tokenizers
 from commands import splits as run_splits
-from config import InputError, LlamaConfig, RunConfig
+from config import InputError, RunConfig
 from data import hub, prepare
 from dataset import Split
 from formats import adapters, files, peft, tables, weights
@@ -266,7 +266,9 @@ def read_adapter(config: RunConfig, base: Weights) -> Adapter | None:
     if not config.adapter:
         return None
     if peft.is_peft(Path(config.adapter)):
-        return peft.read_peft(Path(config.adapter), limited(base.config, config.n_layers))
+        found = peft.read_peft(Path(config.adapter), base.config, config.n_layers)
+        weights.check_n_layers(base, found.n_layers)
+        return found
     settings, best = saved.read_settings(config.adapter, "--adapter")
     if not settings.lora or not settings.base:
         raise InputError(f"--adapter {config.adapter}: this run has no adapters; begin with its weights: "
@@ -276,12 +278,8 @@ def read_adapter(config: RunConfig, base: Weights) -> Adapter | None:
     tensors = {name: handle.get_tensor(name).float() for name in handle.keys()}
     parts = {part: {name.removeprefix(part): tensor for name, tensor in tensors.items() if name.startswith(part)}
              for part in ("llama.", "classifier_head.")}
-    return Adapter(best, settings.lora, parts["llama."], parts["classifier_head."], settings.base, settings.values())
-
-
-def limited(config: LlamaConfig, n_layers: int | None) -> LlamaConfig:
-    """The shape with the first layers alone."""
-    return replace(config, n_layers=n_layers or config.n_layers)
+    return Adapter(best, settings.lora, parts["llama."], parts["classifier_head."], settings.llama.n_layers,
+                   settings.base, settings.values(), settings.llama.attention)
 
 
 def base_of_adapter(folder: Path) -> str | None:

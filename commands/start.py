@@ -15,15 +15,15 @@ from training import logs
 
 def learned(inputs: Inputs) -> ClassifierConfig | None:
     """The classifier whose head a training can begin with: of the adapter, or of the finished run; None: there is no
-    head. PEFT's heads take the last token of a causal model, and their classes have no names."""
+    head. PEFT's heads take the last token, and their classes have no names."""
     adapter, head = inputs.adapter, inputs.weights.head
     if adapter and adapter.settings:
         return ClassifierConfig.read(adapter.settings, adapter.path / "config.json")
     if adapter and adapter.head:
         n = len(adapter.head["weight"])
         names = inputs.names if len(inputs.names) == n else [str(i) for i in range(n)]
-        return ClassifierConfig(n, names, "last", "ce", 0.0, None, replace(inputs.weights.config, attention="causal"),
-                                "bias" in adapter.head)
+        shape = replace(inputs.weights.config, n_layers=adapter.n_layers, attention=adapter.attention)
+        return ClassifierConfig(n, names, "last", "ce", 0.0, None, shape, "bias" in adapter.head)
     return None if adapter or not head else ClassifierConfig.read(head.settings, inputs.weights.path / "config.json")
 
 
@@ -46,12 +46,16 @@ def with_learned(config: RunConfig, inputs: Inputs) -> RunConfig:
         logs.warn(f"no effect: --new_head: {path} is not a finished run")
     if config.resume:
         return config
+    if inputs.weights.left:
+        logs.notice(f"{inputs.weights.path}: {', '.join(inputs.weights.left)} is not part of a Llama, and "
+                    "left behind; a new one is trained")
     if inputs.adapter:
         config = with_adapter(config, inputs.adapter)
-    if not run:
+    trained = inputs.adapter.attention if inputs.adapter else inputs.weights.config.attention
+    if not run and trained == "causal":  # as all pretrained weights, which may be trained otherwise
         return config
-    fixed: dict[str, Any] = {"attention": run.llama.attention}
-    if not config.new_head:
+    fixed: dict[str, Any] = {"attention": trained}
+    if run and not config.new_head:
         check_head(config, inputs, run)
         fixed |= {"pooling": run.pooling, "loss": run.loss}
         config = replace(config, head_bias=run.head_bias)
@@ -61,23 +65,26 @@ def with_learned(config: RunConfig, inputs: Inputs) -> RunConfig:
         logs.warn(f"{', '.join(other)}: {path} has learned with the latter")
     kept = {name: value for name, value in fixed.items() if name not in config.given}
     part = "adapter" if inputs.adapter else "Llama"
-    what = f"its {part}, and a new head" if config.new_head else f"its {part} and its head"
+    what = f"its {part} and its head" if run and not config.new_head else f"its {part}, and a new head"
     words = " ".join(f"--{name} {value}" for name, value in kept.items())
-    logs.notice(f"start :: {path}: {what}{words and f'; as in that run: {words}'}")
+    how = "as in that run" if run else "as it says"
+    logs.notice(f"start :: {path}: {what}{words and f'; {how}: {words}'}")
     return replace(config, **kept, given=config.given | kept.keys())
 
 
 def with_adapter(config: RunConfig, adapter: Adapter) -> RunConfig:
-    """The options with the adapter's own rank, scale, targets and kind. Raises InputError where others were typed; the
-    dropout may be another one."""
+    """The options with the adapter's own rank, scale, targets, kind and number of layers. Raises InputError where
+    others were typed; the dropout may be another one."""
     own = adapter.config
     wanted: dict[str, Any] = {"lora_r": own.r, "lora_alpha": own.alpha, "lora_targets": ",".join(own.targets),
-                              "lora_rs": own.rs, "lora_dora": own.dora}
+                              "lora_rs": own.rs, "lora_dora": own.dora, "n_layers": adapter.n_layers}
     typed = lora_config(replace(config, lora_r=config.lora_r or own.r))
     assert typed
     fields = {"lora_r": "r", "lora_alpha": "alpha", "lora_targets": "targets", "lora_rs": "rs", "lora_dora": "dora"}
     wrong = [f"--{name} {getattr(config, name)} (it has {wanted[name]})" for name, field in fields.items()
              if name in config.given and getattr(typed, field) != getattr(own, field)]
+    if config.n_layers not in (None, adapter.n_layers):
+        wrong.append(f"--n_layers {config.n_layers} (it has {adapter.n_layers})")
     if wrong:
         raise InputError(f"--adapter {adapter.path}: the adapter is of another kind than {', '.join(wrong)}; leave "
                          "that out, or begin with a new adapter")

@@ -14,14 +14,16 @@ from formats import files
 class Adapter:
     """The adapters of one model. `tensors`: by their names in a Llama of ours, `layers.0.attention.wq.lora_a`, in
     float32, rows in our order; `head`: by the names of the head's own parameters, {} where there is none; `base`: what
-    it was trained on, where that is known."""
+    it was trained on, where that is known; `n_layers`, `attention`: of the Llama that it was trained on."""
 
     path: Path
     config: LoraConfig
     tensors: dict[str, Tensor]
     head: dict[str, Tensor]
+    n_layers: int
     base: Base | None = None
     settings: dict | None = None  # the config.json of a run of ours
+    attention: str = "causal"
 
 
 def row_norms(weight: Tensor) -> Tensor:

@@ -60,6 +60,7 @@ def read_gguf_weights(path: Path) -> Weights:
         layer_norm_eps=value("attention.layer_norm_rms_epsilon"), rope_theta=value("rope.freq_base", 10000.0),
         tie_embeddings="output.weight" not in tensors,
         head_dim=value("attention.key_length") if "llama.attention.key_length" in metadata else None,
+        attention="bidirectional" if metadata.get("llama.attention.causal") is False else "causal",
     )
     for key, of in (("rope.dimension_count", "it rotates {} of {} dimensions"),
                     ("attention.value_length", "its values have {} dimensions and its keys {}")):

@@ -58,18 +58,21 @@ def read_hf_folder(path: Path) -> Weights:
     config = _read_config(path / "config.json", settings)
     shapes: dict[str, tuple[int, ...]] = {}
     readers: dict[str, Reader] = {}
+    left: list[str] = []
     for file in _safetensors_files(path):
         for key, stored in stored_in_safetensors(file).items():
             name = _own_name(key)
             if name is None and _is_beyond(key):
                 raise InputError(f"{file}: {key} is not part of the Llama that is supported here ({_part(key)})")
+            if name is None and not key.endswith("rotary_emb.inv_freq"):
+                left.append(key)
             if name is None or (name == "output.weight" and config.tie_embeddings):
                 continue
             stored.check_floating(key)
             shapes[name], readers[name] = stored.shape, stored.read
             if name.endswith(("wq.weight", "wk.weight")) and settings["model_type"] not in _IN_PAIRS:
                 readers[name] = partial(_read_halves, stored, config.head_dim)
-    return Weights(path, config, shapes, readers)
+    return Weights(path, config, shapes, readers, left=tuple(sorted(left)))
 
 
 # --------------------------------------------------------------------------- config.json
@@ -109,10 +112,15 @@ def _read_config(file: Path, settings: dict[str, Any]) -> LlamaConfig:
             layer_norm_eps=settings.get("rms_norm_eps", 1e-6),
             rope_theta=rope.get("rope_theta", settings.get("rope_theta", 10000.0)),
             tie_embeddings=bool(settings.get("tie_word_embeddings", False)), head_dim=settings.get("head_dim"),
-            rope_scaling=_rope_scaling(file, rope),
+            rope_scaling=_rope_scaling(file, rope), attention=attention_of(settings),
         )
     except KeyError as error:
         raise InputError(f"{file}: {error} is missing") from None
+
+
+def attention_of(settings: dict[str, Any]) -> str:
+    """What a token sees of the others, as transformers' config.json says it."""
+    return "bidirectional" if settings.get("is_causal") is False else "causal"
 
 
 def _rope_scaling(file: Path, rope: dict[str, Any]) -> RopeScaling | None:

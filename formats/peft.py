@@ -12,6 +12,7 @@ from torch import Tensor
 from config import LORA_TARGETS, InputError, LlamaConfig, LoraConfig, counted
 from formats.adapters import Adapter
 from formats.files import read_json
+from formats.huggingface import attention_of
 from formats.weights import open_safetensors
 
 SETTINGS, TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -41,11 +42,17 @@ def named_base(path: Path) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def read_peft(path: Path, llama: LlamaConfig) -> Adapter:
-    """The adapter of a folder for a Llama of this shape. Rows of a query's and a key's B and magnitude are in halves
-    there; they are reordered to adjacent pairs. Raises InputError for what is not computed here, by name."""
+def read_peft(path: Path, llama: LlamaConfig, n_layers: int | None = None) -> Adapter:
+    """The adapter of a folder for a Llama of this shape, or for its first `n_layers`.
+
+    Rows of a query's and a key's B and magnitude are in halves there; they are reordered to adjacent pairs. Raises
+    InputError for what is not computed here, by name.
+    """
     settings, file = read_json(path / SETTINGS), path / TENSORS
     _check(settings, path / SETTINGS)
+    beside = read_json(path / "config.json") if (path / "config.json").is_file() else {}  # --option export writes it
+    said = beside.get("num_hidden_layers")
+    n_layers = n_layers or (said if isinstance(said, int) else llama.n_layers)
     handle = open_safetensors(file)
     tensors: dict[str, Tensor] = {}
     head: dict[str, Tensor] = {}
@@ -67,17 +74,17 @@ def read_peft(path: Path, llama: LlamaConfig) -> Adapter:
             raise InputError(f"{file}: {key} is not part of an adapter that is computed here (those of "
                              f"{', '.join(PROJECTIONS.values())}, and a head called {' or '.join(HEADS)})")
     targets = {target for _, target in places}
-    if not places or places != {(layer, target) for layer in range(llama.n_layers) for target in targets}:
+    if not places or places != {(layer, target) for layer in range(n_layers) for target in targets}:
         n = len({layer for layer, _ in places})
         raise InputError(f"{file}: it has adapters in {counted(n, 'layer')}, and not the same in each of the "
-                         f"{llama.n_layers} of the model; is it for another base? (adapters in some layers only are "
+                         f"{n_layers} of the model; is it for another base? (adapters in some layers only are "
                          "not computed here)")
     try:
         config = LoraConfig(settings["r"], settings["lora_alpha"], settings.get("lora_dropout") or 0.0,
                             tuple(targets), bool(settings.get("use_rslora")), bool(settings.get("use_dora")))
     except (KeyError, ValueError) as error:
         raise InputError(f"{path / SETTINGS}: {error}") from None
-    return Adapter(path, config, tensors, head)
+    return Adapter(path, config, tensors, head, n_layers, attention=attention_of(beside))
 
 
 def _check(settings: dict[str, Any], path: Path) -> None:

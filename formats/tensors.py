@@ -36,13 +36,14 @@ class TrainedHead:
 @dataclass(frozen=True)
 class Weights:
     """A file's model: `shapes` and `readers` share their keys, the names of the Llama's parameters. `head`: of a
-    finished run."""
+    finished run; `left`: the names of a head's tensors that are not read."""
 
     path: Path
     config: LlamaConfig
     shapes: dict[str, tuple[int, ...]]
     readers: dict[str, Reader]
     head: TrainedHead | None = None
+    left: tuple[str, ...] = ()
 
 
 def damaged(path: Path, error: object) -> InputError:

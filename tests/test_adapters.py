@@ -311,7 +311,8 @@ def test_an_adapter_on_a_run_with_adapters_is_an_adapter_on_their_sum(ran, input
 
 
 def test_adapter_goes_on_with_the_adapter_and_the_head_of_a_run(ran, inputs):
-    run = ran("--lora_r 3 --lora_alpha 1.5")
+    """... on as many layers, which nobody has to type again."""
+    run = ran("--lora_r 3 --lora_alpha 1.5 --n_layers 1")
     later = main(Path("later"), ["--option", "finetune", *inputs[2:], *STILL, "--adapter", run, "--keep_state",
                                  "--output_dir", "later"])
     assert later.code == 0, later.err
@@ -319,8 +320,8 @@ def test_adapter_goes_on_with_the_adapter_and_the_head_of_a_run(ran, inputs):
     assert all(torch.equal(later.before[name], value) for name, value in earlier.items())
     assert json.loads(Path("later/best/config.json").read_text(encoding="utf-8"))["lora"]["alpha"] == 1.5
     other = main(Path("b"), ["--option", "finetune", *inputs[2:], *STILL, "--adapter", run, "--lora_r", "8",
-                             "--output_dir", "b"])
-    assert other.code == 2 and "--lora_r 8 (it has 3)" in other.err
+                             "--n_layers", "2", "--output_dir", "b"])
+    assert other.code == 2 and "--lora_r 8 (it has 3), --n_layers 2 (it has 1)" in other.err
     Path("later/result.json").unlink()  # as if it had been killed just before its end
     again = main(Path("later"), ["--resume", "later"])
     assert again.code == 0 and again.result["dev"] == later.result["dev"], again.err

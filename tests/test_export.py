@@ -5,13 +5,14 @@ import json
 import re
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import llamacpp
 import pytest
 import tiny
 import torch
-from conftest import tiny_sentences
+from conftest import tiny_sentences, write_split
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -284,6 +285,27 @@ def test_predict_takes_the_adapter_back_with_its_attention_and_layers(tokenizers
     assert list(found[0]) == NAMES
     torch.testing.assert_close(torch.tensor([[*one.values()] for one in found]),
                                torch.from_numpy(load(run).predict_proba(TEXTS)), rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("attention", ["causal", "bidirectional"])
+@pytest.mark.parametrize("form", ["hf", "peft", "gguf"])
+def test_training_goes_on_with_the_attention_that_is_said(tokenizers, tmp_path, form, attention, capsys):
+    """Nobody types it again."""
+    make = make_run if form != "peft" else partial(make_lora_run, lora_config=LoraConfig(4, 8))
+    folder = export(make(tmp_path, tokenizers["bpe"], attention=attention), tmp_path / "out", "--format", form)
+    write_split(tmp_path / "train.txt", tiny_sentences(20, 3))
+    words = ["--pretrained_model_path", folder / "model.gguf" if form == "gguf" else folder]
+    words = ["--adapter", folder] if form == "peft" else words
+    words += ["--option", "finetune", "--train", tmp_path / "train.txt", "--dev", tmp_path / "train.txt"]
+    words += ["--output_dir", tmp_path / "later", "--epochs", "1", "--lr", "1e-3", "--device", "cpu"]
+    capsys.readouterr()
+    assert run_llama.main([str(word) for word in words]) == 0
+    described = json.loads((tmp_path / "later/args.json").read_text(encoding="utf-8"))
+    said = capsys.readouterr().err
+    start = next((line for line in said.splitlines() if line.startswith("start :: ")), "")
+    assert described["options"]["attention"] == attention
+    assert (f"--attention {attention}" in start) == (form == "peft" or attention == "bidirectional")
+    assert ("score.weight is not part of a Llama, and left behind" in said) == (form == "hf")
 
 
 @pytest.mark.parametrize("form", ["hf", "gguf"])
