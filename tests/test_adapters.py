@@ -276,7 +276,7 @@ def test_a_search_tries_ranks_and_targets(inputs):
 
 
 def test_a_rate_at_which_it_collapses_is_said_and_leaves_usable_weights(inputs):
-    """A rate far too high for a large rank, as in the record that the issue has."""
+    """A rate far too high for a large rank."""
     run = main(Path("run"), ["--option", "finetune", *inputs, *TRAIN, "--lora_r", "32", "--lora_alpha", "128",
                              "--epochs", "12", "--patience", "0", "--lr", "5", "--output_dir", "run"])
     assert run.code in (0, 3), run.err
