@@ -83,6 +83,22 @@ def apply_rotary_emb(
     return rotate(query, table), rotate(key, table)
 
 
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, dropout: float) -> Tensor:
+    """softmax(q k^T / sqrt(head_dim)) v (Vaswani et al. 2017, arXiv 1706.03762, eq. 1): a query (B, H, S, head_dim), a
+    key and a value (B, K, T, head_dim) to (B, H, S, head_dim). `mask`: True where a query may look.
+
+    Where a gradient will be wanted on a CPU, short sentences are computed in float32, and returned in their own type:
+    PyTorch's backward pass for bfloat16 takes three to ten times as long there (docs/measurements.md).
+    """
+    kind = query.dtype
+    is_slow = kind == torch.bfloat16 and query.device.type == "cpu" and key.shape[2] <= SHORT
+    if not (is_slow and torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)):
+        return F.scaled_dot_product_attention(query, key, value, mask, dropout, is_causal, enable_gqa=True)
+    with torch.autocast("cpu", enabled=False):
+        wide = (query.float(), key.float(), value.float())
+        return F.scaled_dot_product_attention(*wide, mask, dropout, is_causal, enable_gqa=True).to(kind)
+
+
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up, of two tensors of one shape (Shazeer 2020, arXiv 2002.05202, eq. 5, without biases)."""
     return F.silu(gate) * up
@@ -109,6 +125,7 @@ class Operations:
 
 
 PLAIN = Operations()
+SHORT = 256  # tokens; see `attend`
 
 # --------------------------------------------------------------------------- the modules
 
@@ -189,10 +206,7 @@ class Attention(nn.Module):
         if cache is not None:
             key, value = cache.add(start, key, value)
         causal = self.config.attention == "causal" and length > 1  # one token may look at all that came before it
-        out = F.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, is_causal=causal, enable_gqa=True,
-            dropout_p=self.config.dropout if self.training else 0.0,
-        )
+        out = attend(query, key, value, mask, causal, self.config.dropout if self.training else 0.0)
         return self.resid_dropout(self.wo(out.transpose(1, 2).reshape(batch, length, -1)))
 
 

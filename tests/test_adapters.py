@@ -16,7 +16,8 @@ from tokenizers import Tokenizer
 
 import fused
 import lora
-from config import LORA_TARGETS, LoraConfig
+from commands.finished import load_model
+from config import LORA_TARGETS, LoraConfig, parse_args
 from llama import load_pretrained
 from minllama import load
 from optimizer import parameter_groups
@@ -265,6 +266,40 @@ def test_a_plan_counts_what_is_trained(inputs):
               "down": (64, 32)}
     n = 2 * sum(64 * (a + b) for a, b in widths.values()) + 3 * 32
     assert plan.code == 0 and f"{n / 1e6:.1f}M trainable parameters" in plan.out, plan.out
+
+
+def test_a_range_test_measures_adapters(inputs):
+    """Its first loss is that of the model as it is, which untrained adapters do not change; later ones are others."""
+    words = ["--option", "lr_find", *inputs, "--lr_steps", "20", "--batch_size", "16", "--hidden_dropout_prob", "0",
+             "--device", "cpu", "--dtype", "float32"]
+    losses = []
+    for name, more in (("plain", []), ("adapted", ["--lora_r", "4"])):
+        done = main(Path(name), [*words, *more, "--output_dir", name])
+        assert done.code == 0, done.err
+        rows = Path(name, "lr_find.csv").read_text(encoding="utf-8").splitlines()[1:]
+        losses.append([float(row.split(",")[2]) for row in rows])
+    assert losses[0][0] == pytest.approx(losses[1][0], rel=1e-6) and losses[0][-1] != losses[1][-1]
+    assert "--lora_r 4" in done.out.splitlines()[-1]
+
+
+@pytest.mark.parametrize("option", ["--seeds", "--folds"])
+def test_each_run_of_a_series_has_adapters_of_its_own(inputs, option):
+    done = main(Path("series"), ["--option", "finetune", *inputs, *TRAIN, "--lora_r", "2", option, "2", "--output_dir",
+                                 "series"])
+    assert done.code == 0, done.err
+    one, other = (load_file(path) for path in sorted(Path("series").glob("*/best/model.safetensors")))
+    assert one.keys() == other.keys() and all(lora.is_adapter(n) or n == "classifier_head.weight" for n in one)
+    name = "llama.layers.0.attention.wq.lora_b"
+    assert one[name].abs().max() > 0 and not torch.equal(one[name], other[name])
+    Path("texts.txt").write_text("\n".join(SENTENCES), encoding="utf-8")
+    together = main(Path("series"), ["--option", "predict", "--run", "series", "--input", "texts.txt"])
+    assert together.code == 0 and len(together.out.splitlines()) == len(SENTENCES), together.err
+
+
+def test_the_service_has_the_adapters(ran, inputs):
+    run = ran("--lora_r 4 --lora_dora")
+    served = load_model(parse_args(["--option", "serve", "--run", str(run)]))
+    np.testing.assert_array_equal(served.predict_proba(SENTENCES), load(run).predict_proba(SENTENCES))
 
 
 def test_a_search_tries_ranks_and_targets(inputs):

@@ -279,6 +279,16 @@ def test_autograd_keeps_nothing_of_the_frozen_part(inputs):
     assert graph == {0: (False, False), 1: (True, True)}
 
 
+def test_after_a_rollback_what_is_kept_still_holds(inputs, capfd, without_keeping):
+    words = ["--option", "finetune", *inputs, *SETTINGS, "--freeze", "first:1", "--lr", "50", "--epochs", "6"]
+    code = run_llama.main([*words, "--output_dir", "a"])
+    assert code in (0, 3) and "Back to step" in capfd.readouterr().err
+    without_keeping()
+    assert run_llama.main([*words, "--output_dir", "b"]) == code
+    assert len(lines("a", "events.jsonl")) == len(lines("b", "events.jsonl")) > 0
+    assert all(torch.isfinite(value).all() for value in best(Path("a")).values())
+
+
 def test_a_range_test_a_search_and_seeds_run_with_it(inputs, capfd, monkeypatch):
     assert run_llama.main(["--option", "lr_find", *inputs, *SETTINGS[:2], "--freeze", "backbone", "--lr_steps", "20",
                            "--device", "cpu", "--output_dir", "range"]) == 0
@@ -290,6 +300,15 @@ def test_a_range_test_a_search_and_seeds_run_with_it(inputs, capfd, monkeypatch)
     assert "freeze first:1" in capfd.readouterr().out
     assert run_llama.main(["--option", "search", *inputs, "--space", "freeze=none|first:3", "--device", "cpu"]) == 2
     assert "no run at freeze first:3: --freeze first:3: the model has 2 layers" in capfd.readouterr().err
+
+
+def test_each_fold_has_the_activations_of_its_own_sentences(inputs, without_keeping):
+    options = ["--freeze", "first:1", "--folds", "2", "--epochs", "1"]
+    folds = finetune(inputs, "folds", *options)
+    without_keeping()
+    again = finetune(inputs, "again", *options)
+    for name in ("fold-0", "fold-1"):
+        assert_equal_runs(folds / name, again / name)
 
 
 # --------------------------------------------------------------------------- what is said

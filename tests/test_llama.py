@@ -6,10 +6,20 @@ import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn import functional as F
 
 import fused
 from config import RopeScaling
-from llama import KVCache, RMSNorm, apply_rotary_emb, load_pretrained, rotary_frequencies, rotary_table
+from llama import (
+    SHORT,
+    KVCache,
+    RMSNorm,
+    apply_rotary_emb,
+    attend,
+    load_pretrained,
+    rotary_frequencies,
+    rotary_table,
+)
 
 
 def max_difference(a, b):
@@ -243,3 +253,25 @@ def test_one_position_of_a_cached_token_is_that_of_the_whole_sentence():
         torch.testing.assert_close(ours[:, 0], model.hidden(tokens)[:, 7])
         with pytest.raises(ValueError, match="one token at a time"):
             model.hidden(tokens[:, 5:], caches=caches, start=5)
+
+
+@pytest.mark.parametrize("length, is_wide", [(9, True), (SHORT, True), (SHORT + 1, False)])
+@pytest.mark.parametrize("kind", ["causal", "masked"])
+def test_short_sentences_in_bfloat16_have_float32s_gradients(length, is_wide, kind):
+    """... rounded once, to the bit; long ones, and those without a gradient, have PyTorch's for bfloat16."""
+    torch.manual_seed(0)
+    shape = {"query": 4, "key": 2, "value": 2}
+    own = [torch.randn(1, heads, length, 8).bfloat16().requires_grad_() for heads in shape.values()]
+    mask = None if kind == "causal" else (torch.arange(length) < length - 2)[None, None, None]
+    wide = [x.detach().float().requires_grad_() for x in own]
+    out = F.scaled_dot_product_attention(*wide, mask, 0.0, mask is None, enable_gqa=True).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = attend(*own, mask, mask is None, 0.0)
+    with torch.no_grad():
+        plain = F.scaled_dot_product_attention(*own, mask, 0.0, mask is None, enable_gqa=True)
+        assert torch.equal(attend(*own, mask, mask is None, 0.0), plain)
+    assert found.dtype == torch.bfloat16 and torch.equal(found, out if is_wide else plain)
+    found.float().sin().sum().backward()
+    out.float().sin().sum().backward()
+    same = [torch.equal(a.grad, b.grad.bfloat16()) for a, b in zip(own, wide, strict=True)]
+    assert all(same) if is_wide else not all(same)
