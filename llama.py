@@ -88,7 +88,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_ca
     key and a value (B, K, T, head_dim) to (B, H, S, head_dim). `mask`: True where a query may look.
 
     Where a gradient will be wanted on a CPU, short sentences are computed in float32, and returned in their own type:
-    PyTorch's backward pass for bfloat16 takes three to ten times as long there (docs/measurements.md).
+    PyTorch's backward pass for bfloat16 takes several times as long there (docs/measurements.md).
     """
     kind = query.dtype
     is_slow = kind == torch.bfloat16 and query.device.type == "cpu" and key.shape[2] <= SHORT
@@ -125,7 +125,7 @@ class Operations:
 
 
 PLAIN = Operations()
-SHORT = 256  # tokens; see `attend`
+SHORT = 128  # tokens; see `attend`
 
 # --------------------------------------------------------------------------- the modules
 

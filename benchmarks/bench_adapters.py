@@ -102,7 +102,7 @@ def table(result: dict) -> str:
         cells = [way]
         if spent:
             cells += [f"{median(spent['samples_per_second']):.0f}", f"{max(spent['peak_bytes']) / 2**30:.2f}",
-                      f"{spent['state_bytes'] / 2**20:.1f}"]
+                      f"{spent['state_bytes'] / 2**20:.3g}"]
         if got:
             cells += [f"{got['runs'][0]['best_bytes'] / 2**20:.1f}", got["lr"]]
             for split in ("dev", "test"):
