@@ -15,8 +15,8 @@ from torch import Tensor
 from config import InputError, LlamaConfig
 from formats.memory import is_out_of_memory
 
-# Numbers that are read, and turned into another precision, at a time. Between the tensors, larger pieces leave holes that
-# are never given back: a tenth of a model's size.
+# Numbers that are read, and turned into another precision, at a time. Larger pieces leave holes between the tensors,
+# which are never given back: a tenth of a model's size.
 PIECE = 2**17
 
 
