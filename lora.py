@@ -6,12 +6,13 @@ Shapes: a matrix W (out, in), its adapter A (r, in) and B (out, r).
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from config import LORA_TARGETS, InputError, LoraConfig
+from config import LORA_TARGETS, InputError, LlamaConfig, LoraConfig
 from formats import adapters
 from formats.adapters import Adapter, row_norms
 from llama import Linear, Llama
@@ -95,9 +96,17 @@ def merge(model: nn.Module) -> dict[str, Tensor]:
     return weights
 
 
-def load(llama: Llama, adapter: Adapter) -> None:
-    """Put the numbers of an adapter into a model that has such adapters, in place. Raises InputError where they are of
-    other shapes, which means another base."""
+def check(adapter: Adapter, config: LlamaConfig) -> None:
+    """Raises InputError where an adapter is not one for a Llama of this shape."""
+    with torch.device("meta"):
+        llama = Llama(replace(config, n_layers=adapter.n_layers))
+        add(llama, adapter.config)
+    check_shapes(llama, adapter)
+
+
+def check_shapes(llama: Llama, adapter: Adapter) -> dict[str, nn.Parameter]:
+    """The adapters' parameters of a model. Raises InputError where those of an adapter are of other shapes, which means
+    another base."""
     own = {name: parameter for name, parameter in llama.named_parameters() if is_adapter(name)}
     for name in sorted(own.keys() | adapter.tensors.keys()):
         wanted, found = own.get(name), adapter.tensors.get(name)
@@ -105,8 +114,13 @@ def load(llama: Llama, adapter: Adapter) -> None:
             shapes = [None if one is None else tuple(one.shape) for one in (found, wanted)]
             raise InputError(f"{adapter.path}: its {name} has the shape {shapes[0]}, and this model wants {shapes[1]}; "
                              "is the adapter for another base?")
+    return own
+
+
+def load(llama: Llama, adapter: Adapter) -> None:
+    """Put the numbers of an adapter into a model that has such adapters, in place. Raises as `check_shapes`."""
     with torch.no_grad():
-        for name, parameter in own.items():
+        for name, parameter in check_shapes(llama, adapter).items():
             parameter.copy_(adapter.tensors[name])
 
 

@@ -29,7 +29,7 @@ from training.device import choose_device
 ADAPTERS = {f"LoRA, r {r}": ["--lora_r", str(r)] for r in (8, 16, 32, 64)}
 WAYS = {"full": [], **ADAPTERS, "head only": ["--freeze", "backbone"], "first:2": ["--freeze", "first:2"],
         "first:4": ["--freeze", "first:4"]}
-RATES = {"head only": ["3e-3", "1e-2", "3e-2"], **dict.fromkeys(ADAPTERS, ["5e-4", "1e-3", "2e-3", "4e-3"])}
+RATES = {"head only": ["3e-3", "1e-2", "3e-2"], **dict.fromkeys(ADAPTERS, ["5e-4", "1e-3", "2e-3", "4e-3", "8e-3"])}
 USUAL = ["3e-4", "5.5e-4", "1e-3"]
 SEED_OF_RATES, SEEDS = 11, (1, 2, 3)
 

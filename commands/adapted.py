@@ -7,8 +7,7 @@ import tokenizer as tokenizers
 from classifier import ClassifierConfig, LlamaEmbeddingClassifier
 from commands import inputs
 from config import InputError, RunConfig
-from formats import files, weights
-from formats.peft import is_peft
+from formats import files, peft, weights
 from llama import load_pretrained
 from tokenizer import Tokenizer
 from training import logs
@@ -20,7 +19,7 @@ def load(config: RunConfig) -> SavedRun:
     """The classifier that an adapter of PEFT's makes of its base: --pretrained_model_path, or what the adapter names.
     Raises InputError or FileNotFoundError with what to do."""
     folder = Path(config.adapter or "")
-    if not is_peft(folder):
+    if not peft.is_peft(folder):
         raise InputError(f"--adapter {folder}: there is no adapter of PEFT's here (no adapter_config.json); for a run "
                          "with --lora_r, say --run")
     found = inputs.find_model(config)
@@ -32,10 +31,7 @@ def load(config: RunConfig) -> SavedRun:
             raise InputError(f"--adapter {folder}: it has no head (no score.weight), so it says no classes; train one "
                              f"with --option finetune --adapter {folder}")
         llama = load_pretrained(read, adapter.n_layers, attention=adapter.attention, has_output=False)
-    n, dim = adapter.head["weight"].shape
-    if dim != llama.config.dim:
-        raise InputError(f"{folder}: its head is for hidden states of {dim} numbers, and {found.weights} has "
-                         f"{llama.config.dim}; is the adapter for another base?")
+    n = len(adapter.head["weight"])
     settings = ClassifierConfig(n, label_names(n, [folder, found.weights]), "last", "ce", 0.0, None, llama.config,
                                 "bias" in adapter.head, adapter.config)
     model = LlamaEmbeddingClassifier(settings, llama)
@@ -48,9 +44,8 @@ def load(config: RunConfig) -> SavedRun:
 
 
 def label_names(n: int, places: list[Path]) -> list[str]:
-    """The classes' names as the `id2label` of a config.json has them, the first one that fits; else their numbers."""
-    for place in places:
-        path = place / "config.json"
+    """The classes' names as the `id2label` of a config has them, the first one that fits; else their numbers."""
+    for path in (place / name for place in places for name in (peft.BESIDE, "config.json")):
         names = files.read_json(path).get("id2label") if path.is_file() else None
         if isinstance(names, dict) and names.keys() == {str(i) for i in range(n)}:
             found = [names[str(i)] for i in range(n)]

@@ -213,7 +213,10 @@ class Answering:
     first run. Runs that are loaded one by one, where all texts are there, are not in memory together."""
 
     def __init__(self, config: RunConfig, is_all_there: bool):
-        if config.adapter and not config.run:  # one of PEFT's, in the place of a run
+        if config.adapter and config.run:
+            raise InputError("--run and --adapter: an adapter of PEFT's stands in the place of a run, and a run with "
+                             "--lora_r has its own; leave one of them out")
+        if config.adapter:
             found = adapted.load(config)
             self.runs = [Member(str(found.typed), found.settings, found.best, [*range(found.settings.num_labels)])]
         else:
@@ -227,7 +230,8 @@ class Answering:
             self.models = [Model(found, config)]
         elif len(self.runs) == 1 or not is_all_there:
             self.models = [self._model(member) for member in self.runs]
-        warn_of_fixed(config, any(member.settings.lora for member in self.runs))
+        if not found:
+            warn_of_fixed(config, any(member.settings.lora for member in self.runs))
 
     def answers(self, take: Callable[[], list[str]]) -> Iterator[tuple[list[str], np.ndarray]]:
         """Texts (n) and their probabilities (n, C), until `take` gives no more."""

@@ -5,6 +5,7 @@ one is a LlamaModel, its head in head.safetensors, and a README.md that says how
 """
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from commands import export_tokenizer
 from commands.exported import Exported
 from commands.model_card import card, is_sequence_classifier
 from config import InputError
-from formats import export_hf, export_peft, files, peft
+from data import hub
+from formats import export_hf, export_peft, peft, weights
 
 
 def write(folder: Path, model: Exported) -> str:
@@ -49,24 +51,39 @@ def write_peft(folder: Path, model: Exported) -> str:
         raise InputError(f"--format peft: {model.path} has no adapters (it was not trained with --lora_r); take "
                          "--format hf")
     has_score = is_sequence_classifier(settings)
-    write_around(folder, model, "LlamaForSequenceClassification" if has_score else "LlamaModel")
+    write_around(folder, model, "LlamaForSequenceClassification" if has_score else "LlamaModel", peft.BESIDE)
     if not has_score:
         save_file(plain_head(model.head, settings), folder / "head.safetensors")
     tensors = export_peft.peft_tensors(model.adapters, model.head if has_score else None, model.config)
     save_file({name: tensor.detach() for name, tensor in tensors.items()}, folder / peft.TENSORS,
               metadata={"format": "pt"})
     base = Path(settings.base.path)
-    is_for_hf = (base / "config.json").is_file() and "model_type" in files.read_json(base / "config.json")
-    described = export_peft.peft_config(settings.lora, str(base) if is_for_hf else None, has_score)
+    is_run = weights.is_run(base)
+    name, revision = named_base(base, settings)
+    described = export_peft.peft_config(settings.lora, name, has_score) | {"revision": revision}
     (folder / peft.SETTINGS).write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
-    (folder / "README.md").write_text(card(settings, base.name), encoding="utf-8", newline="\n")
-    of_base = str(base) if is_for_hf else (f"its base; --option export --pretrained_model_path {base} --format hf "
-                                           "writes that one")
+    (folder / "README.md").write_text(card(settings, str(base)), encoding="utf-8", newline="\n")
+    how = "--run" if is_run else "--pretrained_model_path"
+    of_base = name or f"its base; --option export {how} {base} --format hf writes that one"
     return f"PEFT (PeftModel.from_pretrained, on {of_base})"
 
 
-def write_around(folder: Path, model: Exported, architecture: str) -> None:
-    """config.json and the tokenizer."""
+def named_base(base: Path, settings: ClassifierConfig) -> tuple[str | None, str | None]:
+    """What PEFT may load as the base by itself, and its revision: a Hugging Face folder, or its name on the hub. (None,
+    None) where it would compute something else: with other layers or another attention than the base has."""
+    if not (base / "config.json").is_file() or weights.is_run(base):
+        return None, None
+    own = weights.read_weights(base).config
+    if (own.n_layers, own.attention) != (settings.llama.n_layers, settings.llama.attention):
+        return None, None
+    if fetched := hub.origin(base):
+        name, _, revision = fetched.removeprefix(hub.PREFIX).partition("@")
+        return name, revision
+    return str(base), None
+
+
+def write_around(folder: Path, model: Exported, architecture: str, name: str = "config.json") -> None:
+    """The config of transformers, in a file of that name, and the tokenizer."""
     pad = export_tokenizer.write_hf(folder, model.tokenizer, model.longest)
     values: dict[str, Any] = {**export_hf.hf_config(model.config, architecture), "pad_token_id": pad}
     values |= {f"{name}_token_id": number if number >= 0 else None for name, number in (
@@ -75,7 +92,8 @@ def write_around(folder: Path, model: Exported, architecture: str) -> None:
         names = model.settings.label_names
         values |= {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)},
                    "problem_type": "single_label_classification"}
-    (folder / "config.json").write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+        values |= {"base": asdict(model.settings.base)} if name == peft.BESIDE and model.settings.base else {}
+    (folder / name).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
 
 
 def plain_head(head: dict[str, Tensor], settings: ClassifierConfig) -> dict[str, Tensor]:

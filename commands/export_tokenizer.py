@@ -38,7 +38,7 @@ def write_hf(folder: Path, tokenizer: Tokenizer, longest: int) -> int:
         single=f"{bos} $A" if tokenizer.add_bos else "$A", pair=f"{bos} $A $B" if tokenizer.add_bos else "$A $B",
         special_tokens=[(bos, tokenizer.bos_id)] if tokenizer.add_bos else [])
     pad = padding(tokenizer, content)
-    backend.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer.json").write_text(backend.to_str(pretty=True), encoding="utf-8", newline="\n")
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast", "padding_side": "right", "truncation_side": "right",
         "model_max_length": longest, "clean_up_tokenization_spaces": False, "bos_token": bos,

@@ -70,7 +70,8 @@ def of_weights(config: RunConfig) -> Exported:
     tokenizers.check_vocabulary(tokenizer, read.config)
     if read.head:
         raise InputError(f"{found.weights}: a finished run; export it with --run {config.pretrained_model_path}")
-    llama = load_pretrained(read)
+    logs.notice(read.said_of_left())
+    llama = load_pretrained(read, attention=read.config.attention)
     return Exported(found.weights, llama.config, dict(llama.named_parameters()), tokenizer, None, {}, {}, None)
 
 

@@ -1,5 +1,7 @@
 """--run: the finished run that a command uses."""
 
+from pathlib import Path
+
 from commands import inputs
 from config import RunConfig, only_run
 from formats.columns import Usual
@@ -11,7 +13,8 @@ from training.saved import SavedRun
 
 def load_run(config: RunConfig) -> SavedRun:
     """The classifier of --run, checked. Raises InputError or FileNotFoundError with what to do."""
-    run = saved.load_run(only_run(config), base_of(config))
+    settings, best = saved.read_settings(only_run(config))
+    run = saved.load_checked(Path(only_run(config)), settings, best, base_of(config) if settings.lora else None)
     warn_of_fixed(config, bool(run.settings.lora))
     return run
 

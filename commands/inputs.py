@@ -1,6 +1,7 @@
 """What a run reads: which files these are, and their contents, all checked before anything is computed."""
 
 import math
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import dataset
 import fused
+import lora
 import tokenizer as tokenizers
 from commands import splits as run_splits
 from config import InputError, RunConfig
@@ -121,10 +123,11 @@ def find_model(config: RunConfig, may_fetch: bool = True) -> ModelFiles:
     typed, notice = config.pretrained_model_path, ""
     if config.adapter and not typed:
         typed = base_of_adapter(Path(config.adapter))
-        if not typed or not (Path(typed).exists() or typed in prepare.WEIGHTS):
+        if not typed or not Path(typed).exists():
             where = f"its base is {typed}, and nothing lies there" if typed else "it does not name its base"
+            is_name = typed and re.fullmatch(r"[\w.-]+/[\w.-]+", typed)
             raise FileNotFoundError(f"--adapter {config.adapter}: {where}; say where it is: --pretrained_model_path "
-                                    "PATH")
+                                    f"PATH{f', or from the hub {hub.PREFIX}{typed}' if is_name else ''}")
     if typed:
         found = find_weights(typed)
     else:
@@ -241,7 +244,7 @@ def load(config: RunConfig, need: tuple[str, ...]) -> Inputs:
         read = weights.read_weights(model.weights)
     tokenizers.check_vocabulary(tokenizer, read.config)
     weights.check_n_layers(read, config.n_layers)
-    frozen.check(config.freeze, config.n_layers or read.config.n_layers)
+    frozen.check(config.freeze, config.n_layers or read.config.n_layers, bool(config.lora_r and not config.adapter))
     where = config.device or ("cuda" if config.use_gpu else "cpu")
     if wants_fused(config, where, sum(map(math.prod, read.shapes.values()))):
         threading.Thread(target=fused.library, daemon=True).start()  # compiled while the rest is read
@@ -265,8 +268,18 @@ def read_adapter(config: RunConfig, base: Weights) -> Adapter | None:
     """--adapter: that of a run of ours, or one of PEFT's, for this base. Raises InputError or FileNotFoundError."""
     if not config.adapter:
         return None
+    adapter = _adapter_of(config, base)
+    lora.check(adapter, base.config)
+    return adapter
+
+
+def _adapter_of(config: RunConfig, base: Weights) -> Adapter:
+    assert config.adapter
     if peft.is_peft(Path(config.adapter)):
         found = peft.read_peft(Path(config.adapter), base.config, config.n_layers)
+        if found.base and files.sha256(base.path) != found.base.sha256:  # the same weights may be in another format
+            logs.warn(f"--adapter {config.adapter}: {base.path} is not the file or folder that it was trained on, "
+                      f"{found.base.path} (sha256); with other weights the adapter is noise")
         weights.check_n_layers(base, found.n_layers)
         return found
     settings, best = saved.read_settings(config.adapter, "--adapter")

@@ -37,7 +37,8 @@ In training texts were stripped of the spaces around them. A text without any to
 """
 ADAPTERS = """
 These are the adapters (PEFT's format): they need their base, {base}. Here it is in the folder `base`, as transformers
-reads it. `config.json` beside the adapters has what the base cannot know: the labels, the padding token, the attention.
+reads it. `model_config.json` beside the adapters has what the base cannot know: the labels, the padding token, the
+attention, how many layers.
 """
 
 
@@ -56,7 +57,8 @@ def card(settings: ClassifierConfig, base: str | None = None) -> str:
     if base is not None:
         notes.append(ADAPTERS.format(base=base))
         imports = ["from peft import PeftModel", f"from transformers import AutoConfig, {auto}, AutoTokenizer"]
-        load = ["tokenizer, config = AutoTokenizer.from_pretrained(path), AutoConfig.from_pretrained(path)",
+        load = ["tokenizer = AutoTokenizer.from_pretrained(path)",
+                'config = AutoConfig.from_pretrained(f"{path}/model_config.json")',
                 f'model = {auto}.from_pretrained("base", config=config)',
                 "model = PeftModel.from_pretrained(model, path)"]
     forward = ["    probabilities = model(**inputs).logits.softmax(1)"]

@@ -15,7 +15,7 @@ import fused
 from commands import estimate, results, resume, run_pictures
 from commands import job as jobs
 from commands.inputs import Inputs
-from config import RunConfig, counted, names_in
+from config import RunConfig, counted, millions, names_in
 from formats import files
 from training import best as best_folder
 from training import calibration, checks, diagnosis, logs, metrics, run_folder, saved, state, trainer
@@ -63,7 +63,7 @@ def train(config: RunConfig, inputs: Inputs, device: Device, series_folder: RunF
             logs.notice(f"resuming {folder} at step {loop.progress.step}")
         n_parameters = sum(p.numel() for p in loop.parameters)
         logs.say(f"model :: {inputs.weights.path}, {counted(job.task.model.llama.config.n_layers, 'layer')}, "
-                 f"{n_parameters / 1e6:.1f}M trainable parameters, {len(inputs.names)} classes")
+                 f"{millions(n_parameters)} trainable parameters, {len(inputs.names)} classes")
         logs.say(f"run :: {folder}, on {device}")
         if clock.estimated and n_runs:
             logs.notice(estimate.long_run(clock.estimated, loop.course, loop.progress.step, config, n_runs,

@@ -9,7 +9,7 @@ from commands import estimate, plot, rate_pictures
 from commands import job as jobs
 from commands.classification import ClassificationTask
 from commands.inputs import Inputs
-from config import RunConfig, counted, no_effect
+from config import RunConfig, counted, millions, no_effect
 from training import clock, frozen, kept, logs
 from training import device as devices
 from training.course import course_of
@@ -65,12 +65,12 @@ def show(asked: RunConfig, config: RunConfig, inputs: Inputs, device: Device, n_
              f"{steps} in all")
     logs.say(f"plan :: {config.scheduler}, warmup {counted(warmup, 'step')}, lr {lr[0]:.2e} at the start, "
              f"{max(lr):.2e} at the peak, {lr[-1]:.2e} at the end")
-    logs.say(f"plan :: {n / 1e6:.1f}M trainable parameters; weights, gradients and {config.optimizer}'s state take "
+    logs.say(f"plan :: {millions(n)} trainable parameters; weights, gradients and {config.optimizer}'s state take "
              f"{memory / 2**30:.2f} GiB; with the longest batch, {devices.peak_memory(device) / 2**30:.2f} GiB were in "
              "use")
     if config.freeze != "none":
         n_frozen = sum(p.numel() for module in frozen.part(job.task.model, config.freeze) for p in module.parameters())
-        logs.say(f"plan :: frozen: {frozen.in_words(config.freeze)}, {n_frozen / 1e6:.1f}M parameters"
+        logs.say(f"plan :: frozen: {frozen.in_words(config.freeze)}, {millions(n_frozen)} parameters"
                  f"{what_is_kept(config, job)}")
     minutes = times.of(course) / 60
     logs.say(f"plan :: about {times.step:.2f} s a step on {device}: {minutes * job.steps_per_epoch / steps:.1f} min an "

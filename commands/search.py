@@ -23,7 +23,7 @@ from commands.space import Space
 from commands.storage import hidden
 from commands.study import Plan, Trials
 from commands.trial import Ground, Outcome
-from config import InputError, RunConfig, counted, duration, no_effect
+from config import InputError, RunConfig, counted, duration
 from formats import files, weights
 from training import clock, frozen, loggers, logs, run_folder
 from training import device as devices
@@ -61,7 +61,7 @@ def run(config: RunConfig) -> int:
         space = spaces.parse(text)
         logs.notice(f"space :: {text} (chosen, since no --space was typed)")
     typed, config = config, defaults.with_defaults(config, whole, {one.name for one in space})
-    for line in no_effect(typed):
+    for line in spaces.no_effect_anywhere(space, typed):
         logs.warn(f"no effect: {line}")
     logs.notice(frozen.notice(config))
     for line in spaces.check(space, replace(config, given=typed.given)):
@@ -138,7 +138,8 @@ def plan_of(config: RunConfig, text: str, space: Space, ground: Ground) -> Plan:
         try:
             if at.pretrained_model_path == ground.config.pretrained_model_path:
                 weights.check_n_layers(ground.inputs.weights, at.n_layers)
-                frozen.check(at.freeze, at.n_layers or ground.inputs.weights.config.n_layers)
+                frozen.check(at.freeze, at.n_layers or ground.inputs.weights.config.n_layers,
+                             bool(at.lora_r and not at.adapter))
             n_evaluations = max(n_evaluations, n_evaluations_of(at, ground.inputs))
         except InputError as error:
             raise InputError(f"--space: there is no run at {spaces.in_words(point)}: {error}") from None

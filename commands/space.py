@@ -333,6 +333,8 @@ def check(space: Space, config: RunConfig) -> list[str]:
     for one in space:
         if one.name in config.given:
             raise InputError(f"--{one.name} is typed and is in the space too; leave one of them out")
+        if config.adapter and one.name.startswith("lora_") and one.name != "lora_dropout":
+            raise InputError(f"--space: {one.name}: --adapter {config.adapter} has its own; leave one of them out")
     run = replace(config, option="finetune")
     effects: dict[str, list[tuple[dict[str, Any], str]]] = {one.name: [] for one in space}
     for point in corners(space):
@@ -355,6 +357,15 @@ def check(space: Space, config: RunConfig) -> list[str]:
                 notes.append(f"--space: {name} has no effect where {other.name} is {' or '.join(map(str, unused))}; "
                              f"{name}[{other.name}={some}]=... searches it only where it has one")
     return notes
+
+
+def no_effect_anywhere(space: Space, typed: RunConfig) -> list[str]:
+    """A line for each typed option that does nothing at any point of the space."""
+    def names(config: RunConfig) -> set[str]:
+        return {line.partition(":")[0] for line in no_effect(config)}
+
+    idle = [names(configured(typed, point)) for point in corners(space)]
+    return [line for line in no_effect(typed) if all(line.partition(":")[0] in some for some in idle)]
 
 
 def in_words(point: dict[str, Any]) -> str:

@@ -46,9 +46,7 @@ def with_learned(config: RunConfig, inputs: Inputs) -> RunConfig:
         logs.warn(f"no effect: --new_head: {path} is not a finished run")
     if config.resume:
         return config
-    if inputs.weights.left:
-        logs.notice(f"{inputs.weights.path}: {', '.join(inputs.weights.left)} is not part of a Llama, and "
-                    "left behind; a new one is trained")
+    logs.notice(inputs.weights.said_of_left())
     if inputs.adapter:
         config = with_adapter(config, inputs.adapter)
     trained = inputs.adapter.attention if inputs.adapter else inputs.weights.config.attention

@@ -48,16 +48,18 @@ def merged(name: str, weight: Tensor, a: Tensor, b: Tensor, scale: float, magnit
     return both
 
 
-def find_base(base: Base, adapter: Path, typed: str | Path | None = None) -> Path:
+NAME_IT = "say where that one lies: --pretrained_model_path PATH (in Python: load(run, base=PATH))"
+PUT_IT_BACK = "put that one there, or take the weights of --option export --format hf, which need no base"
+
+
+def find_base(base: Base, adapter: Path, typed: str | Path | None = None, advice: str = NAME_IT) -> Path:
     """Where the base of an adapter lies: where it lay when the adapter was trained, or the path that was `typed`.
-    Raises FileNotFoundError or InputError, with what to do, where it is gone, or is another one by its sha256."""
+    Raises FileNotFoundError or InputError, with the `advice`, where it is gone, or is another one by its sha256."""
     path = Path(typed or base.path)
-    if not path.exists():
+    if not path.is_file() and not path.is_dir():
         raise FileNotFoundError(f"{path}: there is no such file or folder; {adapter} holds an adapter, and this is its "
-                                "base; say where it lies now: --pretrained_model_path PATH (in Python: load(run, "
-                                "base=PATH))")
+                                f"base; {advice}")
     if files.sha256(path) != base.sha256:
         raise InputError(f"{path}: not the base that the adapter in {adapter} was trained on, or it has changed "
-                         "(sha256); say where that one lies: --pretrained_model_path PATH (in Python: load(run, "
-                         "base=PATH))")
+                         f"(sha256); {advice}")
     return path

@@ -9,8 +9,8 @@ from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType, RopeScalingTyp
 from gguf.quants import quantize
 from torch import Tensor
 
-from config import InputError, LlamaConfig, RopeScaling
-from formats.gguf_weights import GGUF_NAMES
+from config import InputError, LlamaConfig
+from formats.gguf_weights import GGUF_NAMES, llama3_divisors
 
 FILE_TYPES = {"f32": LlamaFileType.ALL_F32, "f16": LlamaFileType.MOSTLY_F16, "bf16": LlamaFileType.MOSTLY_BF16,
               "q8_0": LlamaFileType.MOSTLY_Q8_0}
@@ -57,7 +57,8 @@ def write_gguf(path: Path, weights: dict[str, Tensor], config: LlamaConfig, voca
     elif config.rope_scaling:
         assert config.rope_scaling.original_max_seq_len, "llama3 has one"
         writer.add_rope_scaling_orig_ctx_len(config.rope_scaling.original_max_seq_len)
-        writer.add_tensor("rope_freqs.weight", llama3_divisors(config, config.rope_scaling))
+        divisors = llama3_divisors(config.head_dim, config.rope_theta, config.rope_scaling)
+        writer.add_tensor("rope_freqs.weight", divisors.astype(np.float32))
     if config.attention == "bidirectional":
         writer.add_causal_attention(False)
     writer.add_file_type(FILE_TYPES[kind])
@@ -88,15 +89,3 @@ def check_fits(name: str, values: np.ndarray, form: GGMLQuantizationType) -> Non
     if form == GGMLQuantizationType.F16 and largest > F16_MAX:
         raise InputError(f"--gguf_type f16: {name} has numbers up to {largest:.3g}, and float16 ends at {F16_MAX:g}; "
                          "take bf16 or f32")
-
-
-
-def llama3_divisors(config: LlamaConfig, scaling: RopeScaling) -> np.ndarray:
-    """What llama.cpp keeps of the scaling llama3: of each pair of a head what its frequency is divided by, (head_dim /
-    2,) float32. One that turns t times within the first context is divided by 1 / (s + (1 - s) / factor), where s goes
-    from 0 at t = low_freq_factor to 1 at high_freq_factor."""
-    low, high, context = scaling.low_freq_factor, scaling.high_freq_factor, scaling.original_max_seq_len
-    assert low and high and context
-    turns = context * config.rope_theta ** (-np.arange(0, config.head_dim, 2) / config.head_dim) / (2 * np.pi)
-    share = np.clip((turns - low) / (high - low), 0, 1)
-    return (1 / (share + (1 - share) / scaling.factor)).astype(np.float32)

@@ -11,7 +11,8 @@ from config import InputError, LlamaConfig
 
 def write_pt(path: Path, weights: dict[str, Tensor], config: LlamaConfig) -> None:
     """Write `model_args` and `model`, with exactly the names that llama2.c has. Raises InputError, naming it, for what
-    it has no word for: its model rotates with theta 10000, is causal, and has one matrix for words in and out."""
+    it has no word for: its model rotates with theta 10000, is causal, and has one matrix for words in and out. Raises
+    OSError where the file cannot be written."""
     fault = ""
     if config.rope_theta != 10000.0:
         fault = f"rotates with theta 10000, and this model with {config.rope_theta:g}"
@@ -32,4 +33,7 @@ def write_pt(path: Path, weights: dict[str, Tensor], config: LlamaConfig) -> Non
                  "max_seq_len": config.max_seq_len, "dropout": 0.0}
     state = {name: tensor.detach().contiguous() for name, tensor in weights.items()}
     state["output.weight"] = state["tok_embeddings.weight"]  # its own checkpoints hold both; stored once
-    torch.save({"model_args": arguments, "model": state}, path)
+    try:
+        torch.save({"model_args": arguments, "model": state}, path)
+    except RuntimeError as error:  # which is how torch says that a disk is full
+        raise OSError(str(error).splitlines()[0]) from None

@@ -14,7 +14,17 @@ from torch import Tensor
 
 from config import InputError, RopeScaling
 from formats.gguf import GGUFTensor, read_gguf
-from formats.tensors import FLOATING, PIECE, Reader, StoredTensor, Weights, checked_config, damaged, stamp_of
+from formats.tensors import (
+    FLOATING,
+    PIECE,
+    Reader,
+    StoredTensor,
+    Weights,
+    check_unchanged,
+    checked_config,
+    damaged,
+    stamp_of,
+)
 
 GGUF_NAMES = {  # of a layer's tensors, in the file and here
     "attn_norm": "attention_norm", "attn_q": "attention.wq", "attn_k": "attention.wk", "attn_v": "attention.wv",
@@ -114,12 +124,21 @@ def _llama3(path: Path, divisors: list[float], head_dim: int, theta: float, cont
             scaling = RopeScaling("llama3", factor, low, high, length)
         except ValueError:
             continue
-        shares = (min(1.0, max(0.0, (f * length / (2 * math.pi) - low) / (high - low))) for f in frequencies)
-        want = [1 / (share + (1 - share) / factor) for share in shares]
-        if all(math.isclose(a, b, rel_tol=1e-3) for a, b in zip(divisors, want, strict=True)):
+        if np.allclose(divisors, llama3_divisors(head_dim, theta, scaling), rtol=1e-3, atol=0):
             return scaling
     raise InputError(f"{path}: rope_freqs.weight is not that of llama3 (low_freq_factor 1, high_freq_factor 4); no "
                      "other scaling of single frequencies is supported here")
+
+
+def llama3_divisors(head_dim: int, theta: float, scaling: RopeScaling) -> np.ndarray:
+    """What llama.cpp keeps of the scaling llama3: of each pair of a head what its frequency is divided by, (head_dim /
+    2,). One that turns t times within the first context is divided by 1 / (s + (1 - s) / factor), where s goes from 0
+    at t = low_freq_factor to 1 at high_freq_factor."""
+    low, high, context = scaling.low_freq_factor, scaling.high_freq_factor, scaling.original_max_seq_len
+    assert low and high and context
+    turns = context * theta ** (-np.arange(0, head_dim, 2) / head_dim) / (2 * np.pi)
+    share = np.clip((turns - low) / (high - low), 0, 1)
+    return 1 / (share + (1 - share) / scaling.factor)
 
 
 # --------------------------------------------------------------------------- tensors
@@ -129,11 +148,13 @@ def _reader(path: Path, tensor: GGUFTensor) -> Reader:
     kind = GGMLQuantizationType(tensor.kind).name
     if kind in FLOATING:
         return StoredTensor(path, tensor.shape, kind, tensor.start, stamp_of(path.stat())).read
-    return partial(_dequantise, path, tensor)
+    return partial(_dequantise, path, tensor, stamp_of(path.stat()))
 
 
-def _dequantise(path: Path, tensor: GGUFTensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """A quantised tensor in `dtype`, a piece after the other, so that it is never in memory twice."""
+def _dequantise(path: Path, tensor: GGUFTensor, stamp: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
+    """A quantised tensor in `dtype`, a piece after the other, so that it is never in memory twice. Raises InputError
+    for a file that has changed since its header was read."""
+    check_unchanged(path, path.stat(), stamp)
     kind = GGMLQuantizationType(tensor.kind)
     per_block, block_bytes = GGML_QUANT_SIZES[kind]
     values = torch.empty(tensor.shape, dtype=dtype)

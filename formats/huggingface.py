@@ -69,6 +69,9 @@ def read_hf_folder(path: Path) -> Weights:
             if name is None or (name == "output.weight" and config.tie_embeddings):
                 continue
             stored.check_floating(key)
+            if name in shapes:
+                raise InputError(f"{file}: {key} is in another file of the folder too, or has two names; fetch or copy "
+                                 "the folder again")
             shapes[name], readers[name] = stored.shape, stored.read
             if name.endswith(("wq.weight", "wk.weight")) and settings["model_type"] not in _IN_PAIRS:
                 readers[name] = partial(_read_halves, stored, config.head_dim)
@@ -94,8 +97,7 @@ def _read_config(file: Path, settings: dict[str, Any]) -> LlamaConfig:
         raise InputError(f"{file}: the activation (hidden_act) is {settings['hidden_act']!r}; only silu is supported "
                          "here")
     window, context = settings.get("sliding_window"), settings.get("max_position_embeddings", 2048)
-    if window is not None and settings.get("use_sliding_window", True) and not (
-            type(window) is type(context) is int and window >= context):
+    if window is not None and not (type(window) is type(context) is int and window >= context):
         raise InputError(f"{file}: sliding_window is {window!r}; a Llama whose tokens do not see all before them is "
                          "not supported here")
     rope = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
@@ -169,10 +171,14 @@ def _part(key: str) -> str:
 
 
 def _read_halves(stored: StoredTensor, head_dim: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Rows of a query or key in the order (0, h/2, 1, h/2 + 1, ...) inside each head: halves become pairs."""
-    weight = stored.read(dtype)
-    heads = weight.view(-1, 2, head_dim // 2, weight.shape[1])
-    return heads.transpose(1, 2).reshape(weight.shape)
+    return to_pairs(stored.read(dtype), head_dim)
+
+
+def to_pairs(rows: Tensor, head_dim: int) -> Tensor:
+    """Rows (out, ...) of a query or key in the order (0, h/2, 1, h/2 + 1, ...) inside each head: halves become
+    pairs."""
+    heads = rows.view(-1, 2, head_dim // 2, *rows.shape[1:])
+    return heads.transpose(1, 2).reshape(rows.shape)
 
 
 def _safetensors_files(path: Path) -> list[Path]:

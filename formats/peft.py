@@ -9,15 +9,18 @@ from typing import Any
 
 from torch import Tensor
 
-from config import LORA_TARGETS, InputError, LlamaConfig, LoraConfig, counted
+from config import LORA_TARGETS, Base, InputError, LlamaConfig, LoraConfig, counted
 from formats.adapters import Adapter
 from formats.files import read_json
-from formats.huggingface import attention_of
+from formats.huggingface import HF_NAMES, attention_of, to_pairs
 from formats.weights import open_safetensors
 
 SETTINGS, TENSORS = "adapter_config.json", "adapter_model.safetensors"
-PROJECTIONS = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj", "gate": "gate_proj", "up": "up_proj",
-               "down": "down_proj"}  # what PEFT and transformers call the targets
+# What --option export writes beside them: what their base cannot know. A config.json would make transformers look for a
+# whole model there.
+BESIDE = "model_config.json"
+PROJECTIONS = {target: theirs.rpartition(".")[2] for target, ours in LORA_TARGETS.items()
+               for theirs, name in HF_NAMES.items() if name == ours}  # q_proj, ...: what PEFT calls the targets
 _TARGETS = {theirs: ours for ours, theirs in PROJECTIONS.items()}
 _PARTS = {"lora_A": "lora_a", "lora_B": "lora_b", "lora_magnitude_vector": "magnitude"}
 HEADS = ("score", "classifier")
@@ -37,9 +40,20 @@ def is_peft(path: Path) -> bool:
 
 
 def named_base(path: Path) -> str | None:
-    """What adapter_config.json says of the base: a folder, or a name on the hub."""
+    """What the adapter says of its base: a path, or a name on the hub."""
+    if base := own_base(path):
+        return base.path
     found = read_json(path / SETTINGS).get("base_model_name_or_path")
     return found if isinstance(found, str) else None
+
+
+def own_base(path: Path) -> Base | None:
+    """The base, with its sha256, of an adapter that --option export has written."""
+    found = read_json(path / BESIDE).get("base") if (path / BESIDE).is_file() else None
+    try:
+        return Base(**found) if found else None
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{path / BESIDE}: the base is {found!r:.80} ({error})") from None
 
 
 def read_peft(path: Path, llama: LlamaConfig, n_layers: int | None = None) -> Adapter:
@@ -50,7 +64,7 @@ def read_peft(path: Path, llama: LlamaConfig, n_layers: int | None = None) -> Ad
     """
     settings, file = read_json(path / SETTINGS), path / TENSORS
     _check(settings, path / SETTINGS)
-    beside = read_json(path / "config.json") if (path / "config.json").is_file() else {}  # --option export writes it
+    beside = read_json(path / BESIDE) if (path / BESIDE).is_file() else {}
     said = beside.get("num_hidden_layers")
     n_layers = n_layers or (said if isinstance(said, int) else llama.n_layers)
     handle = open_safetensors(file)
@@ -65,7 +79,10 @@ def read_peft(path: Path, llama: LlamaConfig, n_layers: int | None = None) -> Ad
             layer, target, part = int(inside[1]), _TARGETS[inside[2]], _PARTS[inside[3]]
             value = handle.get_tensor(key).float().contiguous()
             if target in ("q", "k") and part != "lora_a":
-                value = _to_pairs(value, llama.head_dim, f"{file}: {key}")
+                if len(value) % llama.head_dim:
+                    raise InputError(f"{file}: {key}: {len(value)} rows are not whole heads of {llama.head_dim}; is it "
+                                     "for another base?")
+                value = to_pairs(value, llama.head_dim)
             tensors[f"layers.{layer}.{LORA_TARGETS[target]}.{part}"] = value
             places.add((layer, target))
         elif of_head:
@@ -73,6 +90,7 @@ def read_peft(path: Path, llama: LlamaConfig, n_layers: int | None = None) -> Ad
         else:
             raise InputError(f"{file}: {key} is not part of an adapter that is computed here (those of "
                              f"{', '.join(PROJECTIONS.values())}, and a head called {' or '.join(HEADS)})")
+    _check_head(head, llama, file)
     targets = {target for _, target in places}
     if not places or places != {(layer, target) for layer in range(n_layers) for target in targets}:
         n = len({layer for layer, _ in places})
@@ -84,7 +102,7 @@ def read_peft(path: Path, llama: LlamaConfig, n_layers: int | None = None) -> Ad
                             tuple(targets), bool(settings.get("use_rslora")), bool(settings.get("use_dora")))
     except (KeyError, ValueError) as error:
         raise InputError(f"{path / SETTINGS}: {error}") from None
-    return Adapter(path, config, tensors, head, n_layers, attention=attention_of(beside))
+    return Adapter(path, config, tensors, head, n_layers, own_base(path), attention=attention_of(beside))
 
 
 def _check(settings: dict[str, Any], path: Path) -> None:
@@ -94,6 +112,8 @@ def _check(settings: dict[str, Any], path: Path) -> None:
     if settings.get("bias", "none") != "none" or settings.get("lora_bias"):
         raise InputError(f"{path}: it has trained biases (bias, lora_bias); a Llama has none here")
     saved = settings.get("modules_to_save") or []
+    if not isinstance(saved, list) or not all(isinstance(name, str) for name in saved):
+        raise InputError(f"{path}: modules_to_save is {saved!r:.60}, expected a list of names")
     if other := sorted({*saved} - {*HEADS}):
         raise InputError(f"{path}: modules_to_save names {', '.join(other)}; only a head ({' or '.join(HEADS)}) can be "
                          "trained beside an adapter here")
@@ -106,9 +126,12 @@ def _check(settings: dict[str, Any], path: Path) -> None:
             raise InputError(f"{path}: {name} is {value!r:.60}; this is not computed here")
 
 
-def _to_pairs(rows: Tensor, head_dim: int, what: str) -> Tensor:
-    """Rows (out, r), or numbers (out,), of a query or a key: halves of each head become adjacent pairs."""
-    if rows.shape[0] % head_dim:
-        raise InputError(f"{what}: {rows.shape[0]} rows are not whole heads of {head_dim}; is it for another base?")
-    heads = rows.reshape(-1, 2, head_dim // 2, *rows.shape[1:])
-    return heads.transpose(1, 2).reshape(rows.shape)
+def _check_head(head: dict[str, Tensor], llama: LlamaConfig, file: Path) -> None:
+    """Raises InputError for a head that is no matrix (classes, D), with a bias or without one."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in head.items()}
+    weight = shapes.get("weight", ())
+    if head and not (len(weight) == 2 and weight[0] >= 2 and shapes.get("bias", weight[:1]) == weight[:1]):
+        raise InputError(f"{file}: its head is not a matrix of two classes or more, with or without a bias: {shapes}")
+    if head and weight[1] != llama.dim:
+        raise InputError(f"{file}: its head is for hidden states of {weight[1]} numbers, and the model's have "
+                         f"{llama.dim}; is the adapter for another base?")

@@ -47,6 +47,13 @@ class Weights:
     head: TrainedHead | None = None
     left: tuple[str, ...] = ()
 
+    def said_of_left(self) -> str:
+        """What is to be said of `left`; "" where it is empty."""
+        more = f" and {len(self.left) - 3} more" if len(self.left) > 3 else ""
+        named = f"{', '.join(self.left[:3])}{more}"
+        return f"{self.path}: {named} {'are' if len(self.left) > 1 else 'is'} not part of a Llama, and left behind" * (
+            len(self.left) > 0)
+
 
 def damaged(path: Path, error: object) -> InputError:
     return InputError(f"{path}: damaged or truncated ({error}); fetch or copy the file again")
@@ -73,6 +80,12 @@ def stamp_of(status: os.stat_result) -> tuple[int, ...]:
     return status.st_ino, status.st_size, status.st_mtime_ns
 
 
+def check_unchanged(path: Path, status: os.stat_result, stamp: tuple[int, ...]) -> None:
+    """Raises InputError for a file that has been written anew."""
+    if stamp_of(status) != stamp:
+        raise InputError(f"{path}: it has changed since it was opened; start again")
+
+
 FLOATING = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -93,8 +106,7 @@ class StoredTensor:
         stored, values = FLOATING[self.kind], torch.empty(self.shape, dtype=dtype)
         flat, piece = values.view(-1), torch.empty(min(values.numel(), PIECE), dtype=stored)
         with open(self.path, "rb") as file:
-            if stamp_of(os.fstat(file.fileno())) != self.stamp:
-                raise InputError(f"{self.path}: it has changed since it was opened; start again")
+            check_unchanged(self.path, os.fstat(file.fileno()), self.stamp)
             file.seek(self.start)
             for at in range(0, len(flat), PIECE):
                 target = flat[at : at + PIECE]

@@ -85,7 +85,7 @@ def _on_its_base(run: Weights, settings: dict[str, Any]) -> Weights:
         lora, base = LoraConfig(**settings["lora"]), Base(**settings["base"])
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{run.path / 'config.json'}: not a saved adapter ({error!r})") from None
-    below = read_weights(adapters.find_base(base, run.path))
+    below = read_weights(adapters.find_base(base, run.path, advice=adapters.PUT_IT_BACK))
 
     def merged(name: str, dtype: torch.dtype = torch.float32) -> Tensor:
         magnitude = f"{name}.magnitude"
@@ -129,7 +129,10 @@ def read_weights(path: str | Path) -> Weights:
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path}: there is no such file or folder")
-    return next(read for recognises, read in FORMATS if recognises(path))(path)
+    for recognises, read in FORMATS:
+        if recognises(path):
+            return read(path)
+    raise InputError(f"{path}: this is not a regular file or folder")
 
 
 def check_n_layers(weights: Weights, n_layers: int | None) -> None:

@@ -201,9 +201,10 @@ def test_other_sentencepiece_models_are_refused_by_name(tmp_path, capsys, more, 
 ALL = tuple(LORA_TARGETS)
 
 
-def make_lora_run(folder: Path, tokenizer: Tokenizer, lora_config: LoraConfig, pooling: str = "last", **shape) -> Path:
+def make_lora_run(folder: Path, tokenizer: Tokenizer, lora_config: LoraConfig, pooling: str = "last",
+                  base_layers: int = 3, **shape) -> Path:
     """A run with random adapters, on the base in folder/base, a Hugging Face folder of more layers."""
-    base = tiny.llama(vocab_size=tokenizer.n_words, n_layers=3, **shape)
+    base = tiny.llama(vocab_size=tokenizer.n_words, n_layers=base_layers, **shape)
     path = pretrained(folder / "base", base, tokenizer)
     llama = load_pretrained(path, 2, attention=shape.get("attention", "causal"), has_output=False)
     described = ClassifierConfig(3, NAMES, pooling, "ce", 0.0, None, llama.config, False, lora_config,
@@ -254,11 +255,31 @@ def test_peft_classifies_with_our_probabilities(tokenizers, tmp_path, monkeypatc
 
 
 def test_the_folder_names_the_base_that_peft_loads_by_itself(tokenizers, tmp_path):
+    """... through transformers alone, with our logits."""
     peft = pytest.importorskip("peft", reason="peft is the judge here, and is not installed")
-    run = make_lora_run(tmp_path, tokenizers["bpe"], LoraConfig(4, 8, targets=ALL))
+    run = make_lora_run(tmp_path, tokenizers["bpe"], LoraConfig(4, 8, targets=ALL), base_layers=2)
     folder = export(run, tmp_path / "out", "--format", "peft")
     assert peft.PeftConfig.from_pretrained(folder).base_model_name_or_path == str(tmp_path / "base")
     assert "score" in peft.PeftConfig.from_pretrained(folder).modules_to_save
+    model = tiny.transformers().AutoModelForSequenceClassification.from_pretrained(folder, num_labels=3)
+    inputs = tiny.transformers().AutoTokenizer.from_pretrained(folder)(TEXTS[0], return_tensors="pt")
+    torch.testing.assert_close(model(**inputs).logits, logits_of(run, TEXTS[:1]), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [{"base_layers": 3}, {"base_layers": 2, "attention": "bidirectional"}], ids=str)
+def test_a_base_with_which_peft_would_compute_something_else_is_not_named(tokenizers, tmp_path, shape):
+    run = make_lora_run(tmp_path, tokenizers["bpe"], LoraConfig(4, 8, targets=ALL), **shape)
+    base = tmp_path / "base/config.json"  # as a model of the hub, which says nothing of attention
+    described = {**json.loads(base.read_text(encoding="utf-8")), "is_causal": True}
+    base.write_text(json.dumps(described), encoding="utf-8")
+    settings = run / "best/config.json"
+    own = json.loads(settings.read_text(encoding="utf-8"))
+    own["base"]["sha256"] = files.sha256(tmp_path / "base")
+    settings.write_text(json.dumps(own), encoding="utf-8")
+    (run / "best/manifest.json").unlink()
+    folder = export(run, tmp_path / "out", "--format", "peft")
+    found = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    assert found["base_model_name_or_path"] is None
 
 
 @pytest.mark.parametrize("name, config, shape", PEFT_CASES[:4], ids=[case[0] for case in PEFT_CASES[:4]])

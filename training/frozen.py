@@ -8,9 +8,12 @@ from classifier import LlamaEmbeddingClassifier
 from config import InputError, RunConfig, counted, frozen_layers
 
 
-def check(freeze: str, n_layers: int) -> None:
-    """Raises InputError for more frozen layers than there are."""
+def check(freeze: str, n_layers: int, has_new_adapters: bool = False) -> None:
+    """Raises InputError for more frozen layers than there are, and for new adapters that are all among them."""
     k = frozen_layers(freeze)
+    if has_new_adapters and k == n_layers:
+        raise InputError(f"--freeze {freeze}: the model has {counted(n_layers, 'layer')}, so none of the adapters that "
+                         "--lora_r asks for would be trained; freeze fewer")
     if k is not None and k > n_layers:
         raise InputError(f"--freeze {freeze}: the model has {counted(n_layers, 'layer')}; freeze so many at most, or "
                          "all but the head with --freeze backbone")

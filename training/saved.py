@@ -3,7 +3,7 @@
 import difflib
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import safetensors.torch
@@ -13,7 +13,7 @@ from torch import nn
 import lora
 import tokenizer as tokenizers
 from classifier import ClassifierConfig, LlamaEmbeddingClassifier, empty_classifier
-from config import InputError
+from config import Base, InputError
 from formats import adapters, files, weights
 from llama import load_pretrained
 from tokenizer import Tokenizer
@@ -75,20 +75,22 @@ def load_run(run: str | Path, base: str | Path | None = None) -> SavedRun:
 
 def load_checked(folder: Path, settings: ClassifierConfig, best: Path, base: str | Path | None = None) -> SavedRun:
     """The classifier of a run whose `read_settings` these are."""
-    model = on_its_base(settings, best, base) if settings.lora else empty_classifier(settings, best / "config.json")
+    if settings.base:  # where it lies now
+        found = adapters.find_base(settings.base, best, base)
+        settings = replace(settings, base=Base(str(found), settings.base.sha256))
+    model = on_its_base(settings, best) if settings.lora else empty_classifier(settings, best / "config.json")
     load_classifier_state(best, model)
     tokenizer = Tokenizer(tokenizer_model=best)
     tokenizers.check_vocabulary(tokenizer, model.llama.config)
     return SavedRun(folder, home_of(folder), best, model.eval(), tokenizer, settings)
 
 
-def on_its_base(settings: ClassifierConfig, best: Path, typed: str | Path | None = None) -> LlamaEmbeddingClassifier:
+def on_its_base(settings: ClassifierConfig, best: Path) -> LlamaEmbeddingClassifier:
     """A classifier with the weights of its base, and adapters and a head that have no numbers yet (on the device
-    "meta"). Raises InputError or FileNotFoundError for a base that is gone or another one."""
+    "meta"). Raises InputError for a base that is not what the settings describe."""
     assert settings.lora and settings.base
     shape = settings.llama
-    llama = load_pretrained(adapters.find_base(settings.base, best, typed), shape.n_layers, shape.dropout,
-                            shape.attention, has_output=False)
+    llama = load_pretrained(settings.base.path, shape.n_layers, shape.dropout, shape.attention, has_output=False)
     if llama.config != shape:
         raise InputError(f"{best / 'config.json'}: the Llama that it describes is not that of {settings.base.path}")
     with torch.device("meta"):
