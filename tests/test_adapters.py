@@ -1,6 +1,7 @@
 """Runs with adapters, from the command line to what they leave; peft on transformers computes the same."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from training.trainer import Loop
 TRAIN = "--epochs 2 --lr 3e-2 --batch_size 16 --hidden_dropout_prob 0 --device cpu --dtype float32".split()
 WHOLE = ("--lora_r 4 --lora_alpha 6 --lora_dropout 0.2 --lora_dora --ema 0.9 --weight_decay 0.01 --layerwise_lr_decay "
          "0.9 --scheduler constant").split()
+SCORE = "base_model.model.score.weight"
 SENTENCES = [sentence for _, sentence in tiny_sentences(6, 7)]
 
 
@@ -431,6 +433,52 @@ def test_an_adapter_for_another_base_is_refused(ran, inputs, tiny_model, tmp_pat
     assert str(other) in said and "not the base" in said
 
 
+def test_a_base_that_is_no_file_is_refused(ran, inputs):
+    run = copy_of(ran("--lora_r 4"))
+    path = run / "best/config.json"
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    settings["base"]["path"] = os.devnull
+    path.write_text(json.dumps(settings), encoding="utf-8")
+    best = Path(shutil.move(run / "best", "alone"))
+    (best / "manifest.json").unlink()
+    assert "there is no such file or folder" in refused("--option", "evaluate", "--run", best, "--dev", inputs[5])
+    said = refused("--option", "finetune", *inputs[2:], *STILL, "--pretrained_model_path", best)
+    assert "put that one there" in said and "--pretrained_model_path PATH" not in said
+
+
+def test_a_series_that_began_with_an_adapter_goes_on(ran, inputs):
+    done = main(Path("s"), ["--option", "finetune", *inputs[2:], *STILL, "--adapter", ran("--lora_r 4"), "--seeds", "2",
+                            "--output_dir", "s"])
+    assert done.code == 0, done.err
+    Path("s/result.json").unlink()
+    again = main(Path("s"), ["--resume", "s"])
+    assert again.code == 0 and again.result["test"] == done.result["test"], again.err
+
+
+def test_what_contradicts_an_adapter_is_refused_before_anything_is_written(ran, inputs, from_peft):
+    folder, _, _ = from_peft()
+    assert "leave one of them out" in refused("--option", "predict", "--run", ran("--lora_r 4"), "--adapter", folder,
+                                              "--input", "x.txt")
+    assert "none of the adapters that --lora_r asks for would be trained" in refused(
+        "--option", "finetune", *inputs, *STILL, "--lora_r", "4", "--freeze", "first:2")
+    assert "lora_r: --adapter" in refused("--option", "search", *inputs, "--adapter", folder, "--space", "lora_r=2|8",
+                                          "--output_dir", "s", "--device", "cpu")
+    file = folder / "adapter_model.safetensors"
+    tensors = load_file(file)
+    name = next(name for name in tensors if "q_proj.lora_A" in name)
+    save_file({**tensors, name: tensors[name][:, 1:].contiguous()}, file)
+    said = refused("--option", "finetune", *inputs, *STILL, "--adapter", folder, "--output_dir", "r", "--seeds", "2")
+    assert "is the adapter for another base" in said
+    assert sorted(path.name for path in Path().iterdir()) == ["theirs"]
+
+
+def test_in_a_search_an_option_of_adapters_has_an_effect_where_the_space_has_some(inputs):
+    done = main(Path("s"), ["--option", "search", *inputs, "--space", "lora_r=1|2", "--lora_alpha", "8", "--momentum",
+                            "0.5", "--method", "grid", "--epochs", "1", "--lr", "1e-3", "--finalists", "0", "--device",
+                            "cpu", "--output_dir", "s"])
+    assert done.code == 0 and "--lora_alpha" not in done.err and "no effect: --momentum" in done.err
+
+
 @pytest.mark.parametrize("options, said", [
     (["--lora_r", "0"], "--lora_r"), (["--lora_r", "4", "--lora_targets", "q,x"], "--lora_targets"),
     (["--lora_r", "4", "--lora_targets", ","], "--lora_targets"), (["--adapter", "nowhere"], "nowhere")])
@@ -448,6 +496,7 @@ def test_options_that_cannot_be_are_refused(inputs, options, said, capsys):
     ({"modules_to_save": ["embed_tokens"]}, "embed_tokens"),
     ({"r": 0}, "r is 0"), ({"peft_type": "IA3"}, "IA3"), ({"init_lora_weights": "pissa_niter_4"}, "pissa"),
     ({"layers_to_transform": [0]}, "layers_to_transform"), ({"r": 5}, "another base"),
+    ({"modules_to_save": 5}, "a list of names"), ({"modules_to_save": [["score"]]}, "a list of names"),
     ({"trainable_token_indices": [3]}, "trainable_token_indices"), ({"something_new": 1}, "something_new")], ids=str)
 def test_what_peft_computes_otherwise_is_refused_by_name(from_peft, inputs, change, said):
     folder, _, _ = from_peft()
@@ -460,6 +509,11 @@ def test_what_peft_computes_otherwise_is_refused_by_name(from_peft, inputs, chan
 @pytest.mark.parametrize("change, said", [
     (lambda v: {n: t for n, t in v.items() if "score" not in n}, "no head"),
     (lambda v: {n: t[:, :16].contiguous() if "q_proj.lora_A" in n else t for n, t in v.items()}, "another base"),
+    (lambda v: {n: t[:1].contiguous() if n == SCORE else t for n, t in v.items()}, "two classes or more"),
+    (lambda v: {n: t[0].contiguous() if n == SCORE else t for n, t in v.items()}, "two classes or more"),
+    (lambda v: {n: t[:, 1:].contiguous() if n == SCORE else t for n, t in v.items()}, "hidden states of 31"),
+    (lambda v: {**v, SCORE.replace("weight", "bias"): torch.zeros(5)}, "two classes or more"),
+    (lambda v: {n.replace("weight", "bias") if n == SCORE else n: t for n, t in v.items()}, "two classes or more"),
     (lambda v: {n.replace("layers.1", "layers.2"): t for n, t in v.items()}, "another base"),
     (lambda v: {**v, "base_model.model.model.embed_tokens.lora_embedding_A": torch.zeros(2, 2)}, "embed_tokens")])
 def test_tensors_of_another_model_are_refused(from_peft, tiny_model, change, said):

@@ -4,6 +4,10 @@ import io
 import json
 import re
 import shutil
+import signal
+import subprocess
+import sys
+import threading
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -22,8 +26,8 @@ import lora
 import run_llama
 from classifier import ClassifierConfig, LlamaEmbeddingClassifier, pool
 from commands import export_hf
-from config import LORA_TARGETS, Base, LoraConfig
-from formats import files
+from config import LORA_TARGETS, Base, InputError, LoraConfig
+from formats import files, new_folder
 from formats.export_hf import hf_config, hf_weights
 from formats.gguf import read_gguf
 from formats.peft import read_peft
@@ -37,6 +41,7 @@ SCALINGS = {"linear": {"kind": "linear", "factor": 2.5},
             "llama3": {"kind": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
                        "original_max_seq_len": 16}}
 NAMES = ["bad", "fine", "good"]
+ROOT = Path(run_llama.__file__).parent
 TEXTS = ["the film is good", "a", "dull and awful, a very long mixed one", "naïve café ☕ 我们 1999", "  great  film "]
 
 
@@ -517,7 +522,7 @@ def test_an_output_layer_that_a_run_has_lost_comes_from_its_base(tokenizers, tmp
 # --------------------------------------------------------------------------- bad input, and what is half-written
 
 
-def test_a_folder_that_holds_something_is_refused(tokenizers, tmp_path, capsys):
+def test_a_folder_that_holds_something_is_refused(tokenizers, tmp_path, capsys, monkeypatch):
     run, folder = make_run(tmp_path / "run", tokenizers["bpe"]), tmp_path / "out"
     folder.mkdir()
     (folder / "mine.txt").write_text("mine", encoding="utf-8")
@@ -528,6 +533,77 @@ def test_a_folder_that_holds_something_is_refused(tokenizers, tmp_path, capsys):
     assert (export(run, folder) / "config.json").is_file(), "an empty one is taken"
     (tmp_path / "file").write_text("", encoding="utf-8")
     export(run, tmp_path / "file", code=2)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    export(run, Path("."), code=2)
+    assert Path.cwd().is_dir() and "the folder that you are in" in capsys.readouterr().err
+
+
+def test_two_exports_into_one_folder_leave_one_of_them_whole(tmp_path):
+    begun, barrier, said = tmp_path / "out", threading.Barrier(2), []
+
+    def fill(path: Path, name: str) -> None:
+        for part in ("a", "b"):
+            barrier.wait(10)
+            (path / part).write_text(name, encoding="utf-8")
+
+    def write(name: str) -> None:
+        try:
+            new_folder.write_folder(begun, lambda path: fill(path, name), "--output_dir")
+        except (OSError, InputError) as error:
+            said.append(str(error))
+
+    threads = [threading.Thread(target=write, args=(name,)) for name in ("one", "two")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len({path.read_text(encoding="utf-8") for path in begun.iterdir()}) == 1 and len(said) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGXFSZ"), reason="there is no limit on the size of files here")
+@pytest.mark.parametrize("form", ["hf", "peft", "gguf", "llama2c"])
+@pytest.mark.parametrize("limit", [1000, 20000])
+def test_a_file_that_cannot_be_written_is_an_error_with_its_place(tokenizers, tmp_path, form, limit):
+    """A limit on the size of files is as a full disk."""
+    import resource
+
+    run = (make_lora_run(tmp_path, tokenizers["bpe"], LoraConfig(4, 8, targets=ALL)) if form == "peft"
+           else make_run(tmp_path, tokenizers["bpe"]))
+    command = [sys.executable, str(ROOT / "run_llama.py"), "--option", "export", "--run", str(run), "--format", form,
+               "--output_dir", str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", preexec_fn=lambda: (
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN), resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))))
+    assert done.returncode == 2 and "could not be written" in done.stderr and str(tmp_path / "out") in done.stderr
+    assert "Traceback" not in done.stderr and not list(tmp_path.glob("*out*"))
+
+
+@pytest.mark.parametrize("form", ["hf", "gguf", "llama2c"])
+def test_pretrained_weights_keep_their_attention(tokenizers, tmp_path, form, capsys):
+    """... or are refused where it cannot be said."""
+    source = pretrained(tmp_path / "model", tiny.llama(vocab_size=tokenizers["bpe"].n_words), tokenizers["bpe"])
+    described = {**json.loads((source / "config.json").read_text(encoding="utf-8")), "is_causal": False}
+    (source / "config.json").write_text(json.dumps(described), encoding="utf-8")
+    folder = export(source, tmp_path / "out", "--format", form, code=2 if form == "llama2c" else 0)
+    if form == "llama2c":
+        assert "has causal attention" in capsys.readouterr().err
+    else:
+        found = read_weights(folder / "model.gguf" if form == "gguf" else folder)
+        assert found.config.attention == "bidirectional"
+
+
+def test_a_base_that_has_moved_gives_the_output_layer_and_is_named(tokenizers, tmp_path):
+    run = make_lora_run(tmp_path, tokenizers["bpe"], LoraConfig(4, 8, targets=("q",)), base_layers=2,
+                        tie_embeddings=False)
+    moved = shutil.move(tmp_path / "base", tmp_path / "moved")
+    words = ["--option", "export", "--run", run, "--pretrained_model_path", moved]
+    for form in ("gguf", "peft"):
+        line = [*words, "--format", form, "--output_dir", tmp_path / form]
+        assert run_llama.main([str(word) for word in line]) == 0
+    settings = json.loads((tmp_path / "peft/adapter_config.json").read_text(encoding="utf-8"))
+    assert settings["base_model_name_or_path"] == str(moved)
+    assert "output.weight" in weights_of(tmp_path / "gguf/model.gguf")
 
 
 @pytest.mark.parametrize("words, said", [

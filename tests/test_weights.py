@@ -213,7 +213,7 @@ def test_a_pt_is_read_in_the_precision_that_is_asked_for(tmp_path, kept, asked):
         assert torch.equal(parameter, model[name].to(asked)) and parameter.dtype == asked, name
 
 
-@pytest.mark.parametrize("form", ["folder", "pt", "gguf", "bin"])
+@pytest.mark.parametrize("form", ["folder", "pt", "gguf", "bin", "q8_0"])
 def test_a_file_that_is_written_anew_while_it_is_read_is_refused(tmp_path, form):
     """Not read at the places that the other file's header named."""
     theirs = tiny.hf_model()
@@ -223,13 +223,16 @@ def test_a_file_that_is_written_anew_while_it_is_read_is_refused(tmp_path, form)
     elif form == "pt":
         torch.save(tiny.pt_dict(theirs), path)
     else:
-        tiny.write_gguf(path, theirs) if form == "gguf" else write_bin(path, theirs, 1, True)
+        write_bin(path, theirs, 1, True) if form == "bin" else tiny.write_gguf(path, theirs, *(
+            ["Q8_0"] if form == "q8_0" else []))
     read = weights.read_weights(path)
     file = path / "model.safetensors" if form == "folder" else path
     shutil.copy(file, tmp_path / "other")
     os.replace(tmp_path / "other", file)
     if form == "pt" and not os.path.exists("/proc/self/maps"):
         return  # there it is the mapping of the earlier file
+    with refused(file, "changed"):
+        read.readers["layers.0.attention.wq.weight"]()
     with refused(file, "changed"):
         load_pretrained(read)
 
@@ -329,7 +332,8 @@ def test_dequantised_values_are_those_of_the_gguf_package(tmp_path):
         path = tmp_path / "one.gguf"
         path.write_bytes(tiny.gguf_bytes((), (tiny.gguf_tensor("a", (96, 37), int(kind)),), data=raw.tobytes()))
         tensor = read_gguf(path)[1]["a"]
-        assert np.array_equal(gguf_weights._dequantise(path, tensor).numpy(), dequantize(raw, kind))
+        found = gguf_weights._dequantise(path, tensor, tensors.stamp_of(path.stat()))
+        assert np.array_equal(found.numpy(), dequantize(raw, kind))
 
 
 # --------------------------------------------------------------------------- files that are refused
@@ -630,7 +634,8 @@ def test_a_config_json_that_cannot_be_is_refused(hf_folder, tmp_path, fault):
     ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor"),
     ({"rope_parameters": {"rope_type": "linear"}}, "factor"), ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
     ({"hidden_act": "gelu"}, "activation"), ({"attention_bias": True}, "a bias"), ({"mlp_bias": True}, "a bias"),
-    ({"sliding_window": 32}, "sliding_window"), ({"num_local_experts": 8}, "experts"),
+    ({"sliding_window": 32}, "sliding_window"),
+    ({"sliding_window": 32, "use_sliding_window": False}, "sliding_window"), ({"num_local_experts": 8}, "experts"),
     ({"final_logit_softcapping": 30.0}, "a soft cap"), ({"use_qk_norm": True}, "norms of queries and keys"),
     ({"quantization_config": {"quant_method": "gptq"}}, "quantisation"), ({"model_type": "qwen2"}, "biases"),
     ({"model_type": "mixtral"}, "experts"), ({"model_type": "qwen3"}, "norms of queries"),
@@ -675,6 +680,18 @@ def test_a_missing_shard_and_one_outside_the_folder_are_named(tmp_path):
         (index).write_text(json.dumps(text), encoding="utf-8")
         with refused(index, "outside the folder"):
             load_pretrained(tmp_path / "folder")
+
+
+def test_a_tensor_in_two_shards_is_refused(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    tiny.hf_relative().save_pretrained(tmp_path / "folder", max_shard_size="30KB")
+    one, *_, other = sorted((tmp_path / "folder").glob("*.safetensors"))
+    first, last = load_file(one), load_file(other)
+    name = next(iter(first))
+    save_file({**last, name: first[name] + 1}, other)
+    with refused(other, f"{name} is in another file of the folder too"):
+        load_pretrained(tmp_path / "folder")
 
 
 @pytest.mark.parametrize("key", ["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
