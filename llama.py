@@ -93,10 +93,11 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_ca
     kind = query.dtype
     is_slow = kind == torch.bfloat16 and query.device.type == "cpu" and key.shape[2] <= SHORT
     if not (is_slow and torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)):
-        return F.scaled_dot_product_attention(query, key, value, mask, dropout, is_causal, enable_gqa=True)
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout,
+                                              is_causal=is_causal, enable_gqa=True)
     with torch.autocast("cpu", enabled=False):
-        wide = (query.float(), key.float(), value.float())
-        return F.scaled_dot_product_attention(*wide, mask, dropout, is_causal, enable_gqa=True).to(kind)
+        return F.scaled_dot_product_attention(query.float(), key.float(), value.float(), attn_mask=mask,
+                                              dropout_p=dropout, is_causal=is_causal, enable_gqa=True).to(kind)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:

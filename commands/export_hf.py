@@ -62,9 +62,13 @@ def write_peft(folder: Path, model: Exported) -> str:
     name, revision = named_base(base, settings)
     described = export_peft.peft_config(settings.lora, name, has_score) | {"revision": revision}
     (folder / peft.SETTINGS).write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
-    (folder / "README.md").write_text(card(settings, str(base)), encoding="utf-8", newline="\n")
-    how = "--run" if is_run else "--pretrained_model_path"
-    of_base = name or f"its base; --option export {how} {base} --format hf writes that one"
+    fewer = "" if is_run or weights.read_weights(base).config.n_layers == settings.llama.n_layers else (
+        f" --n_layers {settings.llama.n_layers}")
+    command = (f"python run_llama.py --option export {'--run' if is_run else '--pretrained_model_path'} {base}{fewer} "
+               "--format hf --output_dir base")
+    page = card(settings, f"{base} (sha256 {settings.base.sha256})", command)
+    (folder / "README.md").write_text(page, encoding="utf-8", newline="\n")
+    of_base = name or f"its base, which `{command}` writes"
     return f"PEFT (PeftModel.from_pretrained, on {of_base})"
 
 

@@ -71,7 +71,8 @@ def of_weights(config: RunConfig) -> Exported:
     if read.head:
         raise InputError(f"{found.weights}: a finished run; export it with --run {config.pretrained_model_path}")
     logs.notice(read.said_of_left())
-    llama = load_pretrained(read, attention=read.config.attention)
+    weights.check_n_layers(read, config.n_layers)
+    llama = load_pretrained(read, config.n_layers, attention=read.config.attention)
     return Exported(found.weights, llama.config, dict(llama.named_parameters()), tokenizer, None, {}, {}, None)
 
 

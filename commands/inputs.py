@@ -13,6 +13,7 @@ import dataset
 import fused
 import lora
 import tokenizer as tokenizers
+from classifier import ClassifierConfig
 from commands import splits as run_splits
 from config import InputError, RunConfig
 from data import hub, prepare
@@ -245,6 +246,9 @@ def load(config: RunConfig, need: tuple[str, ...]) -> Inputs:
     tokenizers.check_vocabulary(tokenizer, read.config)
     weights.check_n_layers(read, config.n_layers)
     frozen.check(config.freeze, config.n_layers or read.config.n_layers, bool(config.lora_r and not config.adapter))
+    if config.lora_r and config.lora_r > read.config.dim:
+        raise InputError(f"--lora_r {config.lora_r}: no matrix of {model.weights} has a rank above {read.config.dim}; "
+                         "take a lower one")
     where = config.device or ("cuda" if config.use_gpu else "cpu")
     if wants_fused(config, where, sum(map(math.prod, read.shapes.values()))):
         threading.Thread(target=fused.library, daemon=True).start()  # compiled while the rest is read
@@ -282,7 +286,7 @@ def _adapter_of(config: RunConfig, base: Weights) -> Adapter:
                       f"{found.base.path} (sha256); with other weights the adapter is noise")
         weights.check_n_layers(base, found.n_layers)
         return found
-    settings, best = saved.read_settings(config.adapter, "--adapter")
+    settings, best = _run_with_adapters(Path(config.adapter))
     if not settings.lora or not settings.base:
         raise InputError(f"--adapter {config.adapter}: this run has no adapters; begin with its weights: "
                          f"--pretrained_model_path {config.adapter}")
@@ -299,8 +303,16 @@ def base_of_adapter(folder: Path) -> str | None:
     """The base that an adapter names; None where nothing lies there."""
     if peft.is_peft(folder):
         return peft.named_base(folder)
-    settings, _ = saved.read_settings(folder, "--adapter")
+    settings, _ = _run_with_adapters(folder)
     return settings.base.path if settings.base else None
+
+
+def _run_with_adapters(folder: Path) -> tuple[ClassifierConfig, Path]:
+    """What a run's classifier is, and where it lies. Raises InputError for a folder that is no run."""
+    if not saved.is_run(folder) and not weights.is_run(folder):
+        raise InputError(f"--adapter {folder}: there is no adapter here, neither one of PEFT's (adapter_config.json) "
+                         "nor a finished run with --lora_r")
+    return saved.read_settings(folder, "--adapter")
 
 
 def limit_train(config: RunConfig, inputs: Inputs) -> Inputs:

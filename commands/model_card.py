@@ -37,7 +37,13 @@ In training texts were stripped of the spaces around them. A text without any to
 """
 ADAPTERS = """
 These are the adapters (PEFT's format): they need their base, {base}. Here it is in the folder `base`, as transformers
-reads it. `model_config.json` beside the adapters has what the base cannot know: the labels, the padding token, the
+reads it, which this command writes (of the base's first layers, where the adapters have no more):
+
+```sh
+{command}
+```
+
+`model_config.json` beside the adapters has what the base cannot know: the labels, the padding token, the
 attention, how many layers.
 """
 
@@ -48,14 +54,14 @@ def is_sequence_classifier(settings: ClassifierConfig) -> bool:
     return settings.pooling == "last" and settings.loss == "ce" and not settings.head_bias
 
 
-def card(settings: ClassifierConfig, base: str | None = None) -> str:
-    """The page. `base`: of adapters, what they belong to, in words."""
+def card(settings: ClassifierConfig, base: str | None = None, command: str = "") -> str:
+    """The page. `base`: of adapters, what they belong to, in words; `command`: which writes it for transformers."""
     is_whole = is_sequence_classifier(settings)
     auto = "AutoModelForSequenceClassification" if is_whole else "AutoModel"
     imports, notes = [f"from transformers import {auto}, AutoTokenizer"], []
     load = [f"tokenizer, model = AutoTokenizer.from_pretrained(path), {auto}.from_pretrained(path)"]
     if base is not None:
-        notes.append(ADAPTERS.format(base=base))
+        notes.append(ADAPTERS.format(base=base, command=command))
         imports = ["from peft import PeftModel", f"from transformers import AutoConfig, {auto}, AutoTokenizer"]
         load = ["tokenizer = AutoTokenizer.from_pretrained(path)",
                 'config = AutoConfig.from_pretrained(f"{path}/model_config.json")',

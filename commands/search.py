@@ -56,7 +56,7 @@ def run(config: RunConfig) -> int:
     # No trial has folds, so nothing is cut or held out for them.
     whole = inputs.load(replace(config, folds=None, fold=None), need=("train", "dev"))
     if not text:
-        rate = defaults.rate_for(config.n_layers or whole.weights.config.n_layers)
+        rate, _ = defaults.rate_of(config, config.n_layers or whole.weights.config.n_layers)
         text = spaces.default_space(len(whole.splits["train"]), rate, config.ordinal, config.given)
         space = spaces.parse(text)
         logs.notice(f"space :: {text} (chosen, since no --space was typed)")

@@ -57,6 +57,11 @@ def names_in(text: str | None) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name.strip() for name in text.split(","))) if text else ()
 
 
+def targets_in(text: str) -> tuple[str, ...]:
+    """The names in --lora_targets; `q_proj`, as PEFT says it, is q."""
+    return tuple(dict.fromkeys(name.removesuffix("_proj") for name in names_in(text)))
+
+
 def frozen_layers(freeze: str) -> int | None:
     """K of --freeze first:K; None for everything else."""
     word, _, number = freeze.partition(":")
@@ -144,8 +149,9 @@ class RunConfig:
     tokenizer: str | None = _model(None, "SentencePiece .model, tokenizer.json or .gguf (default: the one that comes "
         "with the weights)", metavar="FILE", only=(*MODEL_FILES, "export"),
         needs=[Need(lambda c: c.option != "export" or not c.run, "the saved run has its own")])
-    n_layers: int | None = _model(None, "use the first K layers of the pretrained stack", metavar="K", only=PRETRAINED,
-        check=AT_LEAST_ONE, common=True)
+    n_layers: int | None = _model(None, "use the first K layers of the pretrained stack", metavar="K",
+        only=(*PRETRAINED, "export"), check=AT_LEAST_ONE, common=True,
+        needs=[Need(lambda c: c.option != "export" or not c.run, "the saved run has its own")])
     attention: str = _model("causal", "what a token sees: the ones before it, or all",
         choices=("causal", "bidirectional"))
     pooling: str = _model("last", "how a sentence's hidden states become one vector", choices=POOLINGS)
@@ -174,8 +180,8 @@ class RunConfig:
     lora_dropout: float = _lora(0.0, "dropout in front of the adapters", check=PROBABILITY, needs=[LORA])
     lora_targets: str = _lora("all", "which matrices of each layer get an adapter: q, k, v, o, gate, up, down, with "
         "commas between, or all", metavar="NAME[,NAME]", needs=[LORA], also="lora_target_modules target_modules",
-        check=Check(lambda x: x == "all" or bool(names_in(x)) and {*names_in(x)} <= {*LORA_TARGETS},
-                    f"all, or some of {', '.join(LORA_TARGETS)} with commas"))
+        check=Check(lambda x: x == "all" or bool(targets_in(x)) and {*targets_in(x)} <= {*LORA_TARGETS},
+                    f"all, or some of {', '.join(LORA_TARGETS)} with commas and no spaces, such as q,v"))
     lora_rs: bool = _lora(False, "multiply with alpha / sqrt(R) instead (rsLoRA), for large ranks", needs=[LORA],
         also="use_rslora")
     lora_dora: bool = _lora(False, "learn the length of each row apart from its direction (DoRA); slower",
@@ -385,7 +391,7 @@ def lora_config(c: RunConfig) -> LoraConfig | None:
     """The adapters that are to be trained; None: none."""
     if not c.lora_r:
         return None
-    targets = tuple(LORA_TARGETS) if c.lora_targets == "all" else names_in(c.lora_targets)
+    targets = tuple(LORA_TARGETS) if c.lora_targets == "all" else targets_in(c.lora_targets)
     return LoraConfig(c.lora_r, c.lora_alpha or 2 * c.lora_r, c.lora_dropout, targets, c.lora_rs, c.lora_dora)
 
 

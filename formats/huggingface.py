@@ -54,6 +54,9 @@ def read_hf_folder(path: Path) -> Weights:
     Query and key rows that rotate halves are reordered to adjacent pairs. Raises InputError for another model, by the
     name of the part that a Llama has not; FileNotFoundError for a file that is not there.
     """
+    if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
+        raise InputError(f"{path}: an adapter of PEFT's, and no model; say --adapter {path}, and with "
+                         "--pretrained_model_path where its base lies")
     settings = read_json(path / "config.json")
     config = _read_config(path / "config.json", settings)
     shapes: dict[str, tuple[int, ...]] = {}
@@ -100,9 +103,14 @@ def _read_config(file: Path, settings: dict[str, Any]) -> LlamaConfig:
     if window is not None and not (type(window) is type(context) is int and window >= context):
         raise InputError(f"{file}: sliding_window is {window!r}; a Llama whose tokens do not see all before them is "
                          "not supported here")
-    rope = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
-    if not isinstance(rope, dict):
-        raise InputError(f"{file}: rope_parameters is {rope!r}, expected an object")
+    said: dict[str, Any] = {key: settings[key] for key in ("rope_parameters", "rope_scaling") if settings.get(key)}
+    for key, value in said.items():
+        if not isinstance(value, dict):
+            raise InputError(f"{file}: {key} is {value!r}, expected an object")
+    scalings = [_rope_scaling(file, value) for value in said.values()]
+    if scalings[1:] not in ([], scalings[:1]):
+        raise InputError(f"{file}: rope_parameters and rope_scaling say different things: {said}")
+    rope: dict[str, Any] = next(iter(said.values()), {})
     if rope.get("partial_rotary_factor", settings.get("partial_rotary_factor")) not in (None, 1):
         raise InputError(f"{file}: partial_rotary_factor is not 1; only whole heads are supported")
     try:
@@ -114,7 +122,7 @@ def _read_config(file: Path, settings: dict[str, Any]) -> LlamaConfig:
             layer_norm_eps=settings.get("rms_norm_eps", 1e-6),
             rope_theta=rope.get("rope_theta", settings.get("rope_theta", 10000.0)),
             tie_embeddings=bool(settings.get("tie_word_embeddings", False)), head_dim=settings.get("head_dim"),
-            rope_scaling=_rope_scaling(file, rope), attention=attention_of(settings),
+            rope_scaling=next(iter(scalings), None), attention=attention_of(settings),
         )
     except KeyError as error:
         raise InputError(f"{file}: {error} is missing") from None

@@ -34,8 +34,11 @@ def write_folder(folder: Path, fill: Callable[[Path], None], option: str) -> Non
     """
     check_new(folder, option)
     folder = folder.absolute()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.", suffix=".tmp"))
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.", suffix=".tmp"))
+    except OSError as error:
+        raise OSError(error.errno, f"no folder can be made there ({error.strerror})", str(folder)) from None
     try:
         temporary.chmod(0o755)
         fill(temporary)

@@ -262,12 +262,14 @@ def test_with_c_the_logits_and_gradients_are_the_plain_ones(config):
 
 
 def test_a_plan_counts_what_is_trained(inputs):
-    plan = main(Path("plan"), ["--option", "finetune", *inputs, *TRAIN, "--lora_r", "64", "--plan",
+    plan = main(Path("plan"), ["--option", "finetune", *inputs, *TRAIN, "--lora_r", "32", "--plan",
                                "--output_dir", "p"])
     widths = {"q": (32, 32), "k": (32, 16), "v": (32, 16), "o": (32, 32), "gate": (32, 64), "up": (32, 64),
               "down": (64, 32)}
-    n = 2 * sum(64 * (a + b) for a, b in widths.values()) + 3 * 32
-    assert plan.code == 0 and f"{n / 1e6:.1f}M trainable parameters" in plan.out, plan.out
+    n = 2 * sum(32 * (a + b) for a, b in widths.values()) + 3 * 32
+    assert plan.code == 0 and f"plan :: {n:,} trainable parameters" in plan.out, plan.out
+    assert "adapters of rank 32, times 2, beside q, k, v, o, gate, up, down of each layer" in plan.out
+    assert f"a saved state takes {12 * n / 2**20:.1f} MiB" in plan.out, "the numbers, and AdamW's two of each"
 
 
 def test_a_range_test_measures_adapters(inputs):
@@ -282,6 +284,12 @@ def test_a_range_test_measures_adapters(inputs):
         losses.append([float(row.split(",")[2]) for row in rows])
     assert losses[0][0] == pytest.approx(losses[1][0], rel=1e-6) and losses[0][-1] != losses[1][-1]
     assert "--lora_r 4" in done.out.splitlines()[-1]
+
+
+def test_a_steps_share_of_adapters_is_not_told(ran):
+    """They begin at zero, so that each first step would be far too large."""
+    line = json.loads((ran("--lora_r 4") / "epochs.jsonl").read_text(encoding="utf-8").splitlines()[0])
+    assert [*line["update_ratio"]] == ["classifier_head"]
 
 
 @pytest.mark.parametrize("option", ["--seeds", "--folds"])
@@ -457,6 +465,8 @@ def test_a_series_that_began_with_an_adapter_goes_on(ran, inputs):
 
 def test_what_contradicts_an_adapter_is_refused_before_anything_is_written(ran, inputs, from_peft):
     folder, _, _ = from_peft()
+    assert "has a rank above 32" in refused("--option", "finetune", *inputs, *STILL, "--lora_r", "99")
+    assert "neither one of PEFT's" in refused("--option", "finetune", *inputs, *STILL, "--adapter", inputs[1])
     assert "leave one of them out" in refused("--option", "predict", "--run", ran("--lora_r 4"), "--adapter", folder,
                                               "--input", "x.txt")
     assert "none of the adapters that --lora_r asks for would be trained" in refused(

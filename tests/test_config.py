@@ -382,6 +382,7 @@ NEEDS = {
     "lora_dora": ("", "--lora_r 4", "it needs --lora_r"),
     "head_bias": ("--loss ordinal", "", "the head of --loss ordinal has none"),
     "new_head": ("", "--pretrained_model_path runs/x", "it needs --pretrained_model_path RUN"),
+    "n_layers": ("2 --option export --run y", "2 --option export", "the saved run has its own"),
     "tokenizer": ("x --option export --run y", "x --option export", "the saved run has its own"),
     "gguf_type": ("f32 --option export", "f32 --option export --format gguf", "--format hf does not use it"),
     "freeze": ("embeddings --lora_r 4", "embeddings", "beside adapters, nobody trains the embeddings"),

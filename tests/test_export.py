@@ -593,6 +593,14 @@ def test_pretrained_weights_keep_their_attention(tokenizers, tmp_path, form, cap
         assert found.config.attention == "bidirectional"
 
 
+def test_the_first_layers_are_exported_alone(tokenizers, tmp_path):
+    """... which is the base of adapters on them."""
+    source = pretrained(tmp_path / "model", tiny.llama(vocab_size=tokenizers["bpe"].n_words, n_layers=3),
+                        tokenizers["bpe"])
+    found = weights_of(export(source, tmp_path / "out", "--n_layers", "2"))
+    same_bits(found, {name: tensor for name, tensor in weights_of(source).items() if "layers.2" not in name})
+
+
 def test_a_base_that_has_moved_gives_the_output_layer_and_is_named(tokenizers, tmp_path):
     run = make_lora_run(tmp_path, tokenizers["bpe"], LoraConfig(4, 8, targets=("q",)), base_layers=2,
                         tie_embeddings=False)

@@ -362,14 +362,15 @@ def test_a_plan_says_what_is_frozen_and_where_it_is_kept(inputs, capfd, monkeypa
     assert plan() == []
     job, _ = made(inputs)
     numbers = {name: p.numel() for name, p in job.model.named_parameters()}
-    first = sum(n for name, n in numbers.items() if name.startswith(tuple(PARTS["first:1"]))) / 1e6
+    first = sum(n for name, n in numbers.items() if name.startswith(tuple(PARTS["first:1"])))
     tokens = job.task.lengths.sum() + job.task.dev.lengths.sum()
     monkeypatch.setattr(kept, "BUDGET", 1 << 29)
     assert plan("--freeze", "first:1") == [
-        f"plan :: frozen: the embeddings and the first layer, {first:.1f}M parameters; what they give for train and "
-        f"dev is computed once and takes {tokens * 32 * 4 / 2**30:.2f} GiB, kept in memory (up to 0.50 GiB)"]
+        f"plan :: frozen: the embeddings and the first layer, {first:,} parameters; what they give for train and "
+        f"dev is computed once and takes {tokens * 32 * 4 / 2**20:.1f} MiB, kept in memory (up to 0.50 GiB)"]
     monkeypatch.setattr(kept, "BUDGET", tokens * 32 * 4 - 1)
-    assert "kept in a file in out, mapped into memory, since it is more than 0.00 GiB" in plan("--freeze", "first:1")[0]
+    assert "kept in a file in out, mapped into memory, since it is more than 0.2 MiB" in plan("--freeze", "first:1")[0]
     assert "kept in memory" in plan("--freeze", "backbone")[0], "one vector of each sentence"
     assert plan("--freeze", "first:1", "--dropout", "0.1")[0].endswith("since --dropout is at work inside it")
-    assert plan("--freeze", "embeddings")[0].startswith("plan :: frozen: the embeddings, 0.0M parameters")
+    words = numbers["llama.tok_embeddings.weight"]
+    assert plan("--freeze", "embeddings")[0].startswith(f"plan :: frozen: the embeddings, {words:,} parameters")

@@ -682,6 +682,28 @@ def test_a_missing_shard_and_one_outside_the_folder_are_named(tmp_path):
             load_pretrained(tmp_path / "folder")
 
 
+def test_rope_parameters_and_rope_scaling_that_disagree_are_refused(hf_folder, tmp_path):
+    """transformers reads both, and which one counts depends on its version."""
+    shutil.copy(hf_folder / "model.safetensors", tmp_path)
+    described = json.loads((hf_folder / "config.json").read_text(encoding="utf-8"))
+    described["rope_parameters"] = {"rope_type": "default", "rope_theta": 10000.0}
+    for scaling, said in (({"rope_type": "yarn", "factor": 4.0}, "the rope scaling 'yarn'"),
+                          ({"type": "linear", "factor": 4.0}, "say different things"), ([4], "expected an object")):
+        (tmp_path / "config.json").write_text(json.dumps({**described, "rope_scaling": scaling}), encoding="utf-8")
+        with refused(tmp_path, said):
+            load_pretrained(tmp_path)
+    both = {"rope_type": "linear", "factor": 4.0}
+    described |= {"rope_parameters": {**both, "rope_theta": 10000.0}, "rope_scaling": both}
+    (tmp_path / "config.json").write_text(json.dumps(described), encoding="utf-8")
+    assert load_pretrained(tmp_path).config.rope_scaling.factor == 4
+
+
+def test_an_adapter_in_the_place_of_a_model_is_named(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}", encoding="utf-8")
+    with refused(tmp_path, "an adapter of PEFT's"):
+        load_pretrained(tmp_path)
+
+
 def test_a_tensor_in_two_shards_is_refused(tmp_path):
     from safetensors.torch import load_file, save_file
 
