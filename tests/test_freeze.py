@@ -49,21 +49,25 @@ def best(folder):
     return load_file(folder / "best/model.safetensors")
 
 
+def train_with_pytorch(job, parameters):
+    """Three epochs on the program's model and batches, with PyTorch's SGD."""
+    optimizer = torch.optim.SGD(parameters, lr=0.05)
+    for epoch in range(3):
+        for rows in job.task.order(epoch):
+            batch = job.task.make_batch(rows, epoch)
+            optimizer.zero_grad()
+            F.nll_loss(job.model(batch["tokens"], batch["lengths"]), batch["labels"]).backward()
+            optimizer.step()
+
+
 @pytest.mark.parametrize("part", PARTS)
 def test_what_is_frozen_stays_and_the_rest_is_trained_as_pytorch_does(inputs, part):
-    """A loop of one's own, on the program's model and batches, with PyTorch's SGD."""
     job, config = made(inputs, *SETTINGS)
     model, frozen = job.model, PARTS[part]
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     for name, p in model.named_parameters():
         p.requires_grad_(not name.startswith(tuple(frozen)))
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
-    for epoch in range(3):
-        for rows in job.task.order(epoch):
-            batch = job.task.make_batch(rows, epoch)
-            optimizer.zero_grad()
-            F.nll_loss(model(batch["tokens"], batch["lengths"]), batch["labels"]).backward()
-            optimizer.step()
+    train_with_pytorch(job, [p for p in model.parameters() if p.requires_grad])
     folder = finetune(inputs, "run", "--freeze", part, "--patience", "0", "--monitor", "dev_loss", "--keep_state")
     (state,) = [load_file(path) for path in [max(folder.glob("last/step-*/tensors.safetensors"))]]
     for name, p in model.named_parameters():
@@ -85,13 +89,7 @@ def test_adapters_below_the_frozen_layers_add_nothing(inputs, monkeypatch, witho
     job, _ = made(inputs, *SETTINGS, *options)
     model, frozen = job.model, tuple(PARTS["first:1"])
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad and not name.startswith(frozen)}
-    optimizer = torch.optim.SGD(trained.values(), lr=0.05)
-    for epoch in range(3):
-        for rows in job.task.order(epoch):
-            batch = job.task.make_batch(rows, epoch)
-            optimizer.zero_grad()
-            F.nll_loss(model(batch["tokens"], batch["lengths"]), batch["labels"]).backward()
-            optimizer.step()
+    train_with_pytorch(job, trained.values())
     calls = Calls(monkeypatch)
     folder = finetune(inputs, "run", "--freeze", "first:1", *options, "--keep_state")
     state = load_file(max(folder.glob("last/step-*/tensors.safetensors")))
