@@ -10,14 +10,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from config import POOLINGS, InputError, LlamaConfig
+from config import POOLINGS, Base, InputError, LlamaConfig, LoraConfig
 from llama import Llama, load_pretrained
 from tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
 class ClassifierConfig:
-    """What best/config.json holds: all that is needed to build the classifier again and to name its classes."""
+    """What best/config.json holds: all that is needed to build the classifier again and to name its classes.
+
+    `lora`: the adapters, where model.safetensors holds those and the head alone; the rest is in `base`."""
 
     num_labels: int
     label_names: list[str]
@@ -26,6 +28,9 @@ class ClassifierConfig:
     hidden_dropout_prob: float
     max_sentence_len: int | None
     llama: LlamaConfig
+    head_bias: bool = False
+    lora: LoraConfig | None = None
+    base: Base | None = None
 
     def values(self) -> dict[str, Any]:
         """As the JSON object of config.json."""
@@ -38,14 +43,19 @@ class ClassifierConfig:
         if not isinstance(names, list) or not all(isinstance(n, str) and n.isprintable() for n in names) or (
                 len(names) < 2 or values.get("num_labels") != len(names)
                 or not (longest is None or type(longest) is int and longest > 0)
-                or values.get("pooling") not in POOLINGS or values.get("loss", "ce") not in ("ce", "ordinal")):
-            raise InputError(f"{path}: not a saved classifier (label_names, num_labels, pooling, loss or "
-                             "max_sentence_len is odd)")
+                or values.get("pooling") not in POOLINGS or values.get("loss", "ce") not in ("ce", "ordinal")
+                or type(values.get("head_bias", True)) is not bool):
+            raise InputError(f"{path}: not a saved classifier (label_names, num_labels, pooling, loss, "
+                             "max_sentence_len or head_bias is odd)")
         try:
             if not 0 < values["llama"]["n_layers"] < 1000:
                 raise ValueError(f"n_layers is {values['llama']['n_layers']}")
+            adapters, base = values.get("lora"), values.get("base")
+            if (adapters is None) != (base is None):
+                raise ValueError("an adapter needs its base")
             return cls(len(names), names, values["pooling"], values.get("loss", "ce"), values["hidden_dropout_prob"],
-                       longest, LlamaConfig(**values["llama"]))
+                       longest, LlamaConfig(**values["llama"]), values.get("head_bias", True),  # older ones have it
+                       adapters and LoraConfig(**adapters), base and Base(**base))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise InputError(f"{path}: not a saved classifier ({error!r})") from None
 
@@ -109,8 +119,9 @@ class LlamaEmbeddingClassifier(nn.Module):
     """Pooling, dropout and one linear layer on a Llama's last hidden states.
 
     `config` has `num_labels`, `hidden_dropout_prob`, and if it likes `pooling` (default "last"), `option` ("pretrain"
-    freezes the Llama: only the head is trained) and `loss`: "ordinal" puts an `OrdinalHead` in place of the linear
-    layer. Without a `llama`, `config.pretrained_model_path` is loaded.
+    freezes the Llama: only the head is trained), `loss`: "ordinal" puts an `OrdinalHead` in place of the linear
+    layer, and `head_bias`: has the linear layer a bias (default: none, as Hugging Face's `score`)? Without a `llama`,
+    `config.pretrained_model_path` is loaded.
     """
 
     def __init__(self, config: Any, llama: Llama | None = None):
@@ -122,25 +133,52 @@ class LlamaEmbeddingClassifier(nn.Module):
         self.llama.requires_grad_(getattr(config, "option", "finetune") != "pretrain")
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
         self.is_ordinal = getattr(config, "loss", "ce") == "ordinal"
-        head = OrdinalHead if self.is_ordinal else nn.Linear
-        self.classifier_head = head(self.llama.config.dim, self.num_labels)
+        dim = self.llama.config.dim
+        self.classifier_head = OrdinalHead(dim, self.num_labels) if self.is_ordinal else (
+            nn.Linear(dim, self.num_labels, bias=getattr(config, "head_bias", False)))
         # Small, so that the first loss is ln(num_labels) whatever the size of the model's hidden states.
         with torch.no_grad():
             self.classifier_head.weight.mul_(0.05)
             if self.classifier_head.bias is not None:
                 self.classifier_head.bias.zero_()
+        self.is_backbone_frozen = False  # then the Llama runs without autograd
 
-    def forward(self, input_ids: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """Tokens (B, T), padded on the right, and lengths (B,) (None: no padding) to log-probabilities (B, C)."""
+    def forward(self, input_ids: Tensor, lengths: Tensor | None = None, below: Tensor | None = None) -> Tensor:
+        """Tokens (B, T), padded on the right, and lengths (B,) (None: no padding) to log-probabilities (B, C).
+        `below`: what `first_part` gives for them, where it is known already."""
         lengths = all_real(input_ids) if lengths is None else lengths
-        if self.pooling in ("last", "first"):  # the one state that is wanted spares most of the last layer
-            at = lengths - 1 if self.pooling == "last" else torch.zeros_like(lengths)
-            pooled = self.llama.hidden(input_ids, lengths, at=at)[:, 0]
+        if self.is_backbone_frozen:
+            pooled = (self.first_part(input_ids, lengths) if below is None else below)[:, 0]
         else:
-            pooled = pool(self.llama.hidden(input_ids, lengths), lengths, self.pooling)
+            pooled = self._pooled(input_ids, lengths, below)
         with torch.autocast(pooled.device.type, enabled=False):  # a bfloat16 logit has three digits
             out = self.classifier_head(self.dropout(pooled.float()))
         return out if self.is_ordinal else F.log_softmax(out, dim=-1)
+
+    def first_part(self, input_ids: Tensor, lengths: Tensor) -> Tensor:
+        """What the frozen part (see `frozen.freeze`) makes of sentences: (B, T, D), which ends behind each one's
+        length, or (B, 1, D) where one vector of each is all that follows needs. Without autograd."""
+        if self.is_backbone_frozen:
+            with torch.no_grad():
+                return self._pooled(input_ids, lengths)[:, None]
+        return self.llama.first_part(input_ids, lengths, at=self._wanted(lengths))
+
+    def has_one_vector(self) -> bool:
+        """Does `first_part` give one vector of each sentence?"""
+        is_whole = self.llama.n_frozen == self.llama.config.n_layers
+        return self.is_backbone_frozen or is_whole and self.pooling in ("last", "first")
+
+    def _pooled(self, input_ids: Tensor, lengths: Tensor, below: Tensor | None = None) -> Tensor:
+        """One vector of each sentence, (B, D)."""
+        at = self._wanted(lengths)
+        hidden = self.llama.hidden(input_ids, lengths, at=at, below=below)
+        return pool(hidden, lengths, self.pooling) if at is None else hidden[:, 0]
+
+    def _wanted(self, lengths: Tensor) -> Tensor | None:
+        """Where the one state is that the pooling looks at, (B,), which spares most of the last layer; None: at all."""
+        if self.pooling == "last":
+            return lengths - 1
+        return torch.zeros_like(lengths) if self.pooling == "first" else None
 
 
 def classification_loss(model: nn.Module, batch: dict[str, Tensor], label_smoothing: float = 0.0,
@@ -151,7 +189,8 @@ def classification_loss(model: nn.Module, batch: dict[str, Tensor], label_smooth
     r_drop a: the mean of two passes with different dropout, plus a times half their symmetric Kullback-Leibler
     divergence (Liang et al. 2021, arXiv 2106.14448, eq. 4).
     """
-    passes = [model(batch["tokens"], batch["lengths"]) for _ in range(2 if r_drop else 1)]
+    inputs = [batch[name] for name in ("tokens", "lengths", "below") if name in batch]
+    passes = [model(*inputs) for _ in range(2 if r_drop else 1)]
     losses = torch.stack([_cross_entropy(p, batch["labels"], label_smoothing) for p in passes]).mean(0)
     if r_drop:
         p, q = passes
@@ -217,7 +256,14 @@ class LlamaZeroShotClassifier(nn.Module):
         hidden = self.llama.hidden(tokens, lengths).float()
         rows = torch.arange(len(tokens), device=tokens.device)
         with torch.autocast(tokens.device.type, enabled=False):  # in bfloat16, close scores would be equal
-            return [F.log_softmax(self.llama.output(hidden[rows, place]), dim=-1) for place in places]
+            return [F.log_softmax(self._logits(hidden[rows, place]), dim=-1) for place in places]
+
+    def _logits(self, x: Tensor) -> Tensor:
+        """x (B, D) float32 to logits (B, V) float32; weights in bfloat16 are widened a part at a time."""
+        weight = self.llama.output.weight
+        if weight.dtype == torch.float32:
+            return self.llama.output(x)
+        return torch.cat([F.linear(x, some.float()) for some in weight.split(4096)], dim=-1)
 
 
 def ask(model: LlamaZeroShotClassifier, sentences: list[np.ndarray], tokenizer: Tokenizer, question: str,

@@ -247,7 +247,7 @@ void matvec(integer rows, integer dim, const void *weight, const void *x, int ha
 // One layer for one new token, as LlamaLayer in llama.py: x (dim) float32, in place. keys and values are the layer's
 // cache (kv_heads, context, head_dim), filled up to `position`. scratch: see fused.py.
 typedef struct {
-    integer dim, hidden, heads, kv_heads, context;
+    integer dim, hidden, heads, kv_heads, head_dim, context;
     const float *attention_norm, *ffn_norm;
     const void *wq, *wk, *wv, *wo, *w1, *w2, *w3;
     void *keys, *values;
@@ -256,7 +256,7 @@ typedef struct {
 } layer;
 
 INLINE void attend(const layer *l, integer head, integer position, const float *query, float *scores, float *out) {
-    integer n = l->dim / l->heads, kv = head / (l->heads / l->kv_heads), start = kv * l->context * n;
+    integer n = l->head_dim, kv = head / (l->heads / l->kv_heads), start = kv * l->context * n;
     float most = -INFINITY, sum = 0;
     for (integer p = 0; p <= position; p++) {
         const void *key = row_of(l->keys, l->half, start + p * n);
@@ -280,15 +280,16 @@ INLINE void decode_part(const layer *l, integer position, const float *angles, f
                         int thread, int threads) {
 #define MINE(rows) (rows) * thread / threads, (rows) * (thread + 1) / threads
 #define TOGETHER _Pragma("omp barrier")
-    integer dim = l->dim, n = dim / l->heads, kv_dim = n * l->kv_heads, hidden = l->hidden;
-    float *in = scratch, *q = in + (dim > hidden ? dim : hidden), *k = q + dim, *v = k + kv_dim, *out = v + kv_dim;
-    float *up = out + dim, *scores = up + hidden, *gate = in, root;
+    integer dim = l->dim, n = l->head_dim, q_dim = n * l->heads, kv_dim = n * l->kv_heads, hidden = l->hidden;
+    integer wide = dim > q_dim ? dim : q_dim;
+    float *in = scratch, *q = in + (wide > hidden ? wide : hidden), *k = q + wide, *v = k + kv_dim, *out = v + kv_dim;
+    float *up = out + wide, *scores = up + hidden, *gate = in, root;
     if (!thread) {
         norm_row(dim, x, 0, l->attention_norm, l->eps, out, 0, &root);
         arrange(dim, out, 0, half, in);
     }
     TOGETHER
-    matvec_part(MINE(dim), dim, l->wq, half, in, q, 0);
+    matvec_part(MINE(q_dim), dim, l->wq, half, in, q, 0);
     matvec_part(MINE(kv_dim), dim, l->wk, half, in, k, 0);
     matvec_part(MINE(kv_dim), dim, l->wv, half, in, v, 0);
     TOGETHER
@@ -305,9 +306,9 @@ INLINE void decode_part(const layer *l, integer position, const float *angles, f
     for (integer head = thread; head < l->heads; head += threads)
         attend(l, head, position, q + head * n, scores + head * l->context, out + head * n);
     TOGETHER
-    if (!thread) arrange(dim, out, 0, half, in);
+    if (!thread) arrange(q_dim, out, 0, half, in);
     TOGETHER
-    matvec_part(MINE(dim), dim, l->wo, half, in, q, 0);
+    matvec_part(MINE(dim), q_dim, l->wo, half, in, q, 0);
     TOGETHER
     if (!thread) {
         for (integer i = 0; i < dim; i++) x[i] += q[i];

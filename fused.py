@@ -186,11 +186,13 @@ class Decoder:
                        attention.wk.weight, attention.wv.weight, attention.wo.weight, feed_forward.w1.weight,
                        feed_forward.w2.weight, feed_forward.w3.weight, cache.keys, cache.values]
             self.kept += tensors
-            layers.append(_Layer(config.dim, config.hidden_dim, config.n_heads, config.n_kv_heads, context,
-                                 *(t.data_ptr() for t in tensors), config.layer_norm_eps, _is_half(cache.keys)))
+            layers.append(_Layer(config.dim, config.hidden_dim, config.n_heads, config.n_kv_heads, config.head_dim,
+                                 context, *(t.data_ptr() for t in tensors), config.layer_norm_eps,
+                                 _is_half(cache.keys)))
         self.layers = (_Layer * len(layers))(*layers)
-        kv_dim = config.n_kv_heads * config.head_dim
-        self.scratch = torch.empty(max(config.dim, config.hidden_dim) + 2 * config.dim + 2 * kv_dim + config.hidden_dim
+        q_dim, kv_dim = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+        wide = max(config.dim, q_dim)
+        self.scratch = torch.empty(max(wide, config.hidden_dim) + 2 * wide + 2 * kv_dim + config.hidden_dim
                                    + max(config.n_heads * context, config.hidden_dim))
 
     @staticmethod
@@ -201,7 +203,7 @@ class Decoder:
         return (supports(*tensors) and len({t.dtype for t in tensors}) == 1
                 and all(t.is_contiguous() for t in tensors) and not llama.training
                 and not any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in layers)
-                and config.head_dim % 2 == config.hidden_dim % 2 == 0)
+                and config.dim % 2 == config.hidden_dim % 2 == 0)
 
     def step(self, x: Tensor, position: int, angles: Tensor) -> Tensor:
         """x (1, 1, D), the new token's embedding, to what the last layer makes of it. `angles`: the rotary table's row
@@ -230,7 +232,7 @@ _WEIGHTS = ("attention_norm", "ffn_norm", "wq", "wk", "wv", "wo", "w1", "w2", "w
 class _Layer(ctypes.Structure):
     """fused.c's `layer`."""
 
-    _fields_ = [*((name, _INTEGER) for name in ("dim", "hidden", "heads", "kv_heads", "context")),
+    _fields_ = [*((name, _INTEGER) for name in ("dim", "hidden", "heads", "kv_heads", "head_dim", "context")),
                 *((name, _POINTER) for name in _WEIGHTS), ("eps", _FLOAT), ("half", _FLAG)]
 
 

@@ -1,10 +1,11 @@
 """A Llama from scratch: RMSNorm, rotary positions, grouped-query attention, SwiGLU, a key-value cache, `generate`.
 
-Shapes: B sentences, T tokens, D = config.dim, H heads of size D / H, K key-value heads, V words.
+Shapes: B sentences, T tokens, D = config.dim, H heads of size head_dim, K key-value heads, V words.
 Rotary positions turn adjacent pairs (Llama 2's own layout); `formats/weights.py` reorders the weights of files that
 rotate halves instead.
 """
 
+import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from config import InputError, LlamaConfig
+from config import InputError, LlamaConfig, RopeScaling
 from formats.weights import Weights, check_n_layers, read_weights
 
 # --------------------------------------------------------------------------- the operations
@@ -32,13 +33,33 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).type_as(x) * weight
 
 
+def rotary_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None, device: torch.device) -> Tensor:
+    """theta^(-2j / head_dim), (head_dim / 2,) float32, in radians a position (Su et al. 2021, arXiv 2104.09864, section
+    3.2.2); slower where the model has a `scaling`.
+
+    "llama3" (Grattafiori et al. 2024, arXiv 2407.21783, section 3.2; the numbers are in Llama 3.1's config): f turns
+    t = f * original_max_seq_len / 2 pi times within the original context, and becomes f * (s + (1 - s) / factor), where
+    s = (t - low) / (high - low), held between 0 and 1.
+    """
+    frequencies = theta ** (-torch.arange(0, head_dim, 2, device=device).float() / head_dim)
+    if scaling is None:
+        return frequencies
+    if scaling.kind == "linear":
+        return frequencies / scaling.factor
+    assert scaling.original_max_seq_len and scaling.low_freq_factor and scaling.high_freq_factor
+    turns = frequencies * (scaling.original_max_seq_len / (2 * math.pi))
+    share = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    share = share.clamp(0, 1)
+    return frequencies * (share + (1 - share) / scaling.factor)
+
+
 @lru_cache(maxsize=8)
 @torch.inference_mode(False)  # a table first made by `generate` is kept, and training needs it later
-def rotary_table(head_dim: int, max_seq_len: int, theta: float, device: torch.device) -> Tensor:
-    """exp(i * position * theta^(-2j / head_dim)): (max_seq_len, head_dim / 2) complex64
-    (Su et al. 2021, arXiv 2104.09864, section 3.2.2)."""
-    inverse = theta ** (-torch.arange(0, head_dim, 2, device=device).float() / head_dim)
-    angles = torch.outer(torch.arange(max_seq_len, device=device).float(), inverse)
+def rotary_table(head_dim: int, max_seq_len: int, theta: float, device: torch.device,
+                 scaling: RopeScaling | None = None) -> Tensor:
+    """exp(i * position * frequency): (max_seq_len, head_dim / 2) complex64; see `rotary_frequencies`."""
+    frequencies = rotary_frequencies(head_dim, theta, scaling, device)
+    angles = torch.outer(torch.arange(max_seq_len, device=device).float(), frequencies)
     return torch.polar(torch.ones_like(angles), angles)
 
 
@@ -60,6 +81,23 @@ def apply_rotary_emb(
         raise ValueError(f"{query.shape[1]} tokens do not fit into a context of {max_seq_len}")
     table = rotary_table(head_dim, max_seq_len, theta, query.device)[: query.shape[1]]
     return rotate(query, table), rotate(key, table)
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, dropout: float) -> Tensor:
+    """softmax(q k^T / sqrt(head_dim)) v (Vaswani et al. 2017, arXiv 1706.03762, eq. 1): a query (B, H, S, head_dim), a
+    key and a value (B, K, T, head_dim) to (B, H, S, head_dim). `mask`: True where a query may look.
+
+    Where a gradient will be wanted on a CPU, short sentences are computed in float32, and returned in their own type:
+    PyTorch's backward pass for bfloat16 takes several times as long there (docs/measurements.md).
+    """
+    kind = query.dtype
+    is_slow = kind == torch.bfloat16 and query.device.type == "cpu" and key.shape[2] <= SHORT
+    if not (is_slow and torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)):
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout,
+                                              is_causal=is_causal, enable_gqa=True)
+    with torch.autocast("cpu", enabled=False):
+        return F.scaled_dot_product_attention(query.float(), key.float(), value.float(), attn_mask=mask,
+                                              dropout_p=dropout, is_causal=is_causal, enable_gqa=True).to(kind)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -88,6 +126,7 @@ class Operations:
 
 
 PLAIN = Operations()
+SHORT = 128  # tokens; see `attend`
 
 # --------------------------------------------------------------------------- the modules
 
@@ -145,11 +184,11 @@ class Attention(nn.Module):
     def __init__(self, config: LlamaConfig):
         super().__init__()
         self.config = config
-        kv_dim = config.n_kv_heads * config.head_dim
-        self.wq = Linear(config.dim, config.dim)
+        q_dim, kv_dim = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+        self.wq = Linear(config.dim, q_dim)
         self.wk = Linear(config.dim, kv_dim)
         self.wv = Linear(config.dim, kv_dim)
-        self.wo = Linear(config.dim, config.dim)
+        self.wo = Linear(q_dim, config.dim)
         self.resid_dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, table: Tensor, mask: Tensor | None = None, cache: KVCache | None = None,
@@ -168,11 +207,8 @@ class Attention(nn.Module):
         if cache is not None:
             key, value = cache.add(start, key, value)
         causal = self.config.attention == "causal" and length > 1  # one token may look at all that came before it
-        out = F.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, is_causal=causal, enable_gqa=True,
-            dropout_p=self.config.dropout if self.training else 0.0,
-        )
-        return self.resid_dropout(self.wo(out.transpose(1, 2).reshape(x.shape)))
+        out = attend(query, key, value, mask, causal, self.config.dropout if self.training else 0.0)
+        return self.resid_dropout(self.wo(out.transpose(1, 2).reshape(batch, length, -1)))
 
 
 class FeedForward(nn.Module):
@@ -222,6 +258,7 @@ class Llama(nn.Module):
         super().__init__()
         self.config = config
         self.grad_checkpoint = False  # keep no activations inside a layer, compute them again (Chen et al. 2016)
+        self.n_frozen = 0  # so many of the first layers, and the embeddings below them, run without autograd
         # An empty weight: drawn below once, and not at all where only the shape is wanted (the device "meta").
         empty = torch.empty(config.vocab_size, config.dim)
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim, _weight=empty)
@@ -237,42 +274,62 @@ class Llama(nn.Module):
                 nn.init.normal_(parameter, std=0.02 / (2 * config.n_layers) ** 0.5 if into_stream else 0.02)
 
     def hidden(self, tokens: Tensor, lengths: Tensor | None = None, caches: list[KVCache] | None = None,
-               start: int = 0, at: Tensor | None = None) -> Tensor:
+               start: int = 0, at: Tensor | None = None, below: Tensor | None = None) -> Tensor:
         """tokens (B, T) int64, padded on the right, to hidden states (B, T, D) after the last norm.
 
         `lengths` (B,), the number of real tokens, matters to bidirectional attention only (None: all are real).
         With `caches`, the tokens stand at positions start, start + 1, ... (where start > 0, one token alone). With
         `at` (B,), only the states at these positions are wanted, (B, 1, D): the last layer computes keys and values
-        for all tokens and the rest, nine tenths of its work, for those alone. Raises InputError beyond max_seq_len.
+        for all tokens and the rest, nine tenths of its work, for those alone. `below`: what `first_part` gives for the
+        same tokens, where it is known already. Raises InputError beyond max_seq_len.
         """
+        if below is None:
+            below = self.first_part(tokens, lengths, caches, start, at)
+        layers = range(self.n_frozen, len(self.layers))
+        x = self._through(layers, below, tokens.shape[1], lengths, caches, start, at)
+        with torch.autocast(tokens.device.type, enabled=False):  # no product follows that wants fewer bits
+            return self.norm(x)
+
+    def first_part(self, tokens: Tensor, lengths: Tensor | None = None, caches: list[KVCache] | None = None,
+                   start: int = 0, at: Tensor | None = None) -> Tensor:
+        """As `hidden`, but what comes out of the embeddings and the first `n_frozen` layers: (B, T, D); with `at`,
+        where these are all layers, (B, 1, D). Without autograd where there are such layers."""
         end = start + tokens.shape[1]
         if end > self.config.max_seq_len:
             raise InputError(f"{end} tokens do not fit into the model's context of {self.config.max_seq_len}; "
                              "cut them with --max_sentence_len")
         if start and tokens.shape[1] > 1:
             raise ValueError("behind the first window of a cache there is one token at a time")
-        table = self.angles(end, tokens.device)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.n_frozen):
+            x = self.dropout(self.tok_embeddings(tokens))
+            if torch.is_autocast_enabled(tokens.device.type):
+                x = x.float()  # what the layers add up stays in float32 where frozen embeddings are in bfloat16
+            return self._through(range(self.n_frozen), x, tokens.shape[1], lengths, caches, start, at)
+
+    def _through(self, layers: range, x: Tensor, length: int, lengths: Tensor | None, caches: list[KVCache] | None,
+                 start: int, at: Tensor | None) -> Tensor:
+        """What these layers make of x (B, T, D), where T is `length`; see `hidden`."""
+        end = start + length
+        table = self.angles(end, x.device)
         mask = None
         if lengths is not None and self.config.attention == "bidirectional":
-            mask = (torch.arange(end, device=tokens.device) < lengths[:, None])[:, None, None, :]
-        x = self.dropout(self.tok_embeddings(tokens))
-        for i, layer in enumerate(self.layers):
-            only = at if i + 1 == len(self.layers) else None
+            mask = (torch.arange(end, device=x.device) < lengths[:, None])[:, None, None, :]
+        for i in layers:
+            layer, only = self.layers[i], at if i + 1 == len(self.layers) else None
             if only is not None and self.config.attention == "causal":
-                mask = (torch.arange(end, device=tokens.device) <= start + only[:, None])[:, None, None, :]
+                mask = (torch.arange(end, device=x.device) <= start + only[:, None])[:, None, None, :]
             arguments = (x, table[start:end], mask, caches[i] if caches else None, start, only)
-            if self.grad_checkpoint and self.training:
+            if self.grad_checkpoint and self.training and torch.is_grad_enabled():
                 x = checkpoint(layer, *arguments, use_reentrant=False)
             else:
                 x = layer(*arguments)
-        with torch.autocast(tokens.device.type, enabled=False):  # no product follows that wants fewer bits
-            return self.norm(x)
+        return x
 
     def angles(self, end: int, device: torch.device) -> Tensor:
         """The rotary table of `end` positions or more: of the next 1,024, and not of the whole context, which may be a
         million."""
         reach = min(self.config.max_seq_len, -(-end // 1024) * 1024)
-        return rotary_table(self.config.head_dim, reach, self.config.rope_theta, device)
+        return rotary_table(self.config.head_dim, reach, self.config.rope_theta, device, self.config.rope_scaling)
 
     def forward(self, tokens: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """tokens (B, T) to logits (B, T, V) and hidden states (B, T, D)."""
@@ -325,9 +382,12 @@ class Llama(nn.Module):
 
 
 def load_pretrained(path: str | Path | Weights, n_layers: int | None = None, dropout: float = 0.0,
-                    attention: str = "causal", has_output: bool = True) -> Llama:
-    """A Llama in float32, in evaluation mode, with the weights of a file or folder of any format.
+                    attention: str = "causal", has_output: bool = True, dtype: torch.dtype = torch.float32,
+                    norm_dtype: torch.dtype | None = None) -> Llama:
+    """A Llama in evaluation mode, with the weights of a file or folder of any format.
 
+    `dtype`: of the weights in memory, where they are once, however the file holds them. What is trained is in float32.
+    `norm_dtype`: of the norms, where they are to have another one.
     `n_layers`: the first K layers of the stack only (the others are not read). `has_output`: with the layer that gives
     the logits of words, which a classifier has no use for. Raises FileNotFoundError, or InputError for a file that is
     damaged, of another architecture, that holds other shapes than it says, or that lacks the output layer.
@@ -346,9 +406,11 @@ def load_pretrained(path: str | Path | Weights, n_layers: int | None = None, dro
         if weights.shapes.get(name) != tuple(parameter.shape):
             raise InputError(f"{weights.path}: {name} has the shape {weights.shapes.get(name)}, the model it describes "
                              f"wants {tuple(parameter.shape)}")
-    names = [name for name, _ in model.named_parameters()]
+    dtypes = {name: norm_dtype or dtype if p.dim() == 1 else dtype for name, p in model.named_parameters()}
+    names = [*dtypes]
     with ThreadPoolExecutor(min(4, torch.get_num_threads())) as pool:
-        state = dict(zip(names, pool.map(lambda name: weights.readers[name]().contiguous(), names), strict=True))
+        state = dict(zip(names, pool.map(lambda name: weights.readers[name](dtypes[name]).contiguous(), names),
+                         strict=True))
     model.load_state_dict(state, assign=True, strict=False)
     if has_output and config.tie_embeddings:
         model.output.weight = model.tok_embeddings.weight

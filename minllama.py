@@ -30,8 +30,9 @@ BATCH_SIZE = 64
 _ONE_AT_A_TIME = threading.Lock()
 
 
-def load(run: str | Path, device: str | None = None, dtype: str = "float32") -> "Model":
-    """The best epoch of a finished run: `run` is its folder, or its best/.
+def load(run: str | Path, device: str | None = None, dtype: str = "float32", base: str | Path | None = None) -> "Model":
+    """The best epoch of a finished run: `run` is its folder, or its best/. `base`: of a run with adapters (--lora_r),
+    where its pretrained weights lie now, if they have been moved.
 
     `device`: cpu (the default), cuda, cuda:1, mps. `dtype`: float32 or bfloat16, which is faster where the device has
     units for it, and rounds a sentence's numbers otherwise in another batch. Raises InputError (a ValueError) or
@@ -39,7 +40,7 @@ def load(run: str | Path, device: str | None = None, dtype: str = "float32") -> 
     """
     if dtype not in ("auto", "float32", "bfloat16"):
         raise InputError(f"dtype is {dtype!r}; it can be float32 or bfloat16")
-    return Model(load_run(run), RunConfig(option="predict", device=device, dtype=dtype))
+    return Model(load_run(run, base), RunConfig(option="predict", device=device, dtype=dtype))
 
 
 @dataclass(frozen=True)

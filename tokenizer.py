@@ -18,7 +18,7 @@ from formats.memory import is_out_of_memory
 
 TOKENIZER_MODEL = "tokenizer.model"
 # Split at digits one by one, then as GPT-2 does (Radford et al. 2019): SmolLM's pre-tokenizer. Others below.
-_LLAMA3_SPLIT = (
+SPLIT_LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -43,7 +43,7 @@ def _from_gguf_bpe(metadata: dict[str, Any], path: Path):
     if kind == "smollm":
         first: list[Any] = [pre_tokenizers.Digits(individual_digits=True)]
     elif kind == "llama-bpe":
-        first = [pre_tokenizers.Split(Regex(_LLAMA3_SPLIT), "isolated")]
+        first = [pre_tokenizers.Split(Regex(SPLIT_LLAMA3), "isolated")]
     elif kind in ("default", "gpt-2"):
         first = []
     else:
@@ -55,7 +55,7 @@ def _from_gguf_bpe(metadata: dict[str, Any], path: Path):
     return backend
 
 
-def _from_gguf_spm(metadata: dict[str, Any], path: Path):
+def from_gguf_spm(metadata: dict[str, Any], path: Path):
     """A SentencePiece BPE (tokenizer.ggml.model = llama) as a `tokenizers.Tokenizer`.
 
     SentencePiece joins the adjacent pair whose joined piece has the best score, so every split of a piece into
@@ -232,7 +232,7 @@ class Tokenizer:
 
         metadata, _ = read_gguf(self.path)
         kind = metadata.get("tokenizer.ggml.model")
-        makers = {"gpt2": _from_gguf_bpe, "llama": _from_gguf_spm}
+        makers = {"gpt2": _from_gguf_bpe, "llama": from_gguf_spm}
         if kind not in makers:
             raise InputError(f"{self.path}: its tokenizer is of the kind {kind!r}; known here: gpt2 and llama. "
                              "Name another with --tokenizer")
@@ -293,6 +293,10 @@ class Tokenizer:
             return self._sentencepiece.decode(t)
         with _faults_named(self.path, "it cannot put the text together"):
             return self._backend.decode(t, skip_special_tokens=True)
+
+    def as_json(self) -> dict[str, Any] | None:
+        """What a tokenizer.json of it holds; None for a SentencePiece model."""
+        return None if self._backend is None else json.loads(self._backend.to_str())
 
     def save(self, folder: str | Path) -> None:
         """Write the tokenizer into a folder, so that `Tokenizer(tokenizer_model=folder)` is this one again."""

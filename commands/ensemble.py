@@ -15,8 +15,8 @@ from torch import Tensor
 
 import dataset
 from classifier import ClassifierConfig
-from commands import scores
-from commands.finished import columns_of, warn_of_fixed
+from commands import adapted, scores
+from commands.finished import base_of, columns_of, warn_of_fixed
 from config import InputError, RunConfig, counted, only_run
 from dataset import Split
 from formats import files
@@ -34,16 +34,17 @@ from training.saved import SavedRun
 @dataclass(frozen=True)
 class Member:
     """A run that was named, its files checked. `best`: where its classifier lies; `order` (C,): where each class of the
-    first run stands among this run's classes."""
+    first run stands among this run's classes; `base`: of one with adapters, where their base was said to lie."""
 
     path: str
     settings: ClassifierConfig
     best: Path
     order: list[int]
+    base: str | None = None
 
     def load(self) -> SavedRun:
         with logs.doing(f"reading {self.path}"):
-            return saved.load_checked(Path(self.path), self.settings, self.best)
+            return saved.load_checked(Path(self.path), self.settings, self.best, self.base)
 
 
 def expanded(config: RunConfig) -> RunConfig:
@@ -90,7 +91,8 @@ def members(config: RunConfig) -> list[Member]:
             raise InputError(f"{path}: its labels are {listed(names)}, and those of {found[0].path} are "
                              f"{listed(wanted)}; the probabilities of several runs are averaged only where the "
                              "label names are the same")
-        found.append(Member(path, settings, best, [names.index(name) for name in wanted]))
+        base = base_of(config) if settings.lora else None
+        found.append(Member(path, settings, best, [names.index(name) for name in wanted], base))
     return found
 
 
@@ -211,14 +213,25 @@ class Answering:
     first run. Runs that are loaded one by one, where all texts are there, are not in memory together."""
 
     def __init__(self, config: RunConfig, is_all_there: bool):
-        self.runs, self.config = members(expanded(config)), config
+        if config.adapter and config.run:
+            raise InputError("--run and --adapter: an adapter of PEFT's stands in the place of a run, and a run with "
+                             "--lora_r has its own; leave one of them out")
+        if config.adapter:
+            found = adapted.load(config)
+            self.runs = [Member(str(found.typed), found.settings, found.best, [*range(found.settings.num_labels)])]
+        else:
+            found, self.runs = None, members(expanded(config))
+        self.config = config
         self.names = self.runs[0].settings.label_names
         self.columns = columns_of(saved.home_of(Path(self.runs[0].path)))
         self.n_cut: Counter[tuple[str, int]] = Counter()  # texts, by the run and the tokens that it looks at
         self.models: list[Model] = []
-        if len(self.runs) == 1 or not is_all_there:
+        if found:
+            self.models = [Model(found, config)]
+        elif len(self.runs) == 1 or not is_all_there:
             self.models = [self._model(member) for member in self.runs]
-        warn_of_fixed(config)
+        if not found:
+            warn_of_fixed(config, any(member.settings.lora for member in self.runs))
 
     def answers(self, take: Callable[[], list[str]]) -> Iterator[tuple[list[str], np.ndarray]]:
         """Texts (n) and their probabilities (n, C), until `take` gives no more."""

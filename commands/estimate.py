@@ -12,12 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import lora
 from commands import job as jobs
 from commands.classification import ClassificationTask
 from config import InputError, RunConfig, duration
 from dataset import Split, length_order
 from formats import files
 from training import clock, gradients, logs
+from training import state as states
 from training.checks import untouched
 from training.clock import Times
 from training.course import Course, course_of
@@ -66,13 +68,16 @@ def measure(job: Job[ClassificationTask], config: RunConfig, device: Device, spl
     mean_tokens = sum(_padded(rows, task.lengths) for rows in windows) / len(windows)
     typical = by_length[len(windows) // 2]
     typical = typical[: loop.rows_per_pass(typical)]
+    batches = list(length_order(task.dev.lengths))
+    scored = batches[len(batches) // 2]
+    used = {"train": np.union1d(typical, by_length[-1]) if with_longest else typical, "dev": scored}
 
     def train(rows: np.ndarray) -> None:
         job.optimizer.zero_grad(set_to_none=True)
         loop.accumulate(rows)
         _wait(device)
 
-    with untouched(job.model, job.optimizer):
+    with untouched(job.model, job.optimizer), task.keeping_only(used):
         job.model.train()
         if with_longest:
             train(by_length[-1])
@@ -88,18 +93,21 @@ def measure(job: Job[ClassificationTask], config: RunConfig, device: Device, spl
         kept = [value for moments in job.optimizer.state.values() for value in moments.values()
                 if isinstance(value, Tensor)]
         state_bytes = sum(value.numel() * value.element_size() for value in kept)
-    weights = sum(t.numel() * t.element_size() for t in job.model.state_dict().values())
-    stored = weights * (2 if config.save_dtype == "bfloat16" else 4) / 4
-    state = weights * (2 if config.ema else 1) + state_bytes
-    disk = _seconds_per_byte(place, min(int(state), SAMPLE_BYTES))
-    batches = list(length_order(task.dev.lengths))
-    token = _seconds_per_token(lambda rows: task.predict(task.dev.take(rows), "estimate"), batches[len(batches) // 2],
-                               task.dev.lengths)
+        token = _seconds_per_token(lambda rows: task.predict(task.dev, "estimate", rows), scored, task.dev.lengths)
+        first = 0.0  # of a token in a frozen first part that is computed once
+        if task.keeps:
+            first = _seconds_per_token(lambda rows: task.first_part("dev", rows=rows), scored, task.dev.lengths)
+    best = sum(t.numel() for t in lora.without_base(job.model.state_dict()).values())
+    stored = best * (2 if config.save_dtype == "bfloat16" else 4)
+    trained = sum(t.numel() * t.element_size() for t in states.trained(job.model).values())
+    state = trained * (2 if config.ema else 1) + state_bytes
+    disk = _seconds_per_byte(place, min(int(stored + state), SAMPLE_BYTES))
     tokens = {name: _tokens_of(split) for name, split in {**splits, "train": task.sample}.items()}
     if config.save_every:
         step += disk * state / config.save_every
     evaluation = token * (tokens["train"] + tokens["dev"]) + disk * (stored + state)
-    once = 1.0 + disk * (state + stored) + token * (tokens["dev"] + tokens.get("test", 0))
+    once = 1.0 + disk * (state + stored) + token * tokens["dev"] + (token + first) * tokens.get("test", 0)
+    once += first * (_tokens_of(task.train) + tokens["dev"])
     checks = 100 * config.overfit_batch + 12 * config.check_gradients + 10 * config.auto_batch
     return Measured(Times(step, evaluation, once + checks * step), state_bytes)
 

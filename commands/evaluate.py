@@ -27,7 +27,7 @@ def run(config: RunConfig) -> int:
     if len(runs) > 1 and is_own:
         ensemble.check_own_files(runs)
     saved = runs[0].load()
-    warn_of_fixed(config)
+    warn_of_fixed(config, any(member.settings.lora for member in runs))
     names = saved.settings.label_names
     config = replace(config, max_sentence_len=saved.settings.max_sentence_len, loss=saved.settings.loss)
     known: dict[str, Baseline] = {}

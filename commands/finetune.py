@@ -4,7 +4,7 @@ from commands import defaults, one_run, plan, results, resume, series
 from commands import inputs as run_inputs
 from commands import job as jobs
 from config import RunConfig, no_effect
-from training import clock, loggers, logs, run_folder
+from training import clock, frozen, loggers, logs, run_folder
 from training import device as devices
 from training.streams import without_readers
 
@@ -33,6 +33,7 @@ def run(config: RunConfig) -> int:
     if not config.resume:
         for line in no_effect(config):
             logs.warn(f"no effect: {line}")
+        logs.notice(frozen.notice(config))
     if run_folder.asks_for_series(vars(config)):
         return series.repeat(config, inputs, runs, device)
     return series.exit_code(one_run.train(runs[0].config, runs[0].inputs, device, deadline=clock.deadline_of(config)))

@@ -1,5 +1,8 @@
 """--run: the finished run that a command uses."""
 
+from pathlib import Path
+
+from commands import inputs
 from config import RunConfig, only_run
 from formats.columns import Usual
 from minllama import Model
@@ -10,15 +13,22 @@ from training.saved import SavedRun
 
 def load_run(config: RunConfig) -> SavedRun:
     """The classifier of --run, checked. Raises InputError or FileNotFoundError with what to do."""
-    run = saved.load_run(only_run(config))
-    warn_of_fixed(config)
+    settings, best = saved.read_settings(only_run(config))
+    run = saved.load_checked(Path(only_run(config)), settings, best, base_of(config) if settings.lora else None)
+    warn_of_fixed(config, bool(run.settings.lora))
     return run
 
 
-def warn_of_fixed(config: RunConfig) -> None:
-    """Warns of typed options that the saved run decides."""
+def base_of(config: RunConfig) -> str | None:
+    """Where the base of a run with adapters lies, as far as it was typed; else the run knows it."""
+    return str(inputs.find_weights(config.pretrained_model_path)) if config.pretrained_model_path else None
+
+
+def warn_of_fixed(config: RunConfig, has_adapters: bool) -> None:
+    """Warns of typed options that the saved run decides; where the base of adapters lies is not one of them."""
     fixed = config.given & {"pretrained_model_path", "tokenizer", "n_layers", "attention", "pooling",
                             "max_sentence_len", "hidden_dropout_prob", "dropout", "batch_size"}
+    fixed -= {"pretrained_model_path"} if has_adapters else set()
     if fixed:
         logs.warn(f"--{', --'.join(sorted(fixed))}: no effect, the saved run decides")
 

@@ -27,7 +27,7 @@ def run(config: RunConfig) -> int:
     tokenizers.check_vocabulary(tokenizer, read.config)
     warn_of_classifier(read)
     # In the device's precision once, and not by autocast at each token: reading the weights is what takes the time.
-    llama = load_pretrained(read, config.n_layers).to(device.where, device.dtype)
+    llama = load_pretrained(read, config.n_layers, dtype=device.dtype).to(device.where)
     devices.accelerate(config, llama, device)
     logs.say(f"load model from {found.weights}")
     start = tokenizer.encode(config.prefix, bos=tokenizer.add_bos, eos=False)

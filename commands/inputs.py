@@ -1,6 +1,7 @@
 """What a run reads: which files these are, and their contents, all checked before anything is computed."""
 
 import math
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,15 +11,18 @@ from pathlib import Path
 
 import dataset
 import fused
+import lora
 import tokenizer as tokenizers
+from classifier import ClassifierConfig
 from commands import splits as run_splits
 from config import InputError, RunConfig
-from data import prepare
+from data import hub, prepare
 from dataset import Split
-from formats import files, tables, weights
+from formats import adapters, files, peft, tables, weights
+from formats.adapters import Adapter
 from formats.weights import Weights
 from tokenizer import TOKENIZER_MODEL, Tokenizer
-from training import logs, saved
+from training import frozen, logs, saved
 from training.device import wants_fused
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -118,10 +122,15 @@ def find_model(config: RunConfig, may_fetch: bool = True) -> ModelFiles:
     models/) with its tokenizer; else smollm2-135m, which is fetched where it may be. Raises FileNotFoundError."""
     models = prepare.weights_path("smollm2-135m").parent
     typed, notice = config.pretrained_model_path, ""
+    if config.adapter and not typed:
+        typed = base_of_adapter(Path(config.adapter))
+        if not typed or not Path(typed).exists():
+            where = f"its base is {typed}, and nothing lies there" if typed else "it does not name its base"
+            is_name = typed and re.fullmatch(r"[\w.-]+/[\w.-]+", typed)
+            raise FileNotFoundError(f"--adapter {config.adapter}: {where}; say where it is: --pretrained_model_path "
+                                    f"PATH{f', or from the hub {hub.PREFIX}{typed}' if is_name else ''}")
     if typed:
-        found = _typed_weights(typed, [Path(), ROOT, models])
-        if saved.is_run(found):
-            found = saved.checked_best(found, "--pretrained_model_path")
+        found = find_weights(typed)
     else:
         places = [place / "stories42M.pt" for place in (Path(), ROOT, models)]
         stories = next((p for p in places if p.is_file() and _tokenizer_beside(p, config)), None)
@@ -143,7 +152,17 @@ def find_model(config: RunConfig, may_fetch: bool = True) -> ModelFiles:
     return ModelFiles(found, tokenizer, notice)
 
 
+def find_weights(typed: str) -> Path:
+    """The weights that were typed: a path, from here, from beside the code or in models/, or a name that
+    data/prepare.py knows; of a run, its best/. Raises FileNotFoundError with the nearest name."""
+    found = _typed_weights(typed, [Path(), ROOT, prepare.weights_path("smollm2-135m").parent])
+    return saved.checked_best(found, "--pretrained_model_path") if saved.is_run(found) else found
+
+
 def _typed_weights(typed: str, places: list[Path]) -> Path:
+    if typed.startswith(hub.PREFIX):
+        with input_errors():
+            return hub.fetch(typed)
     if typed in prepare.WEIGHTS and not Path(typed).exists():
         path = prepare.weights_path(typed)
         if not path.exists():
@@ -186,6 +205,7 @@ class Inputs:
     tokenizer: Tokenizer
     weights: Weights
     held_out: dict[str, Split] = field(default_factory=dict)
+    adapter: Adapter | None = None
 
     def steps_per_epoch(self, config: RunConfig) -> int:
         """Optimizer steps in one pass over the training sentences; a last, short one counts."""
@@ -195,12 +215,17 @@ class Inputs:
     def _checksums(self) -> dict[str, dict[str, str]]:
         used = {n: getattr(self.files, n) for n in ("train", "dev", "test", "label_names")}
         used |= {"weights": self.weights.path, "tokenizer": self.tokenizer.path}
-        found = {name: path.resolve() for name, path in used.items() if path}
-        return {name: {"path": str(path), "sha256": files.sha256(path)} for name, path in found.items()}
+        used["adapter"] = self.adapter and self.adapter.path
+        # A file of the hub's cache is a link to one whose name does not tell what it is: its own name stays.
+        found = {name: path.parent.resolve() / path.name for name, path in used.items() if path}
+        known = {name: {"path": str(path), "sha256": files.sha256(path)} for name, path in found.items()}
+        if fetched := hub.origin(self.weights.path):
+            known["weights"]["hub"] = fetched
+        return known
 
     def checksums(self) -> dict[str, dict[str, str]]:
-        """For the run's args.json: each file that is read, with its whole path and its sha256. The same files are read
-        once, for all the runs of a series or a search."""
+        """For the run's args.json: each file that is read, with its whole path and its sha256; of weights from the hub
+        their name and commit too. The same files are read once, for all the runs of a series or a search."""
         return {name: {**one} for name, one in self._checksums.items()}
 
 
@@ -220,6 +245,10 @@ def load(config: RunConfig, need: tuple[str, ...]) -> Inputs:
         read = weights.read_weights(model.weights)
     tokenizers.check_vocabulary(tokenizer, read.config)
     weights.check_n_layers(read, config.n_layers)
+    frozen.check(config.freeze, config.n_layers or read.config.n_layers, bool(config.lora_r and not config.adapter))
+    if config.lora_r and config.lora_r > read.config.dim:
+        raise InputError(f"--lora_r {config.lora_r}: no matrix of {model.weights} has a rank above {read.config.dim}; "
+                         "take a lower one")
     where = config.device or ("cuda" if config.use_gpu else "cpu")
     if wants_fused(config, where, sum(map(math.prod, read.shapes.values()))):
         threading.Thread(target=fused.library, daemon=True).start()  # compiled while the rest is read
@@ -236,7 +265,54 @@ def load(config: RunConfig, need: tuple[str, ...]) -> Inputs:
             held_out = run_splits.hold_out(splits["train"])
             splits = {**splits, **held_out}
     run_splits.say_without_test(splits)
-    return Inputs(found, splits, classes.names, tokenizer, read, held_out)
+    return Inputs(found, splits, classes.names, tokenizer, read, held_out, read_adapter(config, read))
+
+
+def read_adapter(config: RunConfig, base: Weights) -> Adapter | None:
+    """--adapter: that of a run of ours, or one of PEFT's, for this base. Raises InputError or FileNotFoundError."""
+    if not config.adapter:
+        return None
+    adapter = _adapter_of(config, base)
+    lora.check(adapter, base.config)
+    return adapter
+
+
+def _adapter_of(config: RunConfig, base: Weights) -> Adapter:
+    assert config.adapter
+    if peft.is_peft(Path(config.adapter)):
+        found = peft.read_peft(Path(config.adapter), base.config, config.n_layers)
+        if found.base and files.sha256(base.path) != found.base.sha256:  # the same weights may be in another format
+            logs.warn(f"--adapter {config.adapter}: {base.path} is not the file or folder that it was trained on, "
+                      f"{found.base.path} (sha256); with other weights the adapter is noise")
+        weights.check_n_layers(base, found.n_layers)
+        return found
+    settings, best = _run_with_adapters(Path(config.adapter))
+    if not settings.lora or not settings.base:
+        raise InputError(f"--adapter {config.adapter}: this run has no adapters; begin with its weights: "
+                         f"--pretrained_model_path {config.adapter}")
+    adapters.find_base(settings.base, best, base.path)
+    handle = weights.open_safetensors(best / "model.safetensors")
+    tensors = {name: handle.get_tensor(name).float() for name in handle.keys()}
+    parts = {part: {name.removeprefix(part): tensor for name, tensor in tensors.items() if name.startswith(part)}
+             for part in ("llama.", "classifier_head.")}
+    return Adapter(best, settings.lora, parts["llama."], parts["classifier_head."], settings.llama.n_layers,
+                   settings.base, settings.values(), settings.llama.attention)
+
+
+def base_of_adapter(folder: Path) -> str | None:
+    """The base that an adapter names; None where nothing lies there."""
+    if peft.is_peft(folder):
+        return peft.named_base(folder)
+    settings, _ = _run_with_adapters(folder)
+    return settings.base.path if settings.base else None
+
+
+def _run_with_adapters(folder: Path) -> tuple[ClassifierConfig, Path]:
+    """What a run's classifier is, and where it lies. Raises InputError for a folder that is no run."""
+    if not saved.is_run(folder) and not weights.is_run(folder):
+        raise InputError(f"--adapter {folder}: there is no adapter here, neither one of PEFT's (adapter_config.json) "
+                         "nor a finished run with --lora_r")
+    return saved.read_settings(folder, "--adapter")
 
 
 def limit_train(config: RunConfig, inputs: Inputs) -> Inputs:

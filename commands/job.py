@@ -1,22 +1,24 @@
 """The one place that wires a run: model, task, optimizer and schedule from its options and inputs."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 
 import fused
+import lora
 import schedule
 from classifier import ClassifierConfig, LlamaEmbeddingClassifier
 from commands import start
 from commands.classification import ClassificationTask
 from commands.inputs import Inputs, input_errors
-from config import RunConfig, counted
+from config import Base, RunConfig, counted, lora_config
 from llama import load_pretrained
 from optimizer import OPTIMIZERS, parameter_groups
 from training import device as devices
-from training import logs
+from training import frozen, logs
 from training.device import Device
 from training.task import Job
 from training.trainer import MORE_IS_BETTER
@@ -28,14 +30,23 @@ def build_job(config: RunConfig, inputs: Inputs, device: Device) -> Job[Classifi
     random = np.random.default_rng(config.seed)
     torch.manual_seed(config.seed)
     with logs.doing(f"reading {inputs.weights.path}"):
-        llama = load_pretrained(inputs.weights, config.n_layers, config.dropout, config.attention, has_output=False)
+        low = device.dtype if config.lora_r else torch.float32  # what is not trained needs no more digits than are used
+        llama = load_pretrained(inputs.weights, config.n_layers, config.dropout, config.attention, has_output=False,
+                                dtype=low, norm_dtype=torch.float32)
     llama.grad_checkpoint = config.grad_checkpoint
     settings = ClassifierConfig(len(inputs.names), inputs.names, config.pooling, config.loss,
-                                config.hidden_dropout_prob, config.max_sentence_len, llama.config)
+                                config.hidden_dropout_prob, config.max_sentence_len, llama.config, config.head_bias)
+    if adapters := lora_config(config):
+        settings = replace(settings, lora=adapters, base=Base(**inputs.checksums()["weights"]))
     model = LlamaEmbeddingClassifier(settings, llama)
-    is_trained = start.has_head(config, inputs.weights)
+    if adapters:
+        lora.add(llama, adapters)
+    if inputs.adapter:
+        lora.load(llama, inputs.adapter)
+    is_trained = start.has_head(config, inputs)
     if is_trained:
-        start.load_head(model, inputs.weights)
+        start.load_head(model, inputs)
+    frozen.freeze(model, config.freeze)
     model.to(device.where)
     with logs.doing("compiling fused.c"):
         is_as_fast_as_asked = devices.accelerate(config, model, device)

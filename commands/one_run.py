@@ -15,7 +15,7 @@ import fused
 from commands import estimate, results, resume, run_pictures
 from commands import job as jobs
 from commands.inputs import Inputs
-from config import RunConfig, counted, names_in
+from config import RunConfig, counted, millions, names_in
 from formats import files
 from training import best as best_folder
 from training import calibration, checks, diagnosis, logs, metrics, run_folder, saved, state, trainer
@@ -63,11 +63,13 @@ def train(config: RunConfig, inputs: Inputs, device: Device, series_folder: RunF
             logs.notice(f"resuming {folder} at step {loop.progress.step}")
         n_parameters = sum(p.numel() for p in loop.parameters)
         logs.say(f"model :: {inputs.weights.path}, {counted(job.task.model.llama.config.n_layers, 'layer')}, "
-                 f"{n_parameters / 1e6:.1f}M trainable parameters, {len(inputs.names)} classes")
+                 f"{millions(n_parameters)} trainable parameters, {len(inputs.names)} classes")
         logs.say(f"run :: {folder}, on {device}")
         if clock.estimated and n_runs:
             logs.notice(estimate.long_run(clock.estimated, loop.course, loop.progress.step, config, n_runs,
                                           job.task.model.llama.config.n_layers, float(np.median(loop.lengths)), device))
+        with stoppable((series_folder or folder).resume_command(config)):
+            job.task.keep()
         if loop.saved is None:  # a resumed run has had them, and its micro-batch stays
             check_before(config, loop)
         best = loop.run()
@@ -75,10 +77,13 @@ def train(config: RunConfig, inputs: Inputs, device: Device, series_folder: RunF
         with logs.doing(f"reading {folder.best}"):
             best_folder.check_best(folder.best, best.get("manifest"))
             saved.load_classifier_state(folder.best, job.model)  # the best weights are what is evaluated
+        if config.save_dtype != "float32":  # those of the frozen part too have been rounded
+            job.task.forget()
         held_out = {name: split for name, split in inputs.splits.items() if name != "train"}
         with stoppable((series_folder or folder).resume_command(config)):
             with logs.doing(f"evaluating the best weights on {' and '.join(held_out)}"):
                 outputs = {name: job.task.predict(split, name) for name, split in held_out.items()}
+        job.task.forget()  # another run may follow
         for name in outputs:
             metrics.check_finite(outputs[name], f"{folder}: {name}")
         with logs.doing("computing the baselines"):

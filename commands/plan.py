@@ -7,9 +7,10 @@ import numpy as np
 
 from commands import estimate, plot, rate_pictures
 from commands import job as jobs
+from commands.classification import ClassificationTask
 from commands.inputs import Inputs
-from config import RunConfig, counted, no_effect
-from training import clock, logs
+from config import RunConfig, counted, gigabytes, lora_config, millions, no_effect
+from training import clock, frozen, kept, logs
 from training import device as devices
 from training.course import course_of
 from training.device import Device
@@ -20,6 +21,20 @@ def rates(job: Job, n_steps: int) -> list[float]:
     """The learning rate of each step of the run, the largest of the parameter groups'."""
     top = max(group["lr"] for group in job.optimizer.param_groups)
     return [top * job.schedule(i, []) for i in range(n_steps)]
+
+
+def what_is_kept(config: RunConfig, job: Job[ClassificationTask]) -> str:
+    """Where what the frozen first part computes is kept, and how much it is; "" where there is no such part."""
+    task, budget = job.task, gigabytes(kept.BUDGET)
+    if why := frozen.why_not_kept(config):
+        return f"; each epoch computes what they give, since {why}"
+    if not task.keeps:
+        return ""
+    folder = task.folder_of_kept()
+    where = f"in a file in {folder}, mapped into memory, since it is more than {budget}" if folder else (
+        f"in memory (up to {budget})")
+    size = gigabytes(task.bytes_kept())
+    return f"; what they give for train and dev is computed once and takes {size}, kept {where}"
 
 
 def show(asked: RunConfig, config: RunConfig, inputs: Inputs, device: Device, n_runs: int) -> int:
@@ -41,16 +56,27 @@ def show(asked: RunConfig, config: RunConfig, inputs: Inputs, device: Device, n_
     course, times = course_of(config, job.steps_per_epoch), measured.times
     steps = course.steps
     lr, warmup = rates(job, steps), jobs.warmup_of(config, job.steps_per_epoch)
-    n, bytes_each = sum(p.numel() for p in job.model.parameters() if p.requires_grad), 4
-    memory = n * bytes_each * (2 + (1 if config.ema else 0)) + measured.state_bytes
+    parameters = list(job.model.parameters())
+    n, bytes_each = sum(p.numel() for p in parameters if p.requires_grad), 4
+    weights = sum(p.numel() * p.element_size() for p in parameters)
+    memory = weights + n * bytes_each * (1 + (1 if config.ema else 0)) + measured.state_bytes
     logs.say(f"plan :: {counted(len(inputs.splits['train']), 'sentence')}, {config.batch_size * config.grad_accum} a "
              f"step ({config.batch_size} x {config.grad_accum}), {counted(job.steps_per_epoch, 'step')} an epoch, "
              f"{steps} in all")
     logs.say(f"plan :: {config.scheduler}, warmup {counted(warmup, 'step')}, lr {lr[0]:.2e} at the start, "
              f"{max(lr):.2e} at the peak, {lr[-1]:.2e} at the end")
-    logs.say(f"plan :: {n / 1e6:.1f}M trainable parameters; weights, gradients and {config.optimizer}'s state take "
-             f"{memory / 2**30:.2f} GiB; with the longest batch, {devices.peak_memory(device) / 2**30:.2f} GiB were in "
+    logs.say(f"plan :: {millions(n)} trainable parameters; weights, gradients and {config.optimizer}'s state take "
+             f"{gigabytes(memory)}; with the longest batch, {devices.peak_memory(device) / 2**30:.2f} GiB were in "
              "use")
+    if adapters := lora_config(config):
+        n_base, state = sum(p.numel() for p in parameters) - n, n * bytes_each + measured.state_bytes
+        where = ", ".join(adapters.targets)
+        logs.say(f"plan :: adapters of rank {adapters.r}, times {adapters.scale:g}, beside {where} of each layer; "
+                 f"{millions(n_base)} parameters stay as they are; a saved state takes {gigabytes(state)}")
+    if config.freeze != "none":
+        n_frozen = sum(p.numel() for module in frozen.part(job.task.model, config.freeze) for p in module.parameters())
+        logs.say(f"plan :: frozen: {frozen.in_words(config.freeze)}, {millions(n_frozen)} parameters"
+                 f"{what_is_kept(config, job)}")
     minutes = times.of(course) / 60
     logs.say(f"plan :: about {times.step:.2f} s a step on {device}: {minutes * job.steps_per_epoch / steps:.1f} min an "
              f"epoch, {minutes:.1f} min in all, evaluation counted ({course.n_evaluations()} of "

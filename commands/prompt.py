@@ -20,7 +20,7 @@ def run(config: RunConfig) -> int:
     baselines = results.print_baselines(config, inputs.files.train, inputs.splits)
     device = devices.choose_device(config)
     start.warn_of_classifier(inputs.weights)
-    llama = load_pretrained(inputs.weights, config.n_layers)
+    llama = load_pretrained(inputs.weights, config.n_layers, dtype=device.dtype)
     model = LlamaZeroShotClassifier(config, inputs.tokenizer, inputs.names, llama).to(device.where)
     devices.accelerate(config, model, device)
     outputs = {}

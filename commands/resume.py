@@ -13,7 +13,7 @@ from training.trainer import Loop
 
 # A file of args.json, and the option that names it.
 OPTION_OF = {"train": "train", "dev": "dev", "test": "test", "label_names": "label_names", "tokenizer": "tokenizer",
-             "weights": "pretrained_model_path"}
+             "weights": "pretrained_model_path", "adapter": "adapter"}
 
 
 # What may be another value than the run began with.
@@ -74,8 +74,10 @@ def same_run(config: RunConfig, folder: RunFolder, described: dict[str, Any]) ->
     for name, option in OPTION_OF.items():
         if name not in used:
             continue
-        # One that has moved may be named anew: its checksum says that it is the same.
-        path = Path(asked.pop(option, used[name]["path"]))
+        # One that has moved may be named anew: its checksum says that it is the same. A name from the hub is no path.
+        typed = asked.pop(option, None)
+        is_a_name = typed == options.get(option) and not Path(typed or "").exists()
+        path = Path(used[name]["path"] if typed is None or is_a_name else typed)
         digest = files.sha256(path) if path.is_file() or path.is_dir() else None
         if digest and digest == used[name].get("sha256", digest):
             changed[option] = str(path)

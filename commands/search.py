@@ -23,9 +23,9 @@ from commands.space import Space
 from commands.storage import hidden
 from commands.study import Plan, Trials
 from commands.trial import Ground, Outcome
-from config import InputError, RunConfig, counted, duration, no_effect
+from config import InputError, RunConfig, counted, duration
 from formats import files, weights
-from training import clock, loggers, logs, run_folder
+from training import clock, frozen, loggers, logs, run_folder
 from training import device as devices
 from training.bar import Bar
 from training.course import course_of
@@ -56,13 +56,14 @@ def run(config: RunConfig) -> int:
     # No trial has folds, so nothing is cut or held out for them.
     whole = inputs.load(replace(config, folds=None, fold=None), need=("train", "dev"))
     if not text:
-        rate = defaults.rate_for(config.n_layers or whole.weights.config.n_layers)
+        rate, _ = defaults.rate_of(config, config.n_layers or whole.weights.config.n_layers)
         text = spaces.default_space(len(whole.splits["train"]), rate, config.ordinal, config.given)
         space = spaces.parse(text)
         logs.notice(f"space :: {text} (chosen, since no --space was typed)")
     typed, config = config, defaults.with_defaults(config, whole, {one.name for one in space})
-    for line in no_effect(typed):
+    for line in spaces.no_effect_anywhere(space, typed):
         logs.warn(f"no effect: {line}")
+    logs.notice(frozen.notice(config))
     for line in spaces.check(space, replace(config, given=typed.given)):
         logs.warn(line)
     ground = Ground(trial.base_config(config, objective), trial.without_test(whole), devices.choose_device(config),
@@ -137,6 +138,8 @@ def plan_of(config: RunConfig, text: str, space: Space, ground: Ground) -> Plan:
         try:
             if at.pretrained_model_path == ground.config.pretrained_model_path:
                 weights.check_n_layers(ground.inputs.weights, at.n_layers)
+                frozen.check(at.freeze, at.n_layers or ground.inputs.weights.config.n_layers,
+                             bool(at.lora_r and not at.adapter))
             n_evaluations = max(n_evaluations, n_evaluations_of(at, ground.inputs))
         except InputError as error:
             raise InputError(f"--space: there is no run at {spaces.in_words(point)}: {error}") from None

@@ -17,7 +17,7 @@ from training.run_folder import RunFolder, options_of
 
 # What may differ between the options of a series and those of its runs: where things are.
 PLACES = {"output_dir", "overwrite", "resume", "dev_out", "test_out", "dataset", "train", "dev", "test", "label_names",
-          "tokenizer", "pretrained_model_path"}
+          "tokenizer", "pretrained_model_path", "adapter"}
 
 
 @dataclass(frozen=True)

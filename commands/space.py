@@ -25,7 +25,7 @@ SWITCH = {"on": True, "true": True, "off": False, "false": False}
 # What says which data are read and where things go, or belongs to the search itself.
 NOT_SEARCHED = {"option", "run", "dataset", "train", "dev", "test", "label_names", "text_column", "label_column",
                 "output_dir", "overwrite", "resume", "keep_state", "plan", "plots", "logger", "dev_out", "test_out",
-                "seeds", "folds", "fold", "max_minutes", "device", "use_gpu", "monitor", "ordinal",
+                "seeds", "folds", "fold", "adapter", "max_minutes", "device", "use_gpu", "monitor", "ordinal",
                 # and what changes no result
                 "overfit_batch", "check_gradients", "auto_batch", "new_head", "save_every", "kernels"}
 
@@ -333,6 +333,8 @@ def check(space: Space, config: RunConfig) -> list[str]:
     for one in space:
         if one.name in config.given:
             raise InputError(f"--{one.name} is typed and is in the space too; leave one of them out")
+        if config.adapter and one.name.startswith("lora_") and one.name != "lora_dropout":
+            raise InputError(f"--space: {one.name}: --adapter {config.adapter} has its own; leave one of them out")
     run = replace(config, option="finetune")
     effects: dict[str, list[tuple[dict[str, Any], str]]] = {one.name: [] for one in space}
     for point in corners(space):
@@ -355,6 +357,15 @@ def check(space: Space, config: RunConfig) -> list[str]:
                 notes.append(f"--space: {name} has no effect where {other.name} is {' or '.join(map(str, unused))}; "
                              f"{name}[{other.name}={some}]=... searches it only where it has one")
     return notes
+
+
+def no_effect_anywhere(space: Space, typed: RunConfig) -> list[str]:
+    """A line for each typed option that does nothing at any point of the space."""
+    def names(config: RunConfig) -> set[str]:
+        return {line.partition(":")[0] for line in no_effect(config)}
+
+    idle = [names(configured(typed, point)) for point in corners(space)]
+    return [line for line in no_effect(typed) if all(line.partition(":")[0] in some for some in idle)]
 
 
 def in_words(point: dict[str, Any]) -> str:

@@ -3,7 +3,7 @@
 Nothing here imports torch, so `python run_llama.py --help` answers at once.
 """
 
-from config.model import LlamaConfig
+from config.model import LORA_TARGETS, Base, LlamaConfig, LoraConfig, RopeScaling
 from config.parser import MEANT, integers, make_parser, parse_args, value_type
 from config.run import (
     COMMANDS,
@@ -12,13 +12,16 @@ from config.run import (
     POOLINGS,
     RunConfig,
     contradiction,
+    frozen_layers,
+    lora_config,
     names_in,
     no_effect,
     only_run,
     options,
 )
-from config.words import InputError, counted, duration, shown
+from config.words import InputError, counted, duration, gigabytes, millions, shown
 
-__all__ = ["COMMANDS", "LOGGERS", "MEANT", "OPTIMIZERS", "POOLINGS", "InputError", "LlamaConfig", "RunConfig",
-           "contradiction", "counted", "duration", "integers", "make_parser", "names_in", "no_effect", "only_run",
-           "options", "parse_args", "shown", "value_type"]
+__all__ = ["COMMANDS", "LOGGERS", "LORA_TARGETS", "MEANT", "OPTIMIZERS", "POOLINGS", "Base", "InputError",
+           "LlamaConfig", "LoraConfig", "RopeScaling", "RunConfig", "contradiction", "counted", "duration",
+           "frozen_layers", "gigabytes", "integers", "lora_config", "make_parser", "millions", "names_in", "no_effect",
+           "only_run", "options", "parse_args", "shown", "value_type"]

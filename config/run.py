@@ -1,18 +1,20 @@
 """The run's options: one field of `RunConfig` each, with its default, its help, the values that it accepts, the
 commands that use it and the options that it needs."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import Field, dataclass, field, fields
 from functools import partial
 from typing import Any
 
 import schedule
+from config.model import LORA_TARGETS, LoraConfig
 from config.words import InputError
 from schedule import AT_LEAST_ONE, FRACTION, NOT_NEGATIVE, SCHEDULERS, Check, Need
 
 COMMANDS = ("generate", "prompt", "finetune", "evaluate", "predict", "serve", "lr_find", "verify_resume",
-            "search", "inspect", "report")
-COMPUTING = COMMANDS[:-1]  # those that run a model
+            "search", "inspect", "report", "export")
+COMPUTING = COMMANDS[:-2]  # those that run a model
 FINETUNE = ("finetune",)
 TRIALS = ("finetune", "search")  # the trials of a search are such runs
 WHOLE_RUN = (*TRIALS, "verify_resume")  # the commands that train to the end
@@ -38,8 +40,12 @@ QUESTION = "Is this movie {labels}? This movie is"
 RATE = Check(lambda x: 0 < x <= 1e6, "above 0 and at most 1e6")
 AT_LEAST_TWO = Check(lambda x: x >= 2, "2 or more")
 PROBABILITY = Check(lambda x: 0 <= x < 1, "at least 0 and below 1")
+FREEZE = Check(lambda x: x in ("none", "embeddings", "backbone") or frozen_layers(x) is not None,
+               "none, embeddings, backbone, or first:K with K from 1 on, such as first:4")
+TRAINS_LAYERS = Need(lambda c: c.freeze != "backbone", "--freeze backbone trains the head alone")
 
 SGD = Need(lambda c: c.optimizer == "sgd", "--optimizer {optimizer} does not use it")
+LORA = Need(lambda c: c.lora_r or c.adapter, "it needs --lora_r")
 ONE_RUN = Need(lambda c: not c.seeds and (not c.folds or c.fold is not None),
                "each run has its predictions in its own folder")
 SERIES = Need(lambda c: c.option in TRIALS or c.resume,
@@ -51,12 +57,23 @@ def names_in(text: str | None) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name.strip() for name in text.split(","))) if text else ()
 
 
+def targets_in(text: str) -> tuple[str, ...]:
+    """The names in --lora_targets; `q_proj`, as PEFT says it, is q."""
+    return tuple(dict.fromkeys(name.removesuffix("_proj") for name in names_in(text)))
+
+
+def frozen_layers(freeze: str) -> int | None:
+    """K of --freeze first:K; None for everything else."""
+    word, _, number = freeze.partition(":")
+    return int(number) if word == "first" and re.fullmatch("[1-9][0-9]{0,5}", number) else None
+
+
 def _option(group: str, default: Any, help: str, *, only: tuple[str, ...] = TRAINING, common: bool = False,
             needs: Sequence[Need] = (), requires: Need | None = None, one_of: tuple[str, ...] = (), also: str = "",
             **more: Any) -> Any:
     """A field of `RunConfig`. `only`: the commands that use the option; `common`: is it in the short help? Without what
     it `needs` it has no effect; without what it `requires`, or beside another of `one_of`, it is refused. `also`: what
-    other programs call it."""
+    other programs call it; `earlier`: what runs did that are older than the option, where that is not its default."""
     return field(default=default, metadata={"group": group, "help": help, "only": only, "common": common,
                  "needs": needs, "requires": requires, "one_of": one_of, "also": also, **more})
 
@@ -64,8 +81,8 @@ def _option(group: str, default: Any, help: str, *, only: tuple[str, ...] = TRAI
 # A group of the help each, with the commands of those of its options that name none.
 _what = partial(_option, "What to do", common=True)
 _data = partial(_option, "Data", only=LABELLED, metavar="FILE")
-_model, _train, _optimizer, _schedule, _regular, _output = (partial(_option, group) for group in (
-    "Model", "Training", "Optimizer", "Schedule", "Regularisation", "Output"))
+_model, _lora, _train, _optimizer, _schedule, _regular, _output = (partial(_option, group) for group in (
+    "Model", "Adapters", "Training", "Optimizer", "Schedule", "Regularisation", "Output"))
 _stop = partial(_option, "Stopping and guards", only=WHOLE_RUN)
 _search = partial(_option, "Search", only=("search",))
 _range = partial(_option, "Range test", only=("lr_find",))
@@ -92,12 +109,13 @@ class RunConfig:
     option: str = _what("generate", "generate continues --prefix; prompt asks the pretrained model without training; "
         "finetune trains, then evaluates the best epoch; evaluate, predict and serve use a saved --run; lr_find looks "
         "for the learning rate; verify_resume kills a run and compares; search looks for the best options; inspect "
-        "says what is wrong with data or with a --run; report compares runs and says what is chance",
+        "says what is wrong with data or with a --run; report compares runs and says what is chance; export writes a "
+        "--run, or pretrained weights, for other programs",
         choices=COMMANDS, only=COMMANDS,
         show_default=False, also="mode task command")
     run: tuple[str, ...] | None = _what(None, "the folder of a finished run; evaluate and predict average several, "
         "or those of --seeds and --folds; report takes folders of runs, logs and tables too", metavar="RUN",
-        only=(*SAVED, "inspect", "report"), also="runs")
+        only=(*SAVED, "inspect", "report", "export"), also="runs")
     input: str | None = _what(None, "the sentences to label: one a line, or a table as --train takes; - is stdin, "
         "which is answered line by line; inspect says of each which words tip the decision", metavar="FILE",
         only=("predict", "inspect"))
@@ -123,23 +141,53 @@ class RunConfig:
     train_limit: int | None = _data(None, "train on a random N of the training sentences", metavar="N", only=TRAINING,
         check=AT_LEAST_ONE, also="max_train_samples")
 
-    pretrained_model_path: str | None = _model(None, "a llama2.c .pt, a .gguf, a Hugging Face folder, the folder of a "
-        "finished run, or a name that data/prepare.py knows (default: stories42M.pt where it is, else smollm2-135m)",
-        metavar="PATH", common=True, only=MODEL_FILES, also="model model_name model_name_or_path checkpoint")
+    pretrained_model_path: str | None = _model(None, "a llama2.c .pt or .bin, a .gguf, a Hugging Face folder, "
+        "hf:OWNER/NAME[@REVISION] from its hub, the folder of a finished run, or a name that data/prepare.py knows "
+        "(default: stories42M.pt where it is, else smollm2-135m)", metavar="PATH", common=True,
+        only=(*MODEL_FILES, *SAVED, "export"),
+        also="model model_name model_name_or_path checkpoint")
     tokenizer: str | None = _model(None, "SentencePiece .model, tokenizer.json or .gguf (default: the one that comes "
-        "with the weights)", metavar="FILE", only=MODEL_FILES)
-    n_layers: int | None = _model(None, "use the first K layers of the pretrained stack", metavar="K", only=PRETRAINED,
-        check=AT_LEAST_ONE, common=True)
+        "with the weights)", metavar="FILE", only=(*MODEL_FILES, "export"),
+        needs=[Need(lambda c: c.option != "export" or not c.run, "the saved run has its own")])
+    n_layers: int | None = _model(None, "use the first K layers of the pretrained stack", metavar="K",
+        only=(*PRETRAINED, "export"), check=AT_LEAST_ONE, common=True,
+        needs=[Need(lambda c: c.option != "export" or not c.run, "the saved run has its own")])
     attention: str = _model("causal", "what a token sees: the ones before it, or all",
         choices=("causal", "bidirectional"))
     pooling: str = _model("last", "how a sentence's hidden states become one vector", choices=POOLINGS)
+    head_bias: bool = _model(False, "the linear head has a bias; without one, `transformers` and `peft` can load the "
+        "classifier (--option export)", earlier=True,
+        needs=[Need(lambda c: c.loss == "ce", "the head of --loss {loss} has none")])
     hidden_dropout_prob: float = _model(0.3, "dropout in front of the classification head", check=PROBABILITY,
         common=True, also="classifier_dropout")
     dropout: float = _model(0.0, "embedding, attention and residual dropout inside the stack", check=PROBABILITY,
         also="dropout_prob attention_dropout")
 
+    freeze: str = _model("none", "what is not trained: the embeddings; the backbone, which is all but the head; or "
+        "first:K, the embeddings and the first K layers. What a frozen first part computes is kept for the next epoch",
+        metavar="PART", check=FREEZE, needs=[Need(lambda c: c.freeze != "embeddings" or not (c.lora_r or c.adapter),
+            "beside adapters, nobody trains the embeddings")], also="freeze_layers freeze_backbone num_frozen_layers")
     new_head: bool = _model(False, "where --pretrained_model_path is a finished run: take its Llama alone, and train a "
-        "new head", needs=[Need(lambda c: c.pretrained_model_path, "it needs --pretrained_model_path RUN")])
+        "new head",
+        needs=[Need(lambda c: c.pretrained_model_path or c.adapter, "it needs --pretrained_model_path RUN")])
+
+    lora_r: int | None = _lora(None, "train adapters of this rank beside the matrices of the stack, and the head; the "
+        "rest stays as it is", metavar="R", check=AT_LEAST_ONE,
+        requires=Need(lambda c: c.freeze != "backbone" or c.adapter, "--freeze backbone trains the head alone, and "
+            "--lora_r asks for adapters; leave one of them out"), also="lora_rank lora_dim rank")
+    lora_alpha: float | None = _lora(None, "what an adapter adds is multiplied with alpha / R (default: 2 R)",
+        metavar="ALPHA", check=RATE, needs=[LORA])
+    lora_dropout: float = _lora(0.0, "dropout in front of the adapters", check=PROBABILITY, needs=[LORA])
+    lora_targets: str = _lora("all", "which matrices of each layer get an adapter: q, k, v, o, gate, up, down, with "
+        "commas between, or all", metavar="NAME[,NAME]", needs=[LORA], also="lora_target_modules target_modules",
+        check=Check(lambda x: x == "all" or bool(targets_in(x)) and {*targets_in(x)} <= {*LORA_TARGETS},
+                    f"all, or some of {', '.join(LORA_TARGETS)} with commas and no spaces, such as q,v"))
+    lora_rs: bool = _lora(False, "multiply with alpha / sqrt(R) instead (rsLoRA), for large ranks", needs=[LORA],
+        also="use_rslora")
+    lora_dora: bool = _lora(False, "learn the length of each row apart from its direction (DoRA); slower",
+        needs=[LORA], also="use_dora")
+    adapter: str | None = _lora(None, "begin with this adapter: the folder of a run with --lora_r, or one of PEFT's; "
+        "predict uses one of PEFT's that has a head", metavar="DIR", only=(*TRAINING, "predict"))
 
     epochs: int = _train(10, "passes over the training set", check=AT_LEAST_ONE, common=True, also="num_train_epochs")
     max_steps: int | None = _train(None, "end after N optimizer steps, where --epochs would have more; the schedule is "
@@ -154,7 +202,7 @@ class RunConfig:
     auto_batch: bool = _train(False, "find the largest forward pass that fits into memory on the longest sentences; "
         "the effective batch stays", only=WHOLE_RUN)
     grad_checkpoint: bool = _train(False, "compute activations twice instead of keeping them: less memory, about a "
-        "third more time")
+        "third more time", needs=[TRAINS_LAYERS])
     train_eval: str = _train("sample", "train acc is measured on a fixed random sample as large as dev, or on the "
         "full training set", choices=("sample", "full"), only=WHOLE_RUN)
     seed: int = _train(1337, "the seed of everything random", only=("generate", *TRAINING), common=True,
@@ -169,10 +217,12 @@ class RunConfig:
 
     optimizer: str = _optimizer("adamw", "how gradients become steps; sgd has --momentum", also="optim",
         choices=OPTIMIZERS)
-    lr: float = _optimizer(1e-5, "learning rate at its peak", check=RATE, common=True, also="learning_rate")
+    lr: float = _optimizer(1e-5, "learning rate at its peak", check=RATE, common=True, also="learning_rate",
+        needs=[Need(lambda c: TRAINS_LAYERS.holds(c) or not c.head_lr, "--freeze backbone trains the head alone, and "
+            "--head_lr is its rate")])
     head_lr: float | None = _optimizer(None, "the classification head's own rate", check=RATE)
     layerwise_lr_decay: float = _optimizer(1.0, "each layer's rate is this times that of the layer above", also="llrd",
-        check=FRACTION)
+        check=FRACTION, needs=[TRAINS_LAYERS])
     lr_scaling: str | None = _optimizer(None, "scale the rates with effective batch / --base_batch_size",
         choices=("linear", "sqrt"))
     base_batch_size: int = _optimizer(80, "the batch that the rate was tuned at", check=AT_LEAST_ONE,
@@ -276,8 +326,8 @@ class RunConfig:
 
     output_dir: str | None = _output(None, "the run folder (default: runs/<option>-<epochs>-<lr>, with -2, -3 behind "
         "it when it exists; of search runs/search, where the same search goes on; of report runs/report, which the "
-        "next report replaces, and of inspect the --run, or runs/inspect)", metavar="DIR", common=True, also="save_dir",
-        only=(*TRAINING, "inspect", "report"))
+        "next report replaces, and of inspect the --run, or runs/inspect; export needs a new one)", metavar="DIR",
+        common=True, also="save_dir", only=(*TRAINING, "inspect", "report", "export"))
     overwrite: bool = _output(False, "replace the run that is in --output_dir", also="overwrite_output_dir force",
         only=("finetune", "verify_resume", "lr_find"),
         needs=[Need(lambda c: c.output_dir, "it needs --output_dir")])
@@ -310,6 +360,12 @@ class RunConfig:
         "(default: 1101, those of SST-5, and the report says that it assumed so)", metavar="N",
         check=Check(lambda x: 2 <= x <= 10**9, "2 or more, and at most a billion"))
 
+    format: str = _output("hf", "what the files are for: transformers, PEFT (the adapters of a run with --lora_r), "
+        "llama.cpp, llama2.c", choices=("hf", "peft", "gguf", "llama2c"), only=("export",))
+    gguf_type: str = _output("f16", "how a GGUF stores the matrices; q8_0 takes about half of f16",
+        choices=("f32", "f16", "bf16", "q8_0"), only=("export",), also="quantization quant outtype",
+        needs=[Need(lambda c: c.format == "gguf", "--format {format} does not use it")])
+
     prefix: str = _text(GENERATE_PREFIX, "the text to continue", metavar="TEXT", show_default=False, common=True,
         also="prompt_text text")
     max_new_tokens: int = _text(75, "how many tokens to generate", metavar="N", check=AT_LEAST_ONE)
@@ -329,6 +385,14 @@ def only_run(c: RunConfig) -> str:
     if len(c.run) > 1:
         raise InputError(f"--option {c.option} uses one --run, and {len(c.run)} are given: {', '.join(c.run[:5])}")
     return c.run[0]
+
+
+def lora_config(c: RunConfig) -> LoraConfig | None:
+    """The adapters that are to be trained; None: none."""
+    if not c.lora_r:
+        return None
+    targets = tuple(LORA_TARGETS) if c.lora_targets == "all" else targets_in(c.lora_targets)
+    return LoraConfig(c.lora_r, c.lora_alpha or 2 * c.lora_r, c.lora_dropout, targets, c.lora_rs, c.lora_dora)
 
 
 def options() -> list[Field[Any]]:

@@ -19,6 +19,16 @@ def duration(seconds: float) -> str:
 _TERMINAL_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
 
+def millions(n: int) -> str:
+    """A number of parameters: 49.5M, or 2,880 where that would be 0.0M."""
+    return f"{n / 1e6:.1f}M" if n >= 5e4 else f"{n:,}"
+
+
+def gigabytes(n: int) -> str:
+    """A number of bytes: 1.25 GiB, or 13.0 MiB where it is below a tenth of one."""
+    return f"{n / 2**30:.2f} GiB" if n >= 2**30 / 10 else f"{n / 2**20:.1f} MiB"
+
+
 def shown(text: object) -> str:
     """Text for a person's terminal: a name or path from a file could hold codes that move the cursor, hide text or
     reverse it, so they are written out, as \\x1b or \\u202e."""

@@ -177,8 +177,8 @@ def no_follow(path: str, flags: int) -> int:
 
 # --------------------------------------------------------------------------- checksums
 
-READ_OF_A_FOLDER = ("config.json", "*.safetensors", "model.safetensors.index.json", "tokenizer*.json",
-                    "tokenizer.model")
+READ_OF_A_FOLDER = ("config.json", "adapter_config.json", "*.safetensors", "model.safetensors.index.json",
+                    "tokenizer*.json", "tokenizer.model")
 
 
 def sha256(path: Path) -> str:

@@ -12,6 +12,7 @@ from torch.nn.functional import cross_entropy, kl_div
 
 from classifier import LlamaEmbeddingClassifier, LlamaZeroShotClassifier, OrdinalHead, classification_loss, pool
 from llama import load_pretrained
+from tokenizer import Tokenizer
 
 POOLINGS = ("last", "mean", "max", "first")
 SETTINGS = {"num_labels": 5, "hidden_dropout_prob": 0.1}
@@ -258,3 +259,16 @@ def test_the_cuts_have_the_heads_rate():
     assert {name.partition(".")[0] for name, p in model.named_parameters() if rates[id(p)] == 1e-3} == {
         "classifier_head"}
     assert len([r for r in rates.values() if r == 1e-3]) == 3
+
+
+def test_a_prompted_model_in_bfloat16_gives_under_autocast_what_the_same_in_float32_gives(tiny_model):
+    """Its last product is in float32 all the same: in bfloat16, close scores would be equal."""
+    tokenizer = Tokenizer(tokenizer_model=tiny_model)
+    half, wide = load_pretrained(tiny_model, dtype=torch.bfloat16), load_pretrained(tiny_model)
+    wide.load_state_dict(half.state_dict())
+    ids = tiny.tokens(3, 9)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        got, want = (LlamaZeroShotClassifier(None, tokenizer, ["good film", "bad"], model)(ids)
+                     for model in (half, wide))
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)

@@ -1,9 +1,11 @@
 """The command line: spellings, defaults, and messages."""
 
 import ast
+import dataclasses
 import functools
 import importlib
 import io
+import json
 import re
 import subprocess
 import sys
@@ -39,7 +41,7 @@ def test_the_defaults_are_the_teaching_scripts():
 def test_minus_and_underscore_are_interchangeable(f):
     check = f.metadata.get("check")
     read = config.value_type(f)
-    fitting = next((v for v in ("0.5", "1", "2", "10", "csv") if "float" in str(f.type) or "." not in v
+    fitting = next((v for v in ("0.5", "1", "2", "10", "csv", "all", "none") if "float" in str(f.type) or "." not in v
                     if not check or check.holds(read(v))), "1")
     value = [] if f.type is bool else [str((f.metadata.get("choices") or [fitting])[0])]
     finetune = ["--option", "finetune"]
@@ -374,7 +376,20 @@ NEEDS = {
     "r_drop": ("1 --hidden_dropout_prob 0", "1 --hidden_dropout_prob 0 --dropout 0.1",
                "without --dropout and --hidden_dropout_prob the two passes are the same"),
     "overwrite": ("", "--output_dir x", "it needs --output_dir"),
+    "lora_alpha": ("8", "8 --lora_r 4", "it needs --lora_r"), "lora_dropout": ("0.1", "0.1 --lora_r 4",
+                                                                               "it needs --lora_r"),
+    "lora_targets": ("q,v", "q,v --lora_r 4", "it needs --lora_r"), "lora_rs": ("", "--lora_r 4", "it needs --lora_r"),
+    "lora_dora": ("", "--lora_r 4", "it needs --lora_r"),
+    "head_bias": ("--loss ordinal", "", "the head of --loss ordinal has none"),
     "new_head": ("", "--pretrained_model_path runs/x", "it needs --pretrained_model_path RUN"),
+    "n_layers": ("2 --option export --run y", "2 --option export", "the saved run has its own"),
+    "tokenizer": ("x --option export --run y", "x --option export", "the saved run has its own"),
+    "gguf_type": ("f32 --option export", "f32 --option export --format gguf", "--format hf does not use it"),
+    "freeze": ("embeddings --lora_r 4", "embeddings", "beside adapters, nobody trains the embeddings"),
+    "grad_checkpoint": ("--freeze backbone", "--freeze first:2", "--freeze backbone trains the head alone"),
+    "lr": ("1 --freeze backbone --head_lr 1", "1 --freeze backbone",
+           "--freeze backbone trains the head alone, and --head_lr is its rate"),
+    "layerwise_lr_decay": ("0.5 --freeze backbone", "0.5 --freeze first:2", "--freeze backbone trains the head alone"),
     "use_gpu": ("--device cpu", "", "--device decides"),
     "dev_out": ("x --seeds 2", "x", "each run has its predictions in its own folder"),
     "final_seeds": ("2 --option search --finalists 0", "2 --option search", "there are no --finalists"),
@@ -407,11 +422,29 @@ def test_an_option_of_another_command_does_nothing(f):
     value = "" if f.type is bool else "1e-3" if "float" in str(f.type) else (f.metadata.get("choices") or ["20"])[0]
     assert no_effect(f"--{f.name} {value}") == [f"--{f.name}: it belongs to another --option"]
     (its, *_) = f.metadata["only"]
+    value = NEEDS[f.name][1] if f.name in NEEDS else value
     assert config.no_effect(config.parse_args(["--option", its, *f"--{f.name} {value}".split()])) == []
 
 
+LLAMA3 = {"kind": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_seq_len": 32}
+ROPE_FAULTS = ["linear", [2.0], {}, {"kind": "yarn", "factor": 2.0}, {"kind": "linear"},
+               {"kind": "linear", "factor": "2"},
+               {"kind": "linear", "factor": 0}, {"kind": "linear", "factor": float("nan")}, {"kind": [], "factor": 2.0},
+               {**LLAMA3, "kind": "linear"}, {"kind": "llama3", "factor": 8.0}, {**LLAMA3, "low_freq_factor": 4.0},
+               {**LLAMA3, "original_max_seq_len": 32.5}, {**LLAMA3, "high_freq_factor": True}, {**LLAMA3, "more": 1}]
+
+
+def test_a_models_shape_is_read_again_from_its_json():
+    shape = config.LlamaConfig(dim=32, n_heads=4, head_dim=12, rope_scaling=config.RopeScaling(**LLAMA3))
+    again = config.LlamaConfig(**json.loads(json.dumps(dataclasses.asdict(shape))))
+    assert again == shape and again.rope_scaling.factor == 8.0
+    assert config.LlamaConfig(dim=32, n_heads=4).head_dim == 8  # as in files of before it was a field
+
+
 @pytest.mark.parametrize("bad", [{"dim": 0}, {"dim": 30, "n_heads": 4}, {"n_heads": 4, "n_kv_heads": 3},
-                                 {"attention": "sideways"}, {"n_layers": "8"}, {"dim": 12, "n_heads": 4}])
+                                 {"attention": "sideways"}, {"n_layers": "8"}, {"dim": 12, "n_heads": 4},
+                                 {"head_dim": 7}, {"head_dim": 0}, {"head_dim": 8.0}, {"head_dim": True},
+                                 *({"rope_scaling": scaling} for scaling in ROPE_FAULTS)], ids=str)
 def test_a_model_that_cannot_be_is_refused(bad):
     with pytest.raises(ValueError):
         config.LlamaConfig(**bad)

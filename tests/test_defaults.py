@@ -95,3 +95,12 @@ def test_lr_find_looks_and_answers_with_the_same_settings(inputs, folder, capsys
 def test_a_deeper_stack_has_a_lower_rate():
     rates = [defaults.rate_for(n) for n in range(1, 81)]
     assert rates == sorted(rates, reverse=True) and 1e-5 <= rates[-1] < rates[0] <= 1e-3
+
+
+@pytest.mark.parametrize("typed, rate, said", [
+    ([], 7.9e-4, "that for 2 layers."), (["--lora_r", "4"], 4e-3, "that for 2 layers with adapters."),
+    (["--freeze", "backbone"], 1e-2, "that for a head alone."),
+    (["--freeze", "first:1"], 7.9e-4, "that for 2 layers.")])
+def test_the_rate_is_that_of_what_is_trained(typed, rate, said, inputs, folder, capsys):
+    assert settings_of([*inputs, *typed])["lr"] == rate
+    assert f"the rate is {said}" in capsys.readouterr().err

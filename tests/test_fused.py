@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 import fused
 from classifier import LlamaEmbeddingClassifier, classification_loss
+from config import RopeScaling
 from llama import PLAIN, KVCache, Linear, RMSNorm, rotary_table
 
 pytestmark = pytest.mark.skipif(fused.library() is None, reason="no C compiler here")
@@ -193,7 +194,8 @@ def greedy(model, n: int, steps: list) -> torch.Tensor:
 
 
 SHAPES = [{}, {"n_kv_heads": 4}, {"n_kv_heads": 1}, {"hidden_dim": 16}, {"n_heads": 16, "n_kv_heads": 8},
-          {"max_seq_len": 7}, {"tie_embeddings": True}]
+          {"max_seq_len": 7}, {"tie_embeddings": True}, {"head_dim": 4}, {"head_dim": 24, "hidden_dim": 16},
+          {"dim": 34, "head_dim": 8}, {"rope_scaling": RopeScaling("linear", 3.0)}]
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
@@ -212,11 +214,12 @@ def test_generation_with_c_is_the_plain_one(shape, threads):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("threads", [1, 2, 3])
-def test_a_decoding_step_is_as_near_to_float64_as_the_plain_one(dtype, threads):
+@pytest.mark.parametrize("more", [{}, {"head_dim": 6}, {"head_dim": 20}], ids=str)
+def test_a_decoding_step_is_as_near_to_float64_as_the_plain_one(dtype, threads, more):
     """The states of eight tokens, one after the other."""
-    exact = tiny.llama(n_layers=3).double()
-    model = accelerated(tiny.llama(n_layers=3).to(dtype))
-    plain = tiny.llama(n_layers=3).to(dtype)
+    exact = tiny.llama(n_layers=3, **more).double()
+    model = accelerated(tiny.llama(n_layers=3, **more).to(dtype))
+    plain = tiny.llama(n_layers=3, **more).to(dtype)
     tokens, found = tiny.tokens(1, 8), {}
     table = model.angles(8, torch.device("cpu"))
     torch.set_num_threads(threads)

@@ -18,6 +18,7 @@ FLOORS = [
         "search",
         "inspect", "inspect_run", "inspect_data", "inspect_pages",
         "finetune", "evaluate", "predict", "serve", "prompt", "generate", "lr_find", "verify_resume", "report",
+        "export", "export_hf", "model_card", "export_tokenizer", "exported",
         # what they share
         "report_pages",
         "report_pictures",
@@ -42,6 +43,7 @@ FLOORS = [
         "http_service",
         "batcher",
         "answers",
+        "adapted",
         "finished",
         "inputs",
         "splits",
@@ -65,6 +67,8 @@ FLOORS = [
         "diagnosis",
         "guards",
         "metrics",
+        "kept",
+        "frozen",
         "comparisons",
         "bar",
         "saved",
@@ -79,7 +83,7 @@ FLOORS = [
         "run_folder",
         "logs",
     )],
-    ["dataset", "classifier"],
+    ["dataset", "classifier", "lora"],
     ["llama", "tokenizer"],
     [f"formats.{name}" for name in (
         "run_tables",
@@ -87,7 +91,12 @@ FLOORS = [
         "log_lines",
         "command_lines",
         "past_run",
+        "export_peft", "export_hf", "export_gguf", "export_llama2c",
+        "peft",
         "weights",
+        "adapters",
+        "huggingface", "llama2c", "gguf_weights",
+        "tensors",
         "gguf",
         "words",
         "holdout",
@@ -98,24 +107,26 @@ FLOORS = [
         "rows",
         "lines",
         "text",
+        "new_folder",
         "files",
         "memory",
     )],
     ["config.parser", "config.run", "config.model", "config.words", "optimizer"],
-    ["schedule", "fused", "data.prepare", "data.download"],
+    ["schedule", "fused", "data.prepare", "data.hub", "data.download"],
 ]
 FOLDERS = ("commands", "training", "formats", "config", "data")
 PLACE = {room: (floor, i) for floor, rooms in enumerate(FLOORS) for i, room in enumerate(rooms)}
 WITHOUT_TORCH = [
     "run_llama", "config.parser", "schedule", "tokenizer", "formats.memory", "formats.files", "formats.labels",
     "formats.tables", "formats.holdout", "formats.lines",
-    "formats.gguf", "data.prepare", "data.download", "training.logs", "training.run_folder", "training.streams",
+    "formats.gguf", "data.prepare", "data.download", "data.hub", "training.logs",
+    "training.run_folder", "training.streams",
     "training.signals", "training.course", "training.clock", "commands.report",
     "formats.words", "training.data_checks", "training.calibration", "training.mistakes", "commands.space"]
 # What a room may import inside a function: a library that takes over 0.2 s, or one that only some systems have.
 LATE = {"sklearn", "scipy", "matplotlib", "safetensors", "tokenizers", "sentencepiece", "gguf", "tqdm", "importlib",
         "optuna", "sqlalchemy", "jinja2", "markupsafe", "pyarrow", "tensorboardX", "wandb", "mlflow", "fcntl", "msvcrt",
-        "resource"}
+        "resource", "huggingface_hub"}
 
 
 def path_of(room: str) -> Path:

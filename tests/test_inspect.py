@@ -150,8 +150,8 @@ def test_sixty_classes_and_text_without_spaces(tmp_path, tiny_model, capsys):
 def finished(inputs, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "small"
     subprocess.run([sys.executable, str(ROOT / "run_llama.py"), "--option", "finetune", *inputs, "--lr", "1e-3",
-                    "--epochs", "1", "--batch_size", "16", "--device", "cpu", "--dtype", "float32", "--output_dir",
-                    str(folder)], capture_output=True, text=True, check=True)
+                    "--epochs", "1", "--batch_size", "16", "--device", "cpu", "--dtype", "float32", "--head_bias",
+                    "--output_dir", str(folder)], capture_output=True, text=True, check=True)
     return folder
 
 
@@ -303,7 +303,7 @@ def test_a_fold_is_looked_at_on_sentences_that_it_has_not_seen(inputs, tmp_path,
     dev, at = words[words.index("--dev") + 1], words.index("--test")
     for name, own in (("with", words), ("without", words[:at] + words[at + 2:])):
         assert run_llama.main(["--option", "finetune", *own, "--epochs", "1", "--device", "cpu", "--folds", "2",
-                               "--output_dir", str(tmp_path / name)]) == 0
+                               "--dtype", "float32", "--output_dir", str(tmp_path / name)]) == 0
     capsys.readouterr()
     fold = tmp_path / "with" / "fold-0"
     assert run_llama.main(["--option", "inspect", "--run", str(fold)]) == 0

@@ -6,8 +6,20 @@ import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn import functional as F
 
-from llama import KVCache, RMSNorm, apply_rotary_emb, load_pretrained, rotary_table
+import fused
+from config import RopeScaling
+from llama import (
+    SHORT,
+    KVCache,
+    RMSNorm,
+    apply_rotary_emb,
+    attend,
+    load_pretrained,
+    rotary_frequencies,
+    rotary_table,
+)
 
 
 def max_difference(a, b):
@@ -56,6 +68,24 @@ def test_rotary_positions_turn_pairs_by_position_times_frequency(theta):
 
 
 @settings(max_examples=50, deadline=None)
+@given(st.sampled_from([8, 64, 128]), st.sampled_from([1e4, 5e5]), st.floats(1, 64), st.floats(0.1, 4),
+       st.floats(0.1, 9), st.integers(2, 10**5))
+def test_scaled_frequencies_are_those_of_transformers(head_dim, theta, factor, low, more, original):
+    hf = tiny.transformers()
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    for kind, numbers in (("linear", {}), ("llama3", {"low_freq_factor": low, "high_freq_factor": low + more,
+                                                      "original_max_seq_len": original})):
+        theirs = {"rope_type": kind, "rope_theta": theta, "factor": factor,
+                  **{name.replace("max_seq_len", "max_position_embeddings"): n for name, n in numbers.items()}}
+        shape = hf.LlamaConfig(hidden_size=4 * head_dim, num_attention_heads=4, rope_parameters=theirs)
+        want, scale = ROPE_INIT_FUNCTIONS[kind](shape, device="cpu")
+        got = rotary_frequencies(head_dim, theta, RopeScaling(kind, factor, **numbers), torch.device("cpu"))
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=0)
+        assert scale == 1.0
+
+
+@settings(max_examples=50, deadline=None)
 @given(st.integers(0, 40), st.integers(0, 40), st.integers(0, 23), st.integers(0, 99))
 def test_a_product_of_rotated_vectors_depends_on_their_distance_only(i, j, shift, seed):
     random = torch.Generator().manual_seed(seed)
@@ -99,6 +129,20 @@ def test_logits_and_hidden_states_equal_transformers(tmp_path, kv_heads):
         want = theirs(ids, output_hidden_states=True)
     assert max_difference(logits, want.logits) < 1e-4
     assert max_difference(hidden, want.hidden_states[-1]) < 1e-4
+
+
+@pytest.mark.parametrize("in_c", [False, True])
+def test_weights_in_bfloat16_give_under_autocast_what_the_same_in_float32_give(in_c):
+    """So only half the memory is needed where nothing is trained: what the layers add up stays in float32."""
+    half = tiny.llama().bfloat16()
+    wide = tiny.llama()
+    wide.load_state_dict(half.state_dict())
+    for model in (half, wide):
+        if in_c:
+            fused.accelerate(model)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        got, want = (model.hidden(tiny.tokens(3, 20)) for model in (half, wide))
+    assert got.dtype == torch.float32 and torch.equal(got, want)
 
 
 @settings(max_examples=25, deadline=None)
@@ -209,3 +253,25 @@ def test_one_position_of_a_cached_token_is_that_of_the_whole_sentence():
         torch.testing.assert_close(ours[:, 0], model.hidden(tokens)[:, 7])
         with pytest.raises(ValueError, match="one token at a time"):
             model.hidden(tokens[:, 5:], caches=caches, start=5)
+
+
+@pytest.mark.parametrize("length, is_wide", [(9, True), (SHORT, True), (SHORT + 1, False)])
+@pytest.mark.parametrize("kind", ["causal", "masked"])
+def test_short_sentences_in_bfloat16_have_float32s_gradients(length, is_wide, kind):
+    """... rounded once, to the bit; long ones, and those without a gradient, have PyTorch's for bfloat16."""
+    torch.manual_seed(0)
+    shape = {"query": 4, "key": 2, "value": 2}
+    own = [torch.randn(1, heads, length, 8).bfloat16().requires_grad_() for heads in shape.values()]
+    mask = None if kind == "causal" else (torch.arange(length) < length - 2)[None, None, None]
+    wide = [x.detach().float().requires_grad_() for x in own]
+    out = F.scaled_dot_product_attention(*wide, mask, 0.0, mask is None, enable_gqa=True).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = attend(*own, mask, mask is None, 0.0)
+    with torch.no_grad():
+        plain = F.scaled_dot_product_attention(*own, mask, 0.0, mask is None, enable_gqa=True)
+        assert torch.equal(attend(*own, mask, mask is None, 0.0), plain)
+    assert found.dtype == torch.bfloat16 and torch.equal(found, out if is_wide else plain)
+    found.float().sin().sum().backward()
+    out.float().sin().sum().backward()
+    same = [torch.equal(a.grad, b.grad.bfloat16()) for a, b in zip(own, wide, strict=True)]
+    assert all(same) if is_wide else not all(same)

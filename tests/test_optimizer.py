@@ -38,7 +38,7 @@ def test_each_parameter_has_the_rate_and_the_decay_of_its_place(classifier):
         assert (of[id(p)]["lr"], of[id(p)]["weight_decay"]) == (pytest.approx(rate), decay), name
     assert [(g["name"]) for g in groups] == [
         "embeddings", "layer 0", "layer 0, no decay", "layer 1", "layer 1, no decay", "layer 2",
-        "layer 2 to top, no decay", "head", "head, no decay"]
+        "layer 2 to top, no decay", "head"]
 
 
 def test_the_optimizers_are_those_of_the_command_line():
@@ -50,7 +50,7 @@ def test_equal_groups_are_one_and_a_tied_parameter_is_in_it_once(classifier):
     assert [id(p) for p in group["params"]] == [id(p) for p in classifier.parameters()]
     assert (group["name"], group["lr"], group["weight_decay"]) == ("embeddings to head", 1e-3, 0.1)
     assert [g["name"] for g in parameter_groups(classifier, 1e-3, 0.1)] == [
-        "embeddings to head", "layer 0 to head, no decay"]
+        "embeddings to head", "layer 0 to top, no decay"]
     AdamW(parameter_groups(classifier, 1e-3, 0.1)).step()
 
 

@@ -263,8 +263,19 @@ def test_the_first_loss_is_that_of_the_model_that_was_asked_for(finetune, tiny_m
     assert run.losses[0] == pytest.approx(want, abs=2e-6)
     assert not text or abs(want - finetune().losses[0]) > 2e-5, "a model without the option would be told from it"
     head = run.before[HEAD].clone().requires_grad_()
-    F.cross_entropy(pooled @ head.T + run.before["classifier_head.bias"], labels).backward()
+    F.cross_entropy(pooled @ head.T, labels).backward()
     same(run.gradients[0][HEAD], head.grad)
+
+
+def test_the_head_has_a_bias_where_one_is_asked_for(finetune, tiny_model, files):
+    """It begins at 0, and its gradient is the mean error of each class."""
+    bias = "classifier_head.bias"
+    run = finetune("--head_bias")
+    _, logits, labels = judged(run, tiny_model, files["train"])
+    assert not run.before[bias].any() and bias not in finetune().before and bias not in finetune().best
+    same(run.gradients[0][bias], (logits.softmax(1) - F.one_hot(labels, 3)).mean(0))
+    same(moved(run, bias), -LR * run.gradients[0][bias])
+    same(run.best[bias], run.after[-1][bias])
 
 
 def test_the_weights_are_those_of_the_path(finetune, tiny_model, files, tmp_path):
@@ -291,7 +302,7 @@ def test_dropout_in_front_of_the_head_is_pytorchs(finetune, tiny_model, files):
     run = finetune("--hidden_dropout_prob 0.5")
     pooled, _, labels = judged(run, tiny_model, files["train"])
     torch.set_rng_state(run.random[0])
-    logits = F.dropout(pooled, 0.5) @ run.before[HEAD].T + run.before["classifier_head.bias"]
+    logits = F.dropout(pooled, 0.5) @ run.before[HEAD].T
     assert run.losses[0] == pytest.approx(F.cross_entropy(logits, labels).item(), abs=2e-6)
     assert abs(run.losses[0] - finetune().losses[0]) > 1e-4
 
@@ -507,7 +518,7 @@ def test_r_drop_is_the_divergence_of_two_passes(finetune, tiny_model, files):
     run = finetune("--hidden_dropout_prob 0.5 --r_drop 100")
     pooled, _, labels = judged(run, tiny_model, files["train"])
     torch.set_rng_state(run.random[0])
-    p, q = (F.log_softmax(F.dropout(pooled, 0.5) @ run.before[HEAD].T + run.before["classifier_head.bias"], 1)
+    p, q = (F.log_softmax(F.dropout(pooled, 0.5) @ run.before[HEAD].T, 1)
             for _ in range(2))
     divergence = sum(F.kl_div(a, b, log_target=True, reduction="batchmean") for a, b in ((p, q), (q, p)))
     want = (F.nll_loss(p, labels) + F.nll_loss(q, labels)) / 2 + 100 * divergence / 2
@@ -630,7 +641,7 @@ def test_the_gradients_numbers_are_clipped_as_pytorch_does(finetune):
 
 def test_the_head_has_its_own_rate_and_each_layer_less_than_the_one_above(finetune):
     run = finetune("--head_lr 0.5 --layerwise_lr_decay 0.5")
-    rates = {HEAD: 0.5, "classifier_head.bias": 0.5, NORM: LR, WQ: LR,
+    rates = {HEAD: 0.5, NORM: LR, WQ: LR,
              "llama.layers.0.attention.wq.weight": LR / 2, "llama.tok_embeddings.weight": LR / 4}
     for name, lr in rates.items():
         same(moved(run, name), -lr * run.gradients[0][name])
@@ -971,11 +982,14 @@ def test_prompt_asks_the_question_that_was_given(inputs, talker, files, tmp_path
 # Test -> the options that it would miss; in this file where no other is named.
 TESTED = {
     "test_the_first_loss_is_that_of_the_model_that_was_asked_for": "n_layers attention pooling max_sentence_len",
+    "test_the_head_has_a_bias_where_one_is_asked_for": "head_bias",
+    "test_export::test_llama_cpp_goes_on_with_our_tokens": "format gguf_type",
     "test_the_weights_are_those_of_the_path": "pretrained_model_path",
     "test_the_tokens_are_those_of_the_tokenizer": "tokenizer",
     "test_dropout_in_front_of_the_head_is_pytorchs": "hidden_dropout_prob",
     "test_dropout_in_the_stack_is_drawn_in_all_of_its_places": "dropout",
     "test_a_checkpointed_layer_is_computed_twice": "grad_checkpoint",
+    "test_freeze::test_what_is_frozen_stays_and_the_rest_is_trained_as_pytorch_does": "freeze",
     "test_dtype_is_the_precision_of_the_products": "dtype",
     "test_device_and_use_gpu_are_asked_for": "device use_gpu",
     "test_own_data::test_the_columns_that_were_typed_are_read": "text_column label_column",
@@ -1050,6 +1064,9 @@ TESTED = {
     "test_search::test_objective_decides_and_is_the_monitor": "objective",
     "test_search::test_storage_is_where_the_trials_are": "storage",
     "test_search::test_finalists_and_final_seeds_say_what_runs_again": "finalists final_seeds",
+    "test_adapters::test_the_options_are_those_of_peft": "lora_r lora_alpha lora_targets lora_rs lora_dora",
+    "test_adapters::test_lora_dropout_is_drawn_in_front_of_the_adapters": "lora_dropout",
+    "test_adapters::test_adapter_goes_on_with_the_adapter_and_the_head_of_a_run": "adapter",
     "test_report::test_n_dev_says_how_much_is_chance": "n_dev",
     "test_report::test_score_names_the_column_of_a_table": "score",
 }

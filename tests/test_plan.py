@@ -1,6 +1,7 @@
 """--plan: what a run would do. It leaves everything as it was."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -40,8 +41,8 @@ def test_a_plan_says_what_a_run_does(tiny_arguments, capsys):
                         f"{rates[-1]:.2e} at the end")
     assert max(rates) == 3e-3
     run = capsys.readouterr().out
-    million = next(word for word in run.split() if word.endswith("M"))
-    assert lines[2].startswith(f"{million} trainable parameters") and "GiB" in lines[2]
+    number = re.search(r"(\S+) trainable parameters", run)[1]
+    assert lines[2].startswith(f"{number} trainable parameters; ") and "MiB" in lines[2] and "GiB" in lines[2]
     assert " s a step on cpu" in lines[3] and "min an epoch" in lines[3]
     assert "min in all, evaluation counted (3 of " in lines[3]
     train = Path(tiny_arguments[tiny_arguments.index("--train") + 1]).read_text(encoding="utf-8").splitlines()

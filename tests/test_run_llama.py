@@ -13,7 +13,7 @@ import dataset
 import fused
 import optimizer
 import run_llama
-from commands import generate
+from commands import generate, prompt
 from commands import inputs as inputs_room
 from commands import job as jobs
 from config import COMMANDS, RunConfig, no_effect, options, parse_args
@@ -664,3 +664,20 @@ def test_a_run_with_c_is_the_run_without(arguments, tiny_data, monkeypatch):
     for option in (["--option", "evaluate"], ["--option", "predict", "--input", str(tiny_data["dev"])]):
         assert run_llama.main([*option, "--run", "on"]) == 0
     assert found[3:] == [True, True]
+
+
+@pytest.mark.parametrize("option", ["generate", "prompt"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_where_nothing_is_trained_weights_are_in_the_precision_of_the_products(arguments, monkeypatch, option, dtype):
+    room, seen = {"generate": generate, "prompt": prompt}[option], []
+    real = room.load_pretrained
+
+    def spy(*words, **more):
+        model = real(*words, **more)
+        seen.append({str(p.dtype) for p in model.parameters()})
+        return model
+
+    monkeypatch.setattr(room, "load_pretrained", spy)
+    words = arguments if option == "prompt" else arguments[:2]
+    assert run_llama.main(["--option", option, *words, "--device", "cpu", "--dtype", dtype]) == 0
+    assert seen == [{f"torch.{dtype}"}]

@@ -125,9 +125,9 @@ def test_no_trial_and_no_finalist_looks_at_the_test_split(searched):
 def test_test_is_looked_at_once_however_often_a_search_is_started(inputs, monkeypatch, capsys):
     seen, real = [], metrics.predict
 
-    def predict(model, split, pad_id, device, label="eval", *more):
+    def predict(model, split, pad_id, device, label="eval", *more, **named):
         seen.append(label)
-        return real(model, split, pad_id, device, label, *more)
+        return real(model, split, pad_id, device, label, *more, **named)
 
     monkeypatch.setattr(metrics, "predict", predict)
     words = ("--trials", "2", "--finalists", "1", "--final_seeds", "2", "--method", "random")

@@ -131,10 +131,10 @@ def kill_at(monkeypatch, moment: str) -> None:
             raise Kill
         return summarise(*arguments)
 
-    def predict(*arguments):
+    def predict(*arguments, **named):
         if before == "evaluating" and arguments[-1] == "test":
             signal.raise_signal(signal.SIGTERM)
-        return evaluate(*arguments)
+        return evaluate(*arguments, **named)
 
     monkeypatch.setattr(one_run, "train", train_one)
     monkeypatch.setattr(series, "summarise", killed)

@@ -16,7 +16,9 @@ from classifier import ClassifierConfig, empty_classifier
 from formats import files
 from formats.weights import read_weights
 from llama import load_pretrained
+from minllama import load
 from training import saved
+from training.run_folder import options_of
 
 # A training that changes nothing: what it reports is what it began with.
 STILL = ("--epochs 1 --lr 1e-12 --optimizer sgd --scheduler constant --hidden_dropout_prob 0 --batch_size 32 "
@@ -200,6 +202,25 @@ def test_settings_that_are_no_classifiers_are_refused(earlier, inputs, fault):
     (best / "config.json").write_text(json.dumps({**settings, **fault}), encoding="utf-8")
     done = from_run(inputs, best)
     assert done.code == 2 and str(best / "config.json") in done.err and not Path("later").exists()
+
+
+def test_a_run_that_is_older_than_head_bias_has_one_and_keeps_it(earlier, inputs):
+    """Its config.json does not say so."""
+    best = Path(shutil.copytree(earlier / "best", "older"))
+    (best / "manifest.json").unlink()
+    state = {**load_file(best / "model.safetensors"), "classifier_head.bias": torch.tensor([5.0, -2.0, 1.0])}
+    save_file(state, best / "model.safetensors")
+    settings = json.loads((best / "config.json").read_text(encoding="utf-8"))
+    assert settings.pop("head_bias") is False
+    (best / "config.json").write_text(json.dumps(settings), encoding="utf-8")
+    assert load(best).saved.model.classifier_head.bias.tolist() == [5.0, -2.0, 1.0]
+    later = from_run(inputs, best)
+    assert later.code == 0 and later.before["classifier_head.bias"].tolist() == [5.0, -2.0, 1.0], later.err
+    assert json.loads(Path("later/best/config.json").read_text(encoding="utf-8"))["head_bias"] is True
+    options = json.loads(Path("later/args.json").read_text(encoding="utf-8"))["options"]
+    assert options.pop("head_bias") is True and options_of({"options": options})["head_bias"] is True
+    refused = from_run(inputs, earlier, "--head_bias", "--overwrite")
+    assert refused.code == 2 and "the head of that run has no bias, and --head_bias asks for one" in refused.err
 
 
 def test_a_head_of_another_shape_is_refused(earlier, inputs):

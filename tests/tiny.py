@@ -51,6 +51,28 @@ def hf_model(kv_heads: int = KV_HEADS, tied: bool = True, theta: float = 10000.0
     return model.eval()
 
 
+def hf_relative(model_type: str = "llama", **more):
+    """A random transformers model of a type that computes what a Llama does; `more` of its config."""
+    hf = transformers()
+    torch.manual_seed(2)
+    shape = dict(vocab_size=VOCAB, hidden_size=DIM, intermediate_size=HIDDEN, num_hidden_layers=LAYERS,
+                 num_attention_heads=HEADS, num_key_value_heads=KV_HEADS, head_dim=DIM // HEADS, rms_norm_eps=1e-4,
+                 max_position_embeddings=CONTEXT, tie_word_embeddings=False, initializer_range=0.25, bos_token_id=1,
+                 eos_token_id=None, pad_token_id=None, rope_parameters={"rope_type": "default", "rope_theta": 777.0})
+    model = hf.AutoModelForCausalLM.from_config(hf.AutoConfig.for_model(model_type, **{**shape, **more}))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.uniform_(0.5, 1.5)
+    return model.eval()
+
+
+LINEAR = {"rope_type": "linear", "rope_theta": 777.0, "factor": 4.0}
+# Of its four frequencies one stays, one becomes 1 / 8, and two are between.
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 30.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 24}
+
+
 def tokens(*shape: int, seed: int = 0, vocab: int = VOCAB) -> torch.Tensor:
     return torch.randint(vocab, shape, generator=torch.Generator().manual_seed(seed))
 
@@ -123,7 +145,9 @@ def write_gguf(path: Path, model, kind: str = "F32", change=None, architecture: 
     says = dict(vocab_size=c.vocab_size, context_length=c.max_position_embeddings, embedding_length=c.hidden_size,
                 block_count=c.num_hidden_layers, feed_forward_length=c.intermediate_size, head_count=HEADS,
                 head_count_kv=c.num_key_value_heads, layer_norm_rms_eps=c.rms_norm_eps,
-                rope_freq_base=c.rope_parameters["rope_theta"], rope_dimension_count=DIM // HEADS)
+                rope_freq_base=c.rope_parameters["rope_theta"], rope_dimension_count=c.head_dim)
+    if c.head_dim != DIM // HEADS:
+        says |= dict(key_length=c.head_dim, value_length=c.head_dim)
     for name, value in {**says, **numbers}.items():
         getattr(writer, f"add_{name}")(value)
     if change:

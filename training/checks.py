@@ -14,6 +14,7 @@ from config import InputError
 from formats.memory import is_out_of_memory
 from schedule import make_schedule
 from training import device as devices
+from training import state as states
 from training import trainer
 from training.task import InOneEpoch
 from training.trainer import Loop
@@ -22,14 +23,14 @@ from training.trainer import Loop
 @contextmanager
 def untouched(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[None]:
     """Whatever happens inside, weights, gradients, optimizer, random states and mode are afterwards as they were."""
-    weights = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    weights = {name: tensor.detach().clone() for name, tensor in states.trained(model).items()}
     state, was_training = copy.deepcopy(optimizer.state_dict()), model.training
     cuda = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     with torch.random.fork_rng(devices=cuda):
         try:
             yield
         finally:
-            model.load_state_dict(weights)
+            states.load_trained(model, weights)
             optimizer.load_state_dict(state)
             optimizer.zero_grad(set_to_none=True)
             model.train(was_training)
@@ -44,8 +45,11 @@ def check_gradients(loop: Loop) -> float:
     rows = loop.task.order(0)[0][: 4 * loop.config.batch_size]
     n = len(rows)
     device, micro_batch, gradients = loop.device, loop.progress.micro_batch, []
+    frozen = [(p, p.data) for p in loop.model.parameters() if not p.requires_grad]
     with untouched(loop.model, loop.optimizer):
         loop.model.eval()
+        for p, data in frozen:
+            p.data = data.float()
         loop.device, loop.pass_tokens = replace(device, dtype=torch.float32), sys.maxsize
         try:
             for micro in (n, max(1, n // 4), max(1, n // 2 - 1)):  # whole, even, and with a short last one
@@ -55,6 +59,8 @@ def check_gradients(loop: Loop) -> float:
                 gradients.append([p.grad.to_dense().clone() for p in loop.parameters if p.grad is not None])
         finally:
             loop.device, loop.progress.micro_batch, loop.pass_tokens = device, micro_batch, trainer.PASS_TOKENS
+            for p, data in frozen:
+                p.data = data
     largest = max(float(g.abs().max()) for g in gradients[0])
     difference = max(float((a - b).abs().max()) for other in gradients[1:]
                      for a, b in zip(gradients[0], other, strict=True)) / largest

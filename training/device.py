@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import fused
+import lora
 from config import InputError, RunConfig, counted
 from formats.memory import is_out_of_memory
 from training import logs
@@ -147,7 +148,8 @@ def wants_fused(config: RunConfig, where: str, n_parameters: int) -> bool:
 
 
 def accelerate(config: RunConfig, model: nn.Module, device: Device) -> bool:
-    """Let a model run in C where that is wanted; the same choice in every command. Returns whether it is as wanted:
-    without a compiler it is not."""
+    """Let a model run in C where that is wanted, and hold the base of adapters in the device's precision; the same
+    choice in every command. Returns whether it is as wanted: without a compiler it is not."""
+    lora.hold_base(model, device.dtype)
     wanted = wants_fused(config, device.where.type, sum(p.numel() for p in model.parameters()))
     return not wanted or fused.accelerate(model)

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+import lora
 from formats.memory import is_out_of_memory
 from training.device import Device
 
@@ -44,10 +45,13 @@ def layer_group(name: str) -> str:
 def update_ratios(model: nn.Module, before: list[Tensor]) -> dict[str, float]:
     """|update| / |weight| of each layer group over one step; about 1e-3 is healthy (Karpathy's rule of thumb).
 
-    `before`: the trainable parameters as they were before the step."""
+    `before`: the trainable parameters as they were before the step. Adapters are left out: they begin at zero, so that
+    their first steps are large beside them, and small beside the matrices that they belong to."""
     sums: dict[str, list[float]] = {}
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     for (name, p), old in zip(named, before, strict=True):
+        if lora.is_adapter(name):
+            continue
         pair = sums.setdefault(layer_group(name), [0.0, 0.0])
         pair[0] += float((p.detach() - old).float().pow(2).sum())
         pair[1] += float(old.float().pow(2).sum())

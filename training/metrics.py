@@ -15,17 +15,19 @@ from dataset import Split, length_order, make_batch
 from training import comparisons
 from training.bar import Bar
 from training.device import Device
+from training.kept import Activations
 from training.signals import SIGNALS
 
 
 @torch.inference_mode()
 def predict(model: nn.Module, split: Split, pad_id: int, device: Device, label: str | None = "eval",
-            batch_size: int | None = None) -> Tensor:
+            batch_size: int | None = None, kept: Activations | None = None) -> Tensor:
     """The model's output for every row of the split, in the file's order: (N, C) float32 on the CPU.
 
     Rows are run in the order of their length, with little padding, and put back. The model is left in the mode
     (training or evaluation) that it was in. `label`: what the progress bar says; None, for a caller that is no training
-    run: no bar, and signals are left alone. `batch_size`: so many rows at once at most.
+    run: no bar, and signals are left alone. `batch_size`: so many rows at once at most. `kept`: what a frozen
+    first part gives for the split.
     """
     was_training = model.training
     model.eval()
@@ -35,9 +37,12 @@ def predict(model: nn.Module, split: Split, pad_id: int, device: Device, label: 
         for i, rows in enumerate(batches, 1):
             if bar:
                 SIGNALS.check()
-            batch = device.put(make_batch(split, rows, pad_id))
+            batch = make_batch(split, rows, pad_id)
+            if kept is not None:
+                batch["below"] = kept.batch(rows)
+            batch = device.put(batch)
             with device.autocast():
-                parts.append(model(batch["tokens"], batch["lengths"]).float())
+                parts.append(model(*(batch[name] for name in ("tokens", "lengths", "below") if name in batch)).float())
             if bar:
                 bar.update(f"{label}: batch {i} of {len(batches)}")
     model.train(was_training)

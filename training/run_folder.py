@@ -125,7 +125,7 @@ class RunFolder:
                     not isinstance(file.get("sha256", ""), str)):
                 raise InputError(f"{path}: the {name} file is {file!r}, expected its path and its sha256")
             at = Path(file["path"])
-            if at.exists() and not at.is_file() and not (at.is_dir() and name in ("weights", "tokenizer")):
+            if at.exists() and not at.is_file() and not (at.is_dir() and name in ("weights", "tokenizer", "adapter")):
                 raise InputError(f"{path}: the {name} file is {at}, which is not a regular file")
         return described
 
@@ -369,8 +369,10 @@ def changes_of(described: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def options_of(described: dict[str, Any]) -> dict[str, Any]:
-    """The options that an args.json holds; one that is newer than the file has its default."""
-    saved = {f.name: described["options"].get(f.name, f.default) for f in fields(RunConfig) if f.metadata}
+    """The options that an args.json holds; one that is newer than the file has its default, or what runs did
+    before there was that option."""
+    saved = {f.name: described["options"].get(f.name, f.metadata.get("earlier", f.default))
+             for f in fields(RunConfig) if f.metadata}
     saved["milestones"] = tuple(saved["milestones"]) if saved["milestones"] else None
     return saved
 

@@ -3,17 +3,19 @@
 import difflib
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import safetensors.torch
 import torch
 from torch import nn
 
+import lora
 import tokenizer as tokenizers
 from classifier import ClassifierConfig, LlamaEmbeddingClassifier, empty_classifier
-from config import InputError
-from formats import files, weights
+from config import Base, InputError
+from formats import adapters, files, weights
+from llama import load_pretrained
 from tokenizer import Tokenizer
 from training import best as best_folder
 from training import logs
@@ -22,10 +24,10 @@ from training.run_folder import RunFolder
 
 def save_classifier(folder: Path, model: nn.Module, tokenizer: Tokenizer, settings: ClassifierConfig,
                     dtype: torch.dtype = torch.float32) -> str:
-    """Write model.safetensors with the weights in `dtype`, config.json, the tokenizer, and a manifest with the sha256
-    of each; returns the manifest's own. See `training.best.write_best`. Raises OSError, naming the path and the bytes,
-    when the disk is full."""
-    state = {k: v.detach().to(dtype).contiguous() for k, v in model.state_dict().items()}
+    """Write model.safetensors with the weights in `dtype` (of a model with adapters, those and the head alone),
+    config.json, the tokenizer, and a manifest with the sha256 of each; returns the manifest's own. See
+    `training.best.write_best`. Raises OSError, naming the path and the bytes, when the disk is full."""
+    state = {k: v.detach().to(dtype).contiguous() for k, v in lora.without_base(model.state_dict()).items()}
 
     def fill(temporary: Path) -> None:
         safetensors.torch.save_file(state, str(temporary / "model.safetensors"))
@@ -38,16 +40,17 @@ def save_classifier(folder: Path, model: nn.Module, tokenizer: Tokenizer, settin
 
 
 def load_classifier_state(folder: Path, model: nn.Module) -> None:
-    """Read the weights of `save_classifier` into a model of the same shape, in place, as float32. Raises InputError for
-    others."""
+    """Read the weights of `save_classifier` into a model of the same shape, in place, as float32; the base of one with
+    adapters stays as it is. Raises InputError for others."""
     handle = weights.open_safetensors(folder / "model.safetensors")
-    own = model.state_dict()
+    own = lora.without_base(model.state_dict())
     held = set(handle.keys())
     wrong = [k for k in own if k not in held or tuple(handle.get_slice(k).get_shape()) != tuple(own[k].shape)]
     if wrong or held - own.keys():
         raise InputError(f"{folder}: model.safetensors and config.json do not belong together ({wrong[:3]})")
     state = {name: handle.get_tensor(name).float() for name in own}
-    model.load_state_dict(state, assign=any(tensor.is_meta for tensor in own.values()))
+    model.load_state_dict(state, assign=any(tensor.is_meta for tensor in own.values()),
+                          strict=len(own) == len(model.state_dict()))
 
 
 @dataclass(frozen=True)
@@ -63,26 +66,43 @@ class SavedRun:
     settings: ClassifierConfig
 
 
-def load_run(run: str | Path) -> SavedRun:
-    """The classifier of a finished run's folder, or of its best/, checked. Raises InputError or FileNotFoundError with
-    what to do."""
+def load_run(run: str | Path, base: str | Path | None = None) -> SavedRun:
+    """The classifier of a finished run's folder, or of its best/, checked. `base`: where the base of a run with
+    adapters lies now, if that is not where it lay. Raises InputError or FileNotFoundError with what to do."""
     settings, best = read_settings(run)
-    return load_checked(Path(run), settings, best)
+    return load_checked(Path(run), settings, best, base)
 
 
-def load_checked(folder: Path, settings: ClassifierConfig, best: Path) -> SavedRun:
+def load_checked(folder: Path, settings: ClassifierConfig, best: Path, base: str | Path | None = None) -> SavedRun:
     """The classifier of a run whose `read_settings` these are."""
-    model = empty_classifier(settings, best / "config.json")
+    if settings.base:  # where it lies now
+        found = adapters.find_base(settings.base, best, base)
+        settings = replace(settings, base=Base(str(found), settings.base.sha256))
+    model = on_its_base(settings, best) if settings.lora else empty_classifier(settings, best / "config.json")
     load_classifier_state(best, model)
     tokenizer = Tokenizer(tokenizer_model=best)
     tokenizers.check_vocabulary(tokenizer, model.llama.config)
     return SavedRun(folder, home_of(folder), best, model.eval(), tokenizer, settings)
 
 
-def read_settings(run: str | Path) -> tuple[ClassifierConfig, Path]:
-    """What a finished run's classifier is, and the folder that it lies in, checked, without its weights. Raises
-    InputError or FileNotFoundError with what to do."""
-    best = checked_best(Path(run), "--run")
+def on_its_base(settings: ClassifierConfig, best: Path) -> LlamaEmbeddingClassifier:
+    """A classifier with the weights of its base, and adapters and a head that have no numbers yet (on the device
+    "meta"). Raises InputError for a base that is not what the settings describe."""
+    assert settings.lora and settings.base
+    shape = settings.llama
+    llama = load_pretrained(settings.base.path, shape.n_layers, shape.dropout, shape.attention, has_output=False)
+    if llama.config != shape:
+        raise InputError(f"{best / 'config.json'}: the Llama that it describes is not that of {settings.base.path}")
+    with torch.device("meta"):
+        model = LlamaEmbeddingClassifier(settings, llama)
+        lora.add(llama, settings.lora)
+    return model
+
+
+def read_settings(run: str | Path, option: str = "--run") -> tuple[ClassifierConfig, Path]:
+    """What a finished run's classifier is, and the folder that it lies in, checked, without its weights. `option`:
+    which named the run. Raises InputError or FileNotFoundError with what to do."""
+    best = checked_best(Path(run), option)
     described = best / "config.json"
     return ClassifierConfig.read(files.read_json(described), described), best
 

@@ -151,13 +151,27 @@ def check_logs(state: dict[str, Any]) -> None:
 # --------------------------------------------------------------------------- all that a resume keeps
 
 
+def trained(model: nn.Module) -> dict[str, Tensor]:
+    """What training changes of a model's `state_dict`: all but the frozen parameters, which are read again where they
+    come from."""
+    frozen = {name for name, parameter in model.named_parameters(remove_duplicate=False) if not parameter.requires_grad}
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in frozen}
+
+
+def load_trained(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Put what `trained` gave back in its place. Raises InputError for another model's."""
+    if tensors.keys() != trained(model).keys():
+        raise InputError(f"the weights are another model's ({sorted(tensors.keys() ^ trained(model).keys())[:3]})")
+    model.load_state_dict(tensors, strict=False)
+
+
 def collect(model: nn.Module, optimizer: torch.optim.Optimizer, device: Device, ema: list[Tensor], progress: Progress,
             log_sizes: dict[str, int], log_sha256: dict[str, str], described: dict[str, Any]) -> dict[str, Any]:
     """Everything that changes while training. `ema`: the moving average of the weights, or []; `log_sizes` and
     `log_sha256`: of the logs up to here; `described`: the run's args.json, so that no other run takes the state for
     its own."""
     return {
-        "model": model.state_dict(), "optimizer": optimizer.state_dict(), "random": devices.random_state(device),
+        "model": trained(model), "optimizer": optimizer.state_dict(), "random": devices.random_state(device),
         "ema": ema, "progress": asdict(progress), "logs": log_sizes, "log_sha256": log_sha256,
         "run": {"id": described.get("id"), "options": described.get("options", {})},
     }
@@ -166,7 +180,7 @@ def collect(model: nn.Module, optimizer: torch.optim.Optimizer, device: Device, 
 def restore(saved: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer, device: Device,
             ema: list[Tensor]) -> None:
     """Put what `collect` gave back in its place; the progress and the logs are the loop's."""
-    model.load_state_dict(saved["model"])
+    load_trained(model, saved["model"])
     optimizer.load_state_dict(saved["optimizer"])
     for mean, old in zip(ema, saved["ema"], strict=True):
         mean.copy_(old)
