@@ -23,7 +23,9 @@ from llama import load_pretrained
 from minllama import load
 from optimizer import parameter_groups
 from training import checks, guards
+from training import device as devices
 from training.device import Device
+from training.saved import load_run
 from training.trainer import Loop
 
 TRAIN = "--epochs 2 --lr 3e-2 --batch_size 16 --hidden_dropout_prob 0 --device cpu --dtype float32".split()
@@ -214,6 +216,9 @@ def test_the_base_is_held_in_the_devices_precision(inputs):
     low = {name for name, dtype in seen.items() if dtype == torch.bfloat16}
     assert low == {name for name, p in run.before.items() if p.dim() > 1 and not lora.is_adapter(name)
                    and name != "classifier_head.weight"}
+    again = load_run("run").model  # as evaluate has it
+    devices.accelerate(parse_args([]), again, Device(torch.device("cpu"), torch.bfloat16))
+    assert {name for name, p in again.named_parameters() if p.dtype == torch.bfloat16} == low
 
 
 @pytest.mark.parametrize("config", [LoraConfig(4, 8.0), LoraConfig(4, 8.0, dora=True)], ids=str)

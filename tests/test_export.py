@@ -628,13 +628,15 @@ def test_what_is_missing_is_named(tokenizers, tmp_path, capsys, monkeypatch, wor
 
 
 def test_an_export_that_fails_in_the_middle_leaves_nothing(tokenizers, tmp_path, monkeypatch):
-    run = make_run(tmp_path / "run", tokenizers["bpe"])
+    """... and has not the name before it is whole: a kill leaves nothing that looks like an export."""
+    run, has_name = make_run(tmp_path / "run", tokenizers["bpe"]), []
 
     def full(state, path, **more):
         path.write_bytes(b"half")
+        has_name.append((tmp_path / "out").exists())
         raise OSError(28, "No space left on device")
     monkeypatch.setattr(export_hf, "save_file", full)
-    assert not export(run, tmp_path / "out", code=2).exists()
+    assert not export(run, tmp_path / "out", code=2).exists() and has_name == [False]
 
 
 def test_numbers_that_a_kind_cannot_hold_are_refused(tokenizers, tmp_path, capsys):
