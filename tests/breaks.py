@@ -715,7 +715,7 @@ BREAKS = [
     Break("a head alone has the rate of the whole model", "commands/defaults.py", 'if config.freeze == "backbone":',
           "if False:", "what_is_trained", "test_defaults"),
     Break("rope_scaling is not looked at beside rope_parameters", "formats/huggingface.py",
-          "if scalings[1:] not in ([], scalings[:1]):", "if False:", "rope_disagree", WEIGHTS),
+          "if scalings[1:] not in ([], scalings[:1]):", "if False:", "rope_scaling_that_disagree", WEIGHTS),
     Break("an export has all layers", "commands/exported.py", "load_pretrained(read, config.n_layers, attention",
           "load_pretrained(read, None, attention", "first_layers", "test_export"),
     Break("a step's share of adapters is told", "training/gradients.py", "if lora.is_adapter(name):", "if False:",
