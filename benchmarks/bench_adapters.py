@@ -27,9 +27,11 @@ from tokenizer import Tokenizer
 from training.device import choose_device
 
 ADAPTERS = {f"LoRA, r {r}": ["--lora_r", str(r)] for r in (8, 16, 32, 64)}
-WAYS = {"full": [], **ADAPTERS, "head only": ["--freeze", "backbone"], "first:2": ["--freeze", "first:2"],
-        "first:4": ["--freeze", "first:4"]}
-RATES = {"head only": ["3e-3", "1e-2", "3e-2"], **dict.fromkeys(ADAPTERS, ["5e-4", "1e-3", "2e-3", "4e-3", "8e-3"])}
+HEAD_LR = "full, a rate for the head"
+WAYS = {"full": [], HEAD_LR: ["--head_lr", "4e-3"], **ADAPTERS, "head only": ["--freeze", "backbone"],
+        "first:2": ["--freeze", "first:2"], "first:4": ["--freeze", "first:4"]}
+RATES = {HEAD_LR: ["5.5e-4"], "head only": ["3e-3", "1e-2", "3e-2"],
+         **dict.fromkeys(ADAPTERS, ["5e-4", "1e-3", "2e-3", "4e-3", "8e-3"])}
 USUAL = ["3e-4", "5.5e-4", "1e-3"]
 SEED_OF_RATES, SEEDS = 11, (1, 2, 3)
 
@@ -120,8 +122,8 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--steps", type=int, default=20, help="of a cost, the first not counted")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--epochs", type=int, default=2)
-    parser.add_argument("--train_limit", type=int, default=3000)
+    parser.add_argument("--epochs", type=int, default=1)
+    parser.add_argument("--train_limit", type=int, default=2000)
     parser.add_argument("--jobs", type=int, default=2)
     options = parser.parse_args()
     need("models/smollm2-135m.gguf", "data/movies-train.txt", "data/movies-dev.txt", "data/movies-test.txt")

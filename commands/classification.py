@@ -12,7 +12,7 @@ from torch import Tensor
 
 import dataset
 from classifier import ClassifierConfig, LlamaEmbeddingClassifier, classification_loss
-from config import RunConfig, gigabytes
+from config import RunConfig, byte_size
 from dataset import Split
 from tokenizer import Tokenizer
 from training import frozen, kept, logs, metrics, saved
@@ -100,7 +100,7 @@ class ClassificationTask:
     def keep(self) -> None:
         """Compute what the frozen first part gives, where that is kept: before the first step, and not in its time."""
         if self.keeps and (folder := self.folder_of_kept()):
-            logs.notice(f"--freeze: what the frozen part computes takes {gigabytes(self.bytes_kept())}; it is "
+            logs.notice(f"--freeze: what the frozen part computes takes {byte_size(self.bytes_kept())}; it is "
                         f"kept in a file in {folder}, and mapped into memory")
         for name in ("train", "dev"):
             self.activations(name)

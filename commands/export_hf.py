@@ -18,7 +18,7 @@ from classifier import ClassifierConfig
 from commands import export_tokenizer
 from commands.exported import Exported
 from commands.model_card import card, is_sequence_classifier
-from config import InputError
+from config import InputError, LlamaConfig
 from data import hub
 from formats import export_hf, export_peft, peft, weights
 
@@ -58,13 +58,13 @@ def write_peft(folder: Path, model: Exported) -> str:
     save_file({name: tensor.detach() for name, tensor in tensors.items()}, folder / peft.TENSORS,
               metadata={"format": "pt"})
     base = Path(settings.base.path)
-    is_run = weights.is_run(base)
-    name, revision = named_base(base, settings)
+    of_run = weights.is_run(base)
+    own = weights.read_weights(base).config
+    name, revision = (None, None) if of_run else named_base(base, own, settings.llama)
     described = export_peft.peft_config(settings.lora, name, has_score) | {"revision": revision}
     (folder / peft.SETTINGS).write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
-    fewer = "" if is_run or weights.read_weights(base).config.n_layers == settings.llama.n_layers else (
-        f" --n_layers {settings.llama.n_layers}")
-    command = (f"python run_llama.py --option export {'--run' if is_run else '--pretrained_model_path'} {base}{fewer} "
+    fewer = "" if of_run or own.n_layers == settings.llama.n_layers else f" --n_layers {settings.llama.n_layers}"
+    command = (f"python run_llama.py --option export {'--run' if of_run else '--pretrained_model_path'} {base}{fewer} "
                "--format hf --output_dir base")
     page = card(settings, f"{base} (sha256 {settings.base.sha256})", command)
     (folder / "README.md").write_text(page, encoding="utf-8", newline="\n")
@@ -72,13 +72,11 @@ def write_peft(folder: Path, model: Exported) -> str:
     return f"PEFT (PeftModel.from_pretrained, on {of_base})"
 
 
-def named_base(base: Path, settings: ClassifierConfig) -> tuple[str | None, str | None]:
-    """What PEFT may load as the base by itself, and its revision: a Hugging Face folder, or its name on the hub. (None,
-    None) where it would compute something else: with other layers or another attention than the base has."""
-    if not (base / "config.json").is_file() or weights.is_run(base):
-        return None, None
-    own = weights.read_weights(base).config
-    if (own.n_layers, own.attention) != (settings.llama.n_layers, settings.llama.attention):
+def named_base(base: Path, own: LlamaConfig, trained: LlamaConfig) -> tuple[str | None, str | None]:
+    """What PEFT may load as the base by itself, and its revision: a Hugging Face folder, or its name on the hub. `own`:
+    the base's shape, `trained`: that of the run. (None, None) for a base of another format, and where PEFT would
+    compute something else: the run has other layers or another attention."""
+    if not base.is_dir() or (own.n_layers, own.attention) != (trained.n_layers, trained.attention):
         return None, None
     if fetched := hub.origin(base):
         name, _, revision = fetched.removeprefix(hub.PREFIX).partition("@")

@@ -245,7 +245,7 @@ def load(config: RunConfig, need: tuple[str, ...]) -> Inputs:
         read = weights.read_weights(model.weights)
     tokenizers.check_vocabulary(tokenizer, read.config)
     weights.check_n_layers(read, config.n_layers)
-    frozen.check(config.freeze, config.n_layers or read.config.n_layers, bool(config.lora_r and not config.adapter))
+    frozen.check_run(config, config.n_layers or read.config.n_layers)
     if config.lora_r and config.lora_r > read.config.dim:
         raise InputError(f"--lora_r {config.lora_r}: no matrix of {model.weights} has a rank above {read.config.dim}; "
                          "take a lower one")

@@ -9,7 +9,7 @@ from commands import estimate, plot, rate_pictures
 from commands import job as jobs
 from commands.classification import ClassificationTask
 from commands.inputs import Inputs
-from config import RunConfig, counted, gigabytes, lora_config, millions, no_effect
+from config import RunConfig, byte_size, counted, lora_config, millions, no_effect
 from training import clock, frozen, kept, logs
 from training import device as devices
 from training.course import course_of
@@ -25,7 +25,7 @@ def rates(job: Job, n_steps: int) -> list[float]:
 
 def what_is_kept(config: RunConfig, job: Job[ClassificationTask]) -> str:
     """Where what the frozen first part computes is kept, and how much it is; "" where there is no such part."""
-    task, budget = job.task, gigabytes(kept.BUDGET)
+    task, budget = job.task, byte_size(kept.BUDGET)
     if why := frozen.why_not_kept(config):
         return f"; each epoch computes what they give, since {why}"
     if not task.keeps:
@@ -33,7 +33,7 @@ def what_is_kept(config: RunConfig, job: Job[ClassificationTask]) -> str:
     folder = task.folder_of_kept()
     where = f"in a file in {folder}, mapped into memory, since it is more than {budget}" if folder else (
         f"in memory (up to {budget})")
-    size = gigabytes(task.bytes_kept())
+    size = byte_size(task.bytes_kept())
     return f"; what they give for train and dev is computed once and takes {size}, kept {where}"
 
 
@@ -66,13 +66,13 @@ def show(asked: RunConfig, config: RunConfig, inputs: Inputs, device: Device, n_
     logs.say(f"plan :: {config.scheduler}, warmup {counted(warmup, 'step')}, lr {lr[0]:.2e} at the start, "
              f"{max(lr):.2e} at the peak, {lr[-1]:.2e} at the end")
     logs.say(f"plan :: {millions(n)} trainable parameters; weights, gradients and {config.optimizer}'s state take "
-             f"{gigabytes(memory)}; with the longest batch, {devices.peak_memory(device) / 2**30:.2f} GiB were in "
+             f"{byte_size(memory)}; with the longest batch, {devices.peak_memory(device) / 2**30:.2f} GiB were in "
              "use")
     if adapters := lora_config(config):
         n_base, state = sum(p.numel() for p in parameters) - n, n * bytes_each + measured.state_bytes
         where = ", ".join(adapters.targets)
         logs.say(f"plan :: adapters of rank {adapters.r}, times {adapters.scale:g}, beside {where} of each layer; "
-                 f"{millions(n_base)} parameters stay as they are; a saved state takes {gigabytes(state)}")
+                 f"{millions(n_base)} parameters stay as they are; a saved state takes {byte_size(state)}")
     if config.freeze != "none":
         n_frozen = sum(p.numel() for module in frozen.part(job.task.model, config.freeze) for p in module.parameters())
         logs.say(f"plan :: frozen: {frozen.in_words(config.freeze)}, {millions(n_frozen)} parameters"

@@ -138,8 +138,7 @@ def plan_of(config: RunConfig, text: str, space: Space, ground: Ground) -> Plan:
         try:
             if at.pretrained_model_path == ground.config.pretrained_model_path:
                 weights.check_n_layers(ground.inputs.weights, at.n_layers)
-                frozen.check(at.freeze, at.n_layers or ground.inputs.weights.config.n_layers,
-                             bool(at.lora_r and not at.adapter))
+                frozen.check_run(at, at.n_layers or ground.inputs.weights.config.n_layers)
             n_evaluations = max(n_evaluations, n_evaluations_of(at, ground.inputs))
         except InputError as error:
             raise InputError(f"--space: there is no run at {spaces.in_words(point)}: {error}") from None

@@ -65,8 +65,8 @@ def with_learned(config: RunConfig, inputs: Inputs) -> RunConfig:
     part = "adapter" if inputs.adapter else "Llama"
     what = f"its {part} and its head" if run and not config.new_head else f"its {part}, and a new head"
     words = " ".join(f"--{name} {value}" for name, value in kept.items())
-    is_run = run and not (inputs.adapter and not inputs.adapter.settings)
-    how = "as in that run" if is_run else "as it says"
+    is_pefts = inputs.adapter and not inputs.adapter.settings
+    how = "as in that run" if run and not is_pefts else "as it says"
     logs.notice(f"start :: {path}: {what}{words and f'; {how}: {words}'}")
     return replace(config, **kept, given=config.given | kept.keys())
 

@@ -19,9 +19,9 @@ from config.run import (
     only_run,
     options,
 )
-from config.words import InputError, counted, duration, gigabytes, millions, shown
+from config.words import InputError, byte_size, counted, duration, millions, shown
 
 __all__ = ["COMMANDS", "LOGGERS", "LORA_TARGETS", "MEANT", "OPTIMIZERS", "POOLINGS", "Base", "InputError",
-           "LlamaConfig", "LoraConfig", "RopeScaling", "RunConfig", "contradiction", "counted", "duration",
-           "frozen_layers", "gigabytes", "integers", "lora_config", "make_parser", "millions", "names_in", "no_effect",
+           "LlamaConfig", "LoraConfig", "RopeScaling", "RunConfig", "byte_size", "contradiction", "counted", "duration",
+           "frozen_layers", "integers", "lora_config", "make_parser", "millions", "names_in", "no_effect",
            "only_run", "options", "parse_args", "shown", "value_type"]

@@ -24,7 +24,7 @@ def millions(n: int) -> str:
     return f"{n / 1e6:.1f}M" if n >= 5e4 else f"{n:,}"
 
 
-def gigabytes(n: int) -> str:
+def byte_size(n: int) -> str:
     """A number of bytes: 1.25 GiB, or 13.0 MiB where it is below a tenth of one."""
     return f"{n / 2**30:.2f} GiB" if n >= 2**30 / 10 else f"{n / 2**20:.1f} MiB"
 

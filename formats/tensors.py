@@ -49,10 +49,11 @@ class Weights:
 
     def said_of_left(self) -> str:
         """What is to be said of `left`; "" where it is empty."""
+        if not self.left:
+            return ""
         more = f" and {len(self.left) - 3} more" if len(self.left) > 3 else ""
-        named = f"{', '.join(self.left[:3])}{more}"
-        return f"{self.path}: {named} {'are' if len(self.left) > 1 else 'is'} not part of a Llama, and left behind" * (
-            len(self.left) > 0)
+        verb = "are" if len(self.left) > 1 else "is"
+        return f"{self.path}: {', '.join(self.left[:3])}{more} {verb} not part of a Llama, and left behind"
 
 
 def damaged(path: Path, error: object) -> InputError:

@@ -460,3 +460,8 @@ def test_the_page_of_options_has_every_one():
     page = (ROOT / "docs/options.md").read_text(encoding="utf-8")
     rows = "".join(line for line in page.splitlines(keepends=True) if line.startswith("|"))
     assert {f.name for f in config.options()} == set(re.findall(r"--(\w+)", rows))
+
+
+def test_pefts_names_of_targets_are_understood():
+    typed = config.parse_args(["--option", "finetune", "--lora_r", "2", "--lora_targets", "q_proj,down_proj,q"])
+    assert config.lora_config(typed).targets == ("q", "down")

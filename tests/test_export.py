@@ -244,7 +244,10 @@ def test_peft_classifies_with_our_probabilities(tokenizers, tmp_path, monkeypatc
     run = make_lora_run(tmp_path, tokenizers["bpe"], config, **shape)
     folder = export(run, tmp_path / "out", "--format", "peft")
     export(tmp_path / "base", folder / "base", "--format", "hf")
-    (code,) = re.findall(r"```python\n(.+?)```", (folder / "README.md").read_text(encoding="utf-8"), re.S)
+    page = (folder / "README.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.+?)```", page, re.S)
+    command = f"--option export --pretrained_model_path {tmp_path / 'base'} --n_layers 2 --format hf --output_dir base"
+    assert command in page
     monkeypatch.chdir(folder)
     found: dict = {}
     exec(code, found)
@@ -269,6 +272,30 @@ def test_the_folder_names_the_base_that_peft_loads_by_itself(tokenizers, tmp_pat
     model = tiny.transformers().AutoModelForSequenceClassification.from_pretrained(folder, num_labels=3)
     inputs = tiny.transformers().AutoTokenizer.from_pretrained(folder)(TEXTS[0], return_tensors="pt")
     torch.testing.assert_close(model(**inputs).logits, logits_of(run, TEXTS[:1]), rtol=0, atol=1e-4)
+
+
+def test_a_base_from_the_hub_has_its_name_there(tokenizers, tmp_path):
+    run = make_lora_run(tmp_path, tokenizers["bpe"], LoraConfig(4, 8, targets=ALL), base_layers=2)
+    moved = tmp_path / "models--some--model/snapshots" / ("a1" * 20)
+    moved.parent.mkdir(parents=True)
+    shutil.move(tmp_path / "base", moved)
+    words = ["--option", "export", "--run", run, "--pretrained_model_path", moved, "--format", "peft"]
+    assert run_llama.main([str(word) for word in [*words, "--output_dir", tmp_path / "out"]]) == 0
+    found = json.loads((tmp_path / "out/adapter_config.json").read_text(encoding="utf-8"))
+    assert (found["base_model_name_or_path"], found["revision"]) == ("some/model", "a1" * 20)
+
+
+def test_an_exported_adapter_on_another_file_is_warned_of(tokenizers, tmp_path, capsys):
+    run = make_lora_run(tmp_path, tokenizers["bpe"], LoraConfig(4, 8, targets=ALL))
+    folder = export(run, tmp_path / "out", "--format", "peft")
+    (tmp_path / "texts.txt").write_text("a film", encoding="utf-8")
+    other = shutil.copytree(tmp_path / "base", tmp_path / "other")
+    (other / "tokenizer_other.json").write_text("{}", encoding="utf-8")
+    for base, is_other in ((tmp_path / "base", False), (other, True)):
+        capsys.readouterr()
+        words = ["--option", "predict", "--adapter", folder, "--pretrained_model_path", base, "--input"]
+        assert run_llama.main([str(word) for word in [*words, tmp_path / "texts.txt"]]) == 0
+        assert ("is not the file or folder that it was trained on" in capsys.readouterr().err) == is_other
 
 
 @pytest.mark.parametrize("shape", [{"base_layers": 3}, {"base_layers": 2, "attention": "bidirectional"}], ids=str)

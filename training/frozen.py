@@ -8,12 +8,17 @@ from classifier import LlamaEmbeddingClassifier
 from config import InputError, RunConfig, counted, frozen_layers
 
 
-def check(freeze: str, n_layers: int, has_new_adapters: bool = False) -> None:
+def check_run(config: RunConfig, n_layers: int) -> None:
     """Raises InputError for more frozen layers than there are, and for new adapters that are all among them."""
+    check(config.freeze, n_layers)
+    if config.lora_r and not config.adapter and frozen_layers(config.freeze) == n_layers:
+        raise InputError(f"--freeze {config.freeze}: the model has {counted(n_layers, 'layer')}, so none of the "
+                         "adapters that --lora_r asks for would be trained; freeze fewer")
+
+
+def check(freeze: str, n_layers: int) -> None:
+    """Raises InputError for more frozen layers than there are."""
     k = frozen_layers(freeze)
-    if has_new_adapters and k == n_layers:
-        raise InputError(f"--freeze {freeze}: the model has {counted(n_layers, 'layer')}, so none of the adapters that "
-                         "--lora_r asks for would be trained; freeze fewer")
     if k is not None and k > n_layers:
         raise InputError(f"--freeze {freeze}: the model has {counted(n_layers, 'layer')}; freeze so many at most, or "
                          "all but the head with --freeze backbone")
